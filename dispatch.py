@@ -1,0 +1,707 @@
+"""Who does the work: workers, what is dealt to them, and what becomes of their deaths.
+
+Map: Run, WorkerSlot - Dispatcher (asking, dealing, events, deaths) - run_worker
+Rule: a page counts only after its row; a dead worker costs an attempt, never a page.
+Runs in: the dispatcher thread; run_worker in the child. cluster.py can stand in for it.
+
+    JobTable <--claim, advance, finish_page-- dispatcher ==tasks==> worker-0 (slot 0)
+                                                  ^------events---- worker-1 (slot 1)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import storage
+from jobs import (
+    RUNNING,
+    Job,
+    JobError,
+    JobTable,
+    Page,
+    StaleAttempt,
+    advance,
+    claim,
+    closing_message,
+    finish_page,
+    lose_worker,
+    record_stage,
+    to_report,
+)
+from messages import (
+    Beat,
+    BootFailed,
+    Cancel,
+    ComputePage,
+    Dropped,
+    EngineChoice,
+    KnownPage,
+    Limits,
+    Pack,
+    Packed,
+    PageDone,
+    PageFailed,
+    Preview,
+    Previewed,
+    Probe,
+    Probed,
+    Ready,
+    SourcePage,
+    Stage,
+    Staged,
+    StagedPage,
+    Task,
+    TaskFailed,
+)
+from storage import Layout
+
+log = logging.getLogger("dispatch")
+
+BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
+BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
+OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
+CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
+PAGE_DEATHS = 2  # of workers that had this page alone
+PACK_TRIES = 3  # when finished pages turn out damaged on disk
+
+
+
+# ---------------------------------------------------------------- runs and workers
+TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt in progress, in the dispatcher's memory only."""
+
+    job: Job
+    staging: Path
+    outputs: Path
+    found: list[StagedPage] = field(default_factory=list)
+    pages: dict[int, Page] = field(default_factory=dict)
+    todo: deque[int] = field(default_factory=deque)
+    alone: deque[int] = field(default_factory=deque)  # to be computed without company
+    carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
+    in_flight: set[int] = field(default_factory=set)
+    file_task: str | None = "stage"  # the stage or pack task that is due
+    pack_tries: int = 0
+    started_s: float = 0.0  # monotonic, when the first page was dealt
+    finished: int = 0  # pages in this attempt
+
+    def key(self, n: int) -> TaskKey:
+        """The key of this attempt's page n, or of its stage or pack (0)."""
+        return (self.job.id, self.job.attempt, n)
+
+    def eta_s(self, now_s: float) -> float | None:
+        """Seconds until the last page, from this attempt's own rate."""
+        left = len(self.pages) - sum(page.status != "pending" for page in self.pages.values())
+        if not self.finished or not left:
+            return None
+        return round((now_s - self.started_s) / self.finished * left, 1)
+
+
+class WorkerSlot:
+    """The parent's end of one worker process."""
+
+    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.index = index
+        self.conn, theirs = context.Pipe()
+        self.process = context.Process(
+            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # else its end would stay open here, and its death go unnoticed
+        self.capacity = 0  # until it says Ready
+        self.tasks: dict[TaskKey | str, Task] = {}
+        self.exclusive = False  # a suspect page has it for itself
+        self.heard_s = time.monotonic()  # last event
+        self.used_s = time.monotonic()  # last time it had a task
+        self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
+        self.doom: str | None = None  # why we killed it
+        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
+
+    def _send_all(self) -> None:
+        while True:
+            item = self._outbox.get()
+            try:
+                self.conn.send(item)
+            except OSError:
+                return  # it died: the dispatcher learns of it from the sentinel
+            if item is None:
+                return
+
+    def give(self, key: TaskKey | str, task: Task) -> None:
+        """Send a task; it is in flight until its closing event."""
+        self.tasks[key] = task
+        self._outbox.put(task)
+
+    def cancel(self, key: TaskKey, now_s: float) -> None:
+        """Ask for a task to be dropped; the dispatcher kills the worker if it isn't."""
+        self.obey_by_s[key] = now_s + OBEY_S
+        self._outbox.put(Cancel(key[0], key[1]))
+
+    def free(self, key: TaskKey | str) -> Task | None:
+        """A closing event came for this task."""
+        task = self.tasks.pop(key, None)
+        self.obey_by_s.pop(key, None)  # type: ignore[arg-type]
+        self.used_s = time.monotonic()
+        if not self.tasks:
+            self.exclusive = False
+        return task
+
+    def room(self) -> int:
+        """How many more pages it takes now."""
+        return 0 if self.exclusive or self.doom else self.capacity - len(self.tasks)
+
+    def kill(self, why: str) -> None:
+        """End it now; its sentinel wakes the dispatcher."""
+        self.doom = self.doom or why
+        self.process.kill()
+
+    def stop(self, wait_s: float) -> None:
+        """Ask it to end, then see to it."""
+        self._outbox.put(None)
+        self.process.join(wait_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.conn.close()
+
+
+# ---------------------------------------------------------------- the dispatcher
+class Dispatcher:
+    """Deals pages, not jobs, to the workers; turns their events into rows.
+
+    One thread waits on every worker's pipe and process sentinel and on wake-ups, so that
+    nothing is polled but deadlines.
+    """
+
+    def __init__(
+        self,
+        table: JobTable,
+        layout: Layout,
+        choice: EngineChoice,
+        slots: int = 1,
+        limits: Limits | None = None,
+        idle_s: float = 120.0,
+        entry: Callable[..., None] | None = None,
+    ) -> None:
+        self.table = table
+        self.layout = layout
+        self.choice = choice
+        self.slots = slots
+        self.limits = limits or Limits()
+        self.idle_s = idle_s
+        self.entry = entry or run_worker
+        self.workers: dict[int, WorkerSlot] = {}  # by slot
+        self.runs: dict[str, Run] = {}  # by job id
+        self.careless_deaths: dict[str, int] = {}  # by job id, see CARELESS_DEATHS
+        self.not_before_s = 0.0  # no new worker before this moment: one could not start
+        self.boot_failures = 0  # in a row
+        self.probed: Probed | None = None
+        self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # previews and probes, by key
+        self._lock = threading.Lock()  # of _asked
+        self._stopping = threading.Event()
+        self._woken = threading.Event()
+        self._wake_r, self._wake_w = multiprocessing.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._loop, name="dispatcher", daemon=True)
+
+    # -- for other threads
+    def start(self) -> None:
+        """Start the thread; recover() must have run."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the workers and the thread; running jobs go back to PENDING."""
+        self._stopping.set()
+        self.wake()
+        if self._thread.is_alive():
+            self._thread.join(10)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop() was called."""
+        return self._stopping.is_set()
+
+    def wake(self) -> None:
+        """The table changed; look at it."""
+        if not self._woken.is_set():
+            self._woken.set()
+            with contextlib.suppress(OSError):
+                self._wake_w.send_bytes(b"!")
+
+    def ask(self, key: str, task: Probe | Preview) -> Future[Any]:
+        """Have a worker answer a Probe or Preview; one question a key at a time."""
+        with self._lock:
+            if key not in self._asked:
+                self._asked[key] = (task, Future())
+            future = self._asked[key][1]
+        self.wake()
+        return future
+
+    def wait_released(self, job_id: str, timeout_s: float) -> bool:
+        """Wait until no worker holds a task of this job any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while any(key[0] == job_id for slot in list(self.workers.values()) for key in list(slot.tasks)):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.02)
+        return True
+
+    # -- the thread
+    def _loop(self) -> None:
+        storage.sweep_temporaries(self.layout.artifacts)
+        storage.sweep_temporaries(self.layout.incoming)
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+            # Around an attempt: one job's bad luck must not stop the others' work.
+            except Exception:
+                log.exception("the dispatcher stumbled; it goes on")
+                time.sleep(0.5)
+        for slot in self.workers.values():
+            slot.stop(wait_s=1.0)
+        for run in self.runs.values():
+            with contextlib.suppress(JobError):
+                lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+        with self._lock:
+            for _, future in self._asked.values():
+                future.cancel()
+
+    def _turn(self) -> None:
+        self._drop_ended_runs()
+        self._claim()
+        self._deal()
+        self._wait()
+        self._check_deadlines()
+
+    def _wait(self) -> None:
+        """Sleep until an event, a death, a wake-up, or the next deadline."""
+        waiting: list[Any] = [self._wake_r]
+        for slot in self.workers.values():
+            waiting += [slot.conn, slot.process.sentinel]
+        ready = multiprocessing.connection.wait(waiting, timeout=0.25 if self.workers else 5.0)
+        if self._wake_r in ready:
+            self._woken.clear()
+            self._wake_r.recv_bytes()
+        for slot in list(self.workers.values()):
+            if slot.conn in ready:
+                self._receive(slot)
+            if slot.process.sentinel in ready:
+                self._receive(slot)  # what it said before it died still counts
+                self._bury(slot)
+
+    def _receive(self, slot: WorkerSlot) -> None:
+        try:
+            while slot.conn.poll():
+                event = slot.conn.recv()
+                slot.heard_s = time.monotonic()
+                self._on_event(slot, event)
+        except (EOFError, OSError):
+            pass  # dead: its sentinel follows
+
+    def _claim(self) -> None:
+        while len(self.runs) < self.slots and time.monotonic() >= self.not_before_s:
+            job = claim(self.table, self.table.clock())
+            if job is None:
+                return
+            try:
+                outputs = self.layout.output_dir(job.title, job.volume, job.id)
+            except storage.StorageError as error:
+                advance(self.table, job, "fail", self.table.clock(), **_failure(error.code, error.detail))
+                continue
+            self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
+
+    def _drop_ended_runs(self) -> None:
+        """Stop working on jobs that were cancelled (or otherwise moved) behind our back."""
+        for run in list(self.runs.values()):
+            job = self.table.get(run.job.id)
+            if (job.state, job.attempt) != (RUNNING, run.job.attempt):
+                self._abandon(run)
+                if job.is_over:
+                    self._tidy(job)
+
+    def _abandon(self, run: Run) -> None:
+        self.runs.pop(run.job.id, None)
+        for slot in self.workers.values():
+            for key in list(slot.tasks):
+                if key[:2] == (run.job.id, run.job.attempt) and not isinstance(key, str):
+                    slot.cancel(key, time.monotonic())
+
+    def _tidy(self, job: Job) -> None:
+        self.careless_deaths.pop(job.id, None)
+        storage.remove_tree(self.layout.staging / job.id)
+
+    # -- dealing
+    def _deal(self) -> None:
+        self._deal_asked()
+        while True:
+            # The job with the fewest pages under way comes first: several share fairly.
+            for run in sorted(self.runs.values(), key=lambda run: len(run.in_flight)):
+                if self._deal_one(run):
+                    break
+            else:
+                return
+
+    def _deal_asked(self) -> None:
+        with self._lock:
+            asked = list(self._asked.items())
+        for key, (task, _) in asked:
+            if any(key in slot.tasks for slot in self.workers.values()):
+                continue
+            slot = next((slot for slot in self.workers.values() if not slot.doom), None) or self._hire()
+            if slot:
+                slot.give(key, task)
+
+    def _deal_one(self, run: Run) -> bool:
+        """Give one task of this run to a worker, if there is one to give and one to take it."""
+        if run.file_task is not None:
+            return self._deal_file_task(run)
+        if run.carry:
+            slot = self._idlest(alone=False)
+            if slot:
+                self._send_page(run, slot, *run.carry.popleft())
+            return slot is not None
+        if run.todo:
+            slot = self._idlest(alone=False)
+            if slot:
+                self._send_page(run, slot, run.todo.popleft(), None)
+            return slot is not None
+        if run.alone and not run.in_flight:
+            slot = self._idlest(alone=True)
+            if slot:
+                slot.exclusive = True
+                self._send_page(run, slot, run.alone.popleft(), None)
+            return slot is not None
+        return False
+
+    def _idlest(self, alone: bool) -> WorkerSlot | None:
+        """The worker with the most room, or a new one in a free slot."""
+        able = [slot for slot in self.workers.values() if slot.room() > 0 and not (alone and slot.tasks)]
+        if able:
+            return max(able, key=WorkerSlot.room)
+        booting = any(slot.capacity == 0 for slot in self.workers.values())
+        if not booting:
+            self._hire()
+        return None
+
+    def _hire(self) -> WorkerSlot | None:
+        """Start a worker in a free slot, unless workers can't start at present."""
+        free = next((i for i in range(self.slots) if i not in self.workers), None)
+        if free is None or time.monotonic() < self.not_before_s:
+            return None
+        self.workers[free] = WorkerSlot(free, self.entry, self.choice)
+        return self.workers[free]
+
+    def _send_page(self, run: Run, slot: WorkerSlot, n: int, carry: str | None) -> None:
+        page, job = run.pages[n], run.job
+        assert job.plan is not None
+        run.in_flight.add(n)
+        run.started_s = run.started_s or time.monotonic()
+        task = ComputePage(
+            job.id,
+            job.attempt,
+            n,
+            run.staging / page.staged,
+            run.outputs / page.stem,
+            job.params,
+            job.plan,
+            self.limits,
+            carry,
+        )
+        slot.give(run.key(n), task)
+
+    def _deal_file_task(self, run: Run) -> bool:
+        slot = self._idlest(alone=False)
+        if slot is None:
+            return False
+        job = run.job
+        if run.file_task == "stage":
+            task: Task = Stage(
+                job.id,
+                job.attempt,
+                self.layout.incoming / job.input_path,
+                run.staging,
+                run.outputs,
+                job.params,
+                job.plan,
+                tuple(_known(page) for page in self.table.pages(job.id)),
+                job.manifest,
+                self.limits,
+            )
+        else:
+            report = to_report(job, self.table.pages(job.id), self.layout)
+            artifact = self.layout.artifact(job.title, job.volume, job.id)
+            task = Pack(job.id, job.attempt, run.outputs, artifact, report)
+        run.file_task = None
+        run.in_flight.add(0)
+        slot.give(run.key(0), task)
+        return True
+
+    # -- events
+    def _on_event(self, slot: WorkerSlot, event: object) -> None:
+        match event:
+            case Beat(busy_s, limit_s):
+                if busy_s > limit_s:
+                    slot.kill(f"a step took longer than {limit_s:.0f} s")
+            case Ready(capacity):
+                slot.capacity, self.boot_failures = capacity, 0
+            case BootFailed(detail):
+                slot.doom = detail
+            case Probed():
+                slot.free("probe")
+                self.probed = event
+                self._answer("probe", event)
+            case Previewed(key, _):
+                slot.free(key)
+                self._answer(key, event)
+            case StagedPage(job_id):
+                run = self._run_of(event)
+                if run:
+                    run.found.append(event)
+            case Dropped(job_id, attempt, n):
+                slot.free((job_id, attempt, n))
+            case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n):
+                slot.free((job_id, attempt, n))
+                self._on_page(event)
+            case Staged(job_id, attempt) | Packed(job_id, attempt) | TaskFailed(job_id, attempt):
+                slot.free((job_id, attempt, event.n if isinstance(event, TaskFailed) else 0))
+                run = self._run_of(event)
+                if run:
+                    run.in_flight.discard(0)
+                    self._on_file_task(run, event)
+
+    def _run_of(self, event: Any) -> Run | None:
+        """The run an event belongs to, unless that attempt is over."""
+        run = self.runs.get(event.job_id)
+        return run if run and run.job.attempt == event.attempt else None
+
+    def _answer(self, key: str, event: object) -> None:
+        with self._lock:
+            _, future = self._asked.pop(key, (None, None))
+        if future and not future.cancelled():
+            future.set_result(event)
+
+    def _on_page(self, event: PageDone | PageFailed) -> None:
+        run = self._run_of(event)
+        if run is None:
+            return
+        run.in_flight.discard(event.n)
+        page = run.pages[event.n]
+        if isinstance(event, PageFailed):
+            log.warning("job %s page %s (try %d): %s", event.job_id, page.name, page.tries + 1, event.error)
+            run.pages[event.n] = replace(page, tries=page.tries + 1)
+            self.table.change_page(event.job_id, event.n, tries=page.tries + 1)
+            if page.tries == 0:
+                run.alone.append(event.n)  # once more, at the end, by itself
+            else:
+                run.carry.append((event.n, event.error))
+            return
+        run.finished += 1
+        run.pages[event.n] = replace(page, status="upscaled")
+        underway = min(run.in_flight, default=None)
+        with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: the next turn drops the run
+            finish_page(
+                self.table,
+                run.job,
+                event,
+                page,
+                current_page=run.pages[underway].name if underway else None,
+                eta_s=run.eta_s(time.monotonic()),
+            )
+        self._maybe_pack(run)
+
+    def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
+        with contextlib.suppress(StaleAttempt):
+            if isinstance(event, Staged):
+                run.job = record_stage(self.table, run.job, event, run.found)
+                self._begin_pages(run)
+            elif isinstance(event, Packed):
+                self._finish(run, event)
+            elif event.page is not None and run.pack_tries < PACK_TRIES:
+                self._redo_damaged(run, event)
+            else:
+                if event.trace:
+                    log.error("job %s: %s", run.job.id, event.trace)
+                self._fail(run, event.code, event.detail)
+
+    def _begin_pages(self, run: Run) -> None:
+        run.found = []
+        for page in self.table.pages(run.job.id):
+            run.pages[page.n] = page
+            if page.status != "pending":
+                continue
+            if page.source_error:
+                run.carry.append((page.n, page.source_error))
+            elif page.deaths >= PAGE_DEATHS:
+                run.carry.append((page.n, "the worker process died twice while computing this page"))
+            elif page.alone or page.tries:
+                run.alone.append(page.n)
+            else:
+                run.todo.append(page.n)
+        self._maybe_pack(run)
+
+    def _maybe_pack(self, run: Run) -> None:
+        if run.in_flight or run.todo or run.alone or run.carry:
+            return
+        pages = self.table.pages(run.job.id)
+        if all(page.status == "carried" for page in pages):
+            detail = f"none of the {len(pages)} pages could be upscaled; {pages[0].name}: {pages[0].error}"
+            self._fail(run, "ALL_PAGES_FAILED", detail)
+            return
+        if self.table.change(run.job, RUNNING, phase="packing", current_page=None, eta_s=None):
+            run.job = self.table.get(run.job.id)
+            run.file_task = "pack"
+
+    def _redo_damaged(self, run: Run, event: TaskFailed) -> None:
+        """A finished page is no longer on disk as it was written: compute it again."""
+        assert event.page is not None
+        log.warning("job %s: %s; computing that page again", run.job.id, event.detail)
+        run.pack_tries += 1
+        page = run.pages[event.page]
+        carried = self.table.page(run.job.id, page.n)
+        job = self.table.get(run.job.id)
+        with self.table.transaction():
+            self.table.change_page(run.job.id, page.n, status="pending", output=None, sha256=None)
+            self.table.change(
+                job,
+                RUNNING,
+                phase="inferring",
+                processed=job.processed - 1,
+                failed_pages=job.failed_pages - bool(carried and carried.status == "carried"),
+                current_page=page.name,
+            )
+        run.pages[page.n] = replace(page, status="pending")
+        run.todo.append(page.n)
+
+    def _finish(self, run: Run, event: Packed) -> None:
+        pages = self.table.pages(run.job.id)
+        self.runs.pop(run.job.id)
+        job = advance(
+            self.table,
+            run.job,
+            "finish",
+            self.table.clock(),
+            artifact_hash=event.sha256,
+            artifact_bytes=event.size_bytes,
+            message=closing_message(run.job, pages),
+        )
+        self._tidy(job)
+
+    def _fail(self, run: Run, code: str, detail: str) -> None:
+        self._abandon(run)
+        job = advance(self.table, run.job, "fail", self.table.clock(), **_failure(code, detail))
+        log.error("job %s failed: %s", job.id, detail)
+        self._tidy(job)
+
+    # -- deaths and deadlines
+    def _check_deadlines(self) -> None:
+        now_s = time.monotonic()
+        for slot in list(self.workers.values()):
+            limit_s = BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
+            if now_s - slot.heard_s > limit_s and not slot.doom:
+                slot.kill(f"it gave no sign of life for {limit_s:.0f} s")
+            elif any(deadline_s < now_s for deadline_s in slot.obey_by_s.values()) and not slot.doom:
+                slot.kill("cancel")
+            elif not slot.tasks and slot.capacity and now_s - slot.used_s > self.idle_s:
+                log.info("worker %d was idle for %.0f s: stopped", slot.index, self.idle_s)
+                del self.workers[slot.index]
+                slot.stop(wait_s=2.0)
+
+    def _bury(self, slot: WorkerSlot) -> None:
+        """A worker died: blame the page it had alone, suspect those it had together."""
+        del self.workers[slot.index]
+        slot.process.join()
+        slot.conn.close()
+        why = slot.doom or _exit_reason(slot.process.exitcode)
+        log.error("worker %d ended: %s", slot.index, why)
+        if slot.capacity == 0:
+            self._on_boot_failure(why)
+        hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
+        for key in slot.tasks:
+            if isinstance(key, str):
+                with self._lock:
+                    _, future = self._asked.pop(key, (None, None))
+                if future and not future.cancelled():
+                    future.set_exception(JobError(f"the worker ended: {why}"))
+        for job_id in hurt:
+            run = self.runs.get(job_id)
+            if run:
+                self._lose(run, slot, why)
+
+    def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
+        """One attempt is spent. The next finds on disk and in the table where to go on."""
+        blamed = [key[2] for key in slot.tasks if not isinstance(key, str) and key[:2] == run.key(0)[:2]]
+        # Killed for a cancelled neighbour's sake: nobody here is to blame.
+        if slot.doom != "cancel":
+            for n in filter(None, blamed):
+                deaths = run.pages[n].deaths + slot.exclusive
+                self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
+            if 0 in blamed:
+                count = self.careless_deaths.get(run.job.id, 0) + 1
+                self.careless_deaths[run.job.id] = count
+                if count >= CARELESS_DEATHS:
+                    self._fail(run, "WORKER_DIED", f"the worker process died {count} times: {why}")
+                    return
+        self._abandon(run)
+        with contextlib.suppress(JobError):
+            lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+
+    def _on_boot_failure(self, why: str) -> None:
+        """Workers can't start: say so in the jobs, and don't try again at once."""
+        self.boot_failures += 1
+        self.not_before_s = time.monotonic() + min(60.0, 2.0**self.boot_failures)
+        if self.boot_failures < CARELESS_DEATHS:
+            return
+        for run in list(self.runs.values()):
+            self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
+        with self._lock:
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            if not future.cancelled():
+                future.set_exception(JobError(f"the worker process can't start: {why}"))
+
+
+def _failure(code: str, detail: str) -> dict[str, Any]:
+    return {"last_error": detail, "message": detail, "error_code": code}
+
+
+def _known(page: Page) -> KnownPage:
+    source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
+    return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)
+
+
+def _exit_reason(code: int | None) -> str:
+    if code is not None and code < 0:
+        likely = ": probably out of memory, or killed by hand" if code == -9 else ""
+        return f"the worker process was ended by signal {-code}{likely}"
+    return f"the worker process ended with status {code}"
+
+
+# ---------------------------------------------------------------- the child's side
+def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
+    """Entry point of the worker process. infer is imported here, in the child: naming its
+    function as the target would load torch in the parent, which pickles it by name."""
+    try:
+        import infer
+    except BaseException as error:
+        conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
+        raise
+    infer.worker_main(conn, choice, slot)

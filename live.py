@@ -1,0 +1,309 @@
+"""WebSockets: who watches which job, and what they are told.
+
+Map: StateFrame, Watcher (what is to be sent) - Live (the loop) - WebSocketLine (one socket)
+Rule: a slow reader never slows a job: newer states replace older ones that wait.
+Runs in: ws-loop. publish(), offer() and adopt() may be called by any thread.
+
+    JobTable --publish--> Watcher.offer --> [newest frame per job] --take--> socket
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+import jobs
+from jobs import Job
+from storage import Layout
+
+FRAME_GAP_S = 0.1  # at most ten frames a second to one watcher
+SILENCE_S = 8.0  # a running job is heard of at least every 10 s
+PING_S = 20.0  # between pings, and for the answer to one
+CLOSE_S = 5.0  # for the other side's close frame
+MESSAGES = 100  # that a client may send in MESSAGES_S; they are ignored anyway
+MESSAGES_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StateFrame:
+    """One JobState, ready to send."""
+
+    job_id: str
+    seq: int
+    status: str
+    text: bytes
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the job is over in it."""
+        return self.status in (jobs.SUCCESS, jobs.FAILED)
+
+
+class Watcher:
+    """One WebSocket's share of the changes. Newer states replace older ones that were not
+    sent yet, so a slow reader skips; a terminal one is never replaced.
+
+    offer() may be called by any thread, the rest belongs to the loop.
+    """
+
+    def __init__(self, job_id: str | None, after: int) -> None:
+        self.job_id = job_id  # None: all jobs
+        self.after = after  # the client knows everything up to this seq
+        self.unknown = False  # the job does not exist: close 4404
+        self.pending: dict[str, list[StateFrame]] = {}
+        self.running: dict[str, StateFrame] = {}  # last frame of jobs that run, for SILENCE_S
+        self.sent: dict[str, int] = {}  # job -> seq of the last frame
+        self.lock = threading.Lock()
+        self.wake: Callable[[], None] = lambda: None
+
+    def offer(self, job: Job, frame: StateFrame) -> None:
+        """A job changed."""
+        if self.job_id not in (None, job.id):
+            return
+        with self.lock:
+            waiting = self.pending.setdefault(frame.job_id, [])
+            if waiting and waiting[-1].seq >= frame.seq:
+                return
+            if waiting and not waiting[-1].is_terminal:
+                waiting.pop()
+            waiting.append(frame)
+        self.wake()
+
+    def take(self) -> list[StateFrame]:
+        """What is to be sent now, in order of seq."""
+        with self.lock:
+            waiting, self.pending = self.pending, {}
+        frames = sorted(itertools.chain.from_iterable(waiting.values()), key=lambda frame: frame.seq)
+        for frame in frames:
+            if frame.status == jobs.RUNNING:
+                self.running[frame.job_id] = frame
+            else:
+                self.running.pop(frame.job_id, None)
+        fresh = [f for f in frames if f.seq > max(self.after, self.sent.get(f.job_id, -1))]
+        self.sent |= {frame.job_id: frame.seq for frame in fresh}
+        if self.job_id is None and len(self.sent) > 10_000:
+            self.sent.clear()  # of jobs long over; their frames don't come back
+        return fresh
+
+    def is_finished(self) -> bool:
+        """Whether this watcher's one job is over and its client knows."""
+        return self.job_id is not None and self.job_id not in self.running and not self.pending
+
+
+class Live:
+    """The asyncio loop that owns every WebSocket. websockets' Sans-I/O protocol does the
+    talking; asyncio's streams move the bytes."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.loop = asyncio.new_event_loop()
+        self.watchers: set[Watcher] = set()
+        self.watchers_lock = threading.Lock()
+        self.stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last: tuple[int, StateFrame] | None = None  # (seq, frame): watchers share the text
+        self._thread = threading.Thread(target=self.loop.run_forever, name="ws-loop", daemon=True)
+
+    def start(self) -> None:
+        """Run the loop in its thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close every WebSocket with 1001, then the loop."""
+        self.stopping = True
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._close_all(), self.loop).result(CLOSE_S + 1)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(2)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+    def count(self) -> int:
+        """Open WebSockets."""
+        return len(self.watchers)
+
+    # -- any thread
+    def add(self, watcher: Watcher) -> None:
+        """From now on it gets every change."""
+        with self.watchers_lock:
+            self.watchers.add(watcher)
+
+    def publish(self, job: Job) -> None:
+        """A job changed: listener of the job table. Never blocks."""
+        with self.watchers_lock:
+            watchers = [w for w in self.watchers if w.job_id in (None, job.id)]
+        if watchers:
+            frame = self.frame(job)
+            for watcher in watchers:
+                watcher.offer(job, frame)
+
+    def frame(self, job: Job) -> StateFrame:
+        """The job's state as a frame."""
+        text = json.dumps(jobs.to_state(job, self.layout), ensure_ascii=False, separators=(",", ":"))
+        return StateFrame(job.id, job.seq, job.state, text.encode("utf-8"))
+
+    def adopt(self, sock: socket.socket, buffered: bytes, protocol: ServerProtocol, watcher: Watcher) -> None:
+        """Take a connection whose handshake is done; `buffered` was read off it already."""
+
+        def begin() -> None:
+            task = self.loop.create_task(self._serve(sock, buffered, protocol, watcher))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        self.loop.call_soon_threadsafe(begin)
+
+    # -- the loop
+    async def _close_all(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(
+        self, sock: socket.socket, buffered: bytes, protocol: ServerProtocol, watcher: Watcher
+    ) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock)
+        # Little is buffered for a slow reader: what waits here can't be replaced any more.
+        writer.transport.set_write_buffer_limits(high=64 << 10)
+        line = WebSocketLine(reader, writer, protocol, watcher)
+        try:
+            await line.run(buffered)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await line.close(CloseCode.GOING_AWAY, "the service is stopping")
+        except OSError:
+            pass  # the peer is gone
+        finally:
+            with self.watchers_lock:
+                self.watchers.discard(watcher)
+            writer.transport.abort()
+
+
+class WebSocketLine:
+    """One connection: a task that sends, one that reads, one that pings."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        protocol: ServerProtocol,
+        watcher: Watcher,
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.protocol = protocol
+        self.watcher = watcher
+        self.changed = asyncio.Event()
+        self.ponged = asyncio.Event()
+        self.received: collections.deque[float] = collections.deque(maxlen=MESSAGES)
+
+    async def run(self, buffered: bytes) -> None:
+        """Until the job is over, the peer leaves, or it stops answering."""
+        loop = asyncio.get_running_loop()
+        self.watcher.wake = lambda: _wake(loop, self.changed)
+        self.changed.set()
+        tasks = [loop.create_task(job) for job in (self._send(), self._read(buffered), self._ping())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.watcher.wake = lambda: None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send(self) -> None:
+        if self.watcher.unknown:
+            await self._say_goodbye(4404, "there is no such job")
+            return
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), SILENCE_S)
+            self.changed.clear()
+            for frame in self.watcher.take() or list(self.watcher.running.values()):
+                self.protocol.send_text(frame.text)
+                await self._flush()
+            if self.watcher.is_finished():
+                await self._say_goodbye(CloseCode.NORMAL_CLOSURE, "")
+                return
+            await asyncio.sleep(FRAME_GAP_S)
+
+    async def _say_goodbye(self, code: int, reason: str) -> None:
+        """Send a close frame; the reading task ends the line when the peer has answered."""
+        if self.protocol.state is State.OPEN:
+            self.protocol.send_close(code, reason)
+            await self._flush()
+        await asyncio.sleep(CLOSE_S)
+
+    async def _read(self, buffered: bytes) -> None:
+        data = buffered
+        while True:
+            if data:
+                self.protocol.receive_data(data)
+            for event in self.protocol.events_received():
+                if isinstance(event, Frame) and event.opcode is Opcode.PONG:
+                    self.ponged.set()
+                elif isinstance(event, Frame) and event.opcode is not Opcode.CLOSE:
+                    self._count_message()
+            await self._flush()
+            data = await self.reader.read(64 << 10)
+            if not data:
+                self.protocol.receive_eof()
+                await self._flush()
+                return
+
+    def _count_message(self) -> None:
+        """Messages mean nothing here; too many of them are a nuisance."""
+        now_s = time.monotonic()
+        if len(self.received) == MESSAGES and now_s - self.received[0] < MESSAGES_S:
+            if self.protocol.state is State.OPEN:
+                self.protocol.send_close(CloseCode.POLICY_VIOLATION, "too many messages")
+            return
+        self.received.append(now_s)
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(PING_S)
+            self.ponged.clear()
+            if self.protocol.state is not State.OPEN:
+                return
+            self.protocol.send_ping(os.urandom(4))
+            try:
+                async with asyncio.timeout(PING_S):
+                    await self._flush()
+                    await self.ponged.wait()
+            except TimeoutError:
+                return  # asleep or gone: run() ends the connection
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close when the tasks are gone already: send the frame, wait a little for the end."""
+        if self.protocol.state is State.OPEN:
+            self.protocol.send_close(code, reason)
+        async with asyncio.timeout(CLOSE_S):
+            await self._flush()
+            while await self.reader.read(64 << 10):
+                pass
+
+    async def _flush(self) -> None:
+        for data in self.protocol.data_to_send():
+            if data:
+                self.writer.write(data)
+            elif self.writer.can_write_eof():
+                self.writer.write_eof()
+        await self.writer.drain()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the service ends
+        loop.call_soon_threadsafe(event.set)

@@ -1,0 +1,288 @@
+"""What jobs.py and infer.py say to each other over the pipe; neither may import the other.
+
+Map: settings - tasks (to the worker) - events (from the worker)
+Rule: plain frozen records that unpickle without torch. Small ones: an event must fit the
+pipe's buffer, so that no process can block another by dying in the middle of one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+# ---------------------------------------------------------------- settings
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The nine settings of a job, as accepted (see contract: POST /jobs)."""
+
+    scale: int = 2
+    model: str = "RealESRGAN_x4plus_anime_6B"
+    denoise: str = "medium"
+    output_format: str = "jpg"
+    jpeg_quality: int = 95
+    tile_size: int | None = None  # input pixels of a window's core
+    tile_pad: int | None = None  # input pixels of halo
+    batch_size: int | None = None  # windows computed at once, at most
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a job's pages are computed; stored with the job so that every attempt agrees."""
+
+    model: str
+    weights_sha256: str
+    weights_source: str
+    device: str
+    precision: str
+    engine: str
+    tile: int  # input pixels
+    halo_px: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an input may hold; checked before a byte of it is written."""
+
+    entries: int = 20_000
+    pages: int = 20_000
+    entry_bytes: int = 512 << 20
+    total_bytes: int = 16 << 30
+    ratio: int = 200  # of the whole archive; a blank bitmap alone may pass 1000:1
+    ratio_from_bytes: int = 64 << 20  # below this total no ratio can hurt
+    depth: int = 32
+    path_bytes: int = 4096
+    page_pixels: int = 100_000_000
+    output_pixels: int = 1_200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """What the person running the service chose for every worker."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    engine: str = "native"
+    model_root: Path = Path("models")
+
+
+# ---------------------------------------------------------------- tasks
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Task: tell devices and usable weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePage:
+    """One page of the input, copied to staging."""
+
+    name: str  # as in the input, "/" between folders, valid Unicode
+    staged: str  # file name in the staging folder
+    sha256: str
+    size_bytes: int
+    error: str | None = None  # why the staged bytes are not the whole page
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPage:
+    """What the job table already holds of a page, for an attempt that goes on."""
+
+    source: SourcePage
+    output: str | None  # relative to the job's output folder; None while pending
+    output_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Task: make the working copy, list its pages, settle the plan."""
+
+    job_id: str
+    attempt: int
+    source: Path
+    staging: Path
+    outputs: Path
+    params: Params
+    plan: Plan | None
+    known: tuple[KnownPage, ...]
+    manifest: dict[str, Any] | None
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class ComputePage:
+    """Task: one page from staging to outputs. `carry` says why it is only copied."""
+
+    job_id: str
+    attempt: int
+    n: int
+    source: Path
+    target_stem: Path  # without the suffix: a carried page keeps its source's
+    params: Params
+    plan: Plan
+    limits: Limits
+    carry: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Task: prove the pages on disk and zip them beside their report."""
+
+    job_id: str
+    attempt: int
+    outputs: Path
+    artifact: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Task: a reduced image for the web page."""
+
+    key: str
+    source: Path
+    target: Path
+    width: int
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Not a task: stop what is under way for this attempt, say nothing more of it."""
+
+    job_id: str
+    attempt: int
+
+
+Task = Probe | Stage | ComputePage | Pack | Preview
+
+
+# ---------------------------------------------------------------- events
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Event: the worker is up and takes this many pages at once."""
+
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class BootFailed:
+    """Event, the last one: the worker's imports failed."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Event, every second: alive; the present tile took busy_s and may take limit_s."""
+
+    busy_s: float
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Event: answer to Probe; plain JSON values."""
+
+    devices: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPage:
+    """Event: a page was staged; one event each, so that no message outgrows a pipe."""
+
+    job_id: str
+    attempt: int
+    page: SourcePage
+    output_ok: bool  # its recorded output was found on disk, hash and all
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Event: staging is complete."""
+
+    job_id: str
+    attempt: int
+    plan: Plan
+    left_out: int | None  # None: an earlier attempt counted
+    reconciliation: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PageDone:
+    """Event: the page is on disk under its final name. error says why it was carried."""
+
+    job_id: str
+    attempt: int
+    n: int
+    output: str  # file name, to be joined to the folder of target_stem
+    sha256: str
+    size_bytes: int
+    width: int
+    height: int
+    mode: str  # "L", "RGB", "RGBA"; "" for a carried page that no decoder reads
+    seconds: float
+    error: str | None = None
+    deviation: str | None = None  # how its computation differed from the plan
+
+
+@dataclass(frozen=True, slots=True)
+class PageFailed:
+    """Event: the page could not be computed; nothing was written."""
+
+    job_id: str
+    attempt: int
+    n: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Event: the artifact is in place."""
+
+    job_id: str
+    attempt: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """Event: the job can't go on (bad input, bad weights, no disk).
+
+    n: the task's page, 0 for stage and pack. page: a finished one that is damaged on disk.
+    """
+
+    job_id: str
+    attempt: int
+    n: int
+    code: str
+    detail: str
+    trace: str | None = None
+    page: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Event: a cancelled task was given up; n as in TaskFailed."""
+
+    job_id: str
+    attempt: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """Event: the preview is in place, or error says why not."""
+
+    key: str
+    error: str | None = None
+
+
+def to_json(record: Any) -> str:
+    """A record as compact JSON, for the job table."""
+    return json.dumps(asdict(record), ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,281 @@
+"""Networks, and the weights files that fill them.
+
+Map: networks - weights to models - readers of the three file formats
+Rule: what a file holds is told from its keys and shapes, never from its name.
+Runs in: the worker process only (it loads torch). Knows nothing of pages and processes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import storage
+
+
+# ---------------------------------------------------------------- networks
+# Module names are those of the published checkpoints, so that their keys fit one to one.
+def conv3x3(cin: int, cout: int) -> nn.Conv2d:
+    """The only convolution that either network has."""
+    return nn.Conv2d(cin, cout, 3, padding=1)
+
+
+class SRVGGNetCompact(nn.Module):
+    """Plain convolutions at input size, then one pixel shuffle (Real-ESRGAN, srvgg_arch)."""
+
+    def __init__(self, features: int, convs: int, scale: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [conv3x3(3, features), nn.PReLU(features)]
+        for _ in range(convs):
+            layers += [conv3x3(features, features), nn.PReLU(features)]
+        self.body = nn.Sequential(*layers, conv3x3(features, 3 * scale * scale))
+        self.shape = (features, convs, scale)
+        self.scale = scale
+        self.multiple = 1
+        self.halo_px = convs + 2  # the receptive field: tiles are exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""
+        out: Tensor = F.pixel_shuffle(self.body(x), self.scale)
+        return out + F.interpolate(x, scale_factor=self.scale, mode="nearest")
+
+
+class ResidualDenseBlock(nn.Module):
+    """Five convolutions, each seeing all results before it."""
+
+    def __init__(self, features: int, growth: int) -> None:
+        super().__init__()
+        for i in range(4):
+            setattr(self, f"conv{i + 1}", conv3x3(features + i * growth, growth))
+        self.conv5 = conv3x3(features + 4 * growth, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, H, W) -> the same shape."""
+        seen = [x]
+        for conv in list(self.children())[:4]:
+            seen.append(F.leaky_relu(conv(torch.cat(seen, 1)), 0.2, inplace=True))
+        out: Tensor = self.conv5(torch.cat(seen, 1))
+        return out.mul_(0.2).add_(x)
+
+
+class RRDB(nn.Module):
+    """Residual in residual dense block (ESRGAN, Wang et al. 2018, figure 4)."""
+
+    def __init__(self, features: int, growth: int) -> None:
+        super().__init__()
+        self.rdb1 = ResidualDenseBlock(features, growth)
+        self.rdb2 = ResidualDenseBlock(features, growth)
+        self.rdb3 = ResidualDenseBlock(features, growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, H, W) -> the same shape."""
+        out: Tensor = self.rdb3(self.rdb2(self.rdb1(x)))
+        return out.mul_(0.2).add_(x)
+
+
+class RRDBNet(nn.Module):
+    """The ESRGAN generator: blocks at input size, then two nearest-neighbour doublings.
+
+    For scale 2 and 1 the input is first unshuffled by 2 or 4, as upstream does.
+    """
+
+    def __init__(self, features: int, blocks: int, growth: int, scale: int) -> None:
+        super().__init__()
+        self.shape = (features, blocks, growth, scale)
+        self.scale = scale
+        self.multiple = 4 // scale  # sides must be multiples of it
+        self.conv_first = conv3x3(3 * self.multiple**2, features)
+        self.body = nn.Sequential(*(RRDB(features, growth) for _ in range(blocks)))
+        self.conv_body = conv3x3(features, features)
+        self.conv_up1 = conv3x3(features, features)
+        self.conv_up2 = conv3x3(features, features)
+        self.conv_hr = conv3x3(features, features)
+        self.conv_last = conv3x3(features, 3)
+        # The receptive field is 15 pixels a block, yet what comes from afar fades:
+        # measured on drawn and scanned pages, 8 a block keeps tiles within 1/255.
+        self.halo_px = min(8 * blocks, 96) * self.multiple
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""
+        if self.multiple > 1:
+            x = F.pixel_unshuffle(x, self.multiple)
+        features = self.conv_first(x)
+        features = features + self.conv_body(self.body(features))
+        for up in (self.conv_up1, self.conv_up2):
+            doubled = F.interpolate(features, scale_factor=2, mode="nearest")
+            features = F.leaky_relu(up(doubled), 0.2, inplace=True)
+        out: Tensor = self.conv_last(F.leaky_relu(self.conv_hr(features), 0.2, inplace=True))
+        return out
+
+
+Network = SRVGGNetCompact | RRDBNet
+
+
+# ---------------------------------------------------------------- weights to models
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded network: fp32, on the CPU, ready to be copied to a device."""
+
+    name: str
+    network: Network
+    scale: int
+    halo_px: int
+    multiple: int
+    weights_sha256: str
+    source: str
+
+
+NCNN_FP16_FLAG = 0x01306B47  # before weights stored as fp16 (ncnn, modelbin.cpp)
+
+# Key names of ESRGAN's first releases -> those in use since.
+OLD_KEYS = (
+    (r"model\.0\.", "conv_first."),
+    (r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3."),
+    (r"model\.1\.sub\.\d+\.(?=weight|bias)", "conv_body."),
+    (r"model\.3\.", "conv_up1."),
+    (r"model\.6\.", "conv_up2."),
+    (r"model\.8\.", "conv_hr."),
+    (r"model\.10\.", "conv_last."),
+    (r"RRDB_trunk\.(\d+)\.RDB(\d)\.", r"body.\1.rdb\2."),
+    (r"trunk_conv\.", "conv_body."),
+    (r"upconv1\.", "conv_up1."),
+    (r"upconv2\.", "conv_up2."),
+    (r"HRconv\.", "conv_hr."),
+)
+
+
+def load_model(file: storage.WeightsFile) -> Model:
+    """Read, check and build. Raises storage.WeightsRefused with what is wrong with the file."""
+    data, companion, digest = storage.read_weights(file)
+    try:
+        if companion:
+            network = _from_ncnn(data.decode("ascii"), companion)
+        else:
+            network = _from_tensors(_read_tensors(file.path.suffix, data))
+    except storage.WeightsRefused:
+        raise
+    # The readers' own errors are of many kinds; each means this file is no such model.
+    except Exception as error:
+        raise storage.WeightsRefused(f"{file.path.name} can't be loaded: {error}") from error
+    return Model(
+        file.name,
+        network.eval().requires_grad_(False),
+        network.scale,
+        network.halo_px,
+        network.multiple,
+        digest,
+        file.source,
+    )
+
+
+def _read_tensors(suffix: str, data: bytes) -> dict[str, Tensor]:
+    if suffix == ".safetensors":
+        tensors: Any = safetensors.torch.load(data)
+    else:
+        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    for wrapper in ("params_ema", "params"):
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
+            tensors = tensors[wrapper]
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise storage.WeightsRefused("the file holds no named tensors")
+    for key, tensor in tensors.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not dense or not tensor.is_floating_point():
+            raise storage.WeightsRefused(f"{key} is not a dense floating-point tensor")
+    return dict(tensors)
+
+
+def _from_tensors(tensors: dict[str, Tensor]) -> Network:
+    """The network that a checkpoint's keys and shapes describe, loaded exactly."""
+    renamed = {}
+    for old, tensor in tensors.items():
+        key = old
+        for pattern, new in OLD_KEYS:
+            key = re.sub("^" + pattern, new, key)
+        renamed[key] = tensor.float()
+    if "conv_first.weight" in renamed:
+        network = _empty_rrdbnet(renamed)
+    elif "body.0.weight" in renamed:
+        network = _empty_compact(renamed)
+    else:
+        raise storage.WeightsRefused("neither an RRDBNet nor an SRVGGNetCompact (by its keys)")
+    network.load_state_dict(renamed, strict=True)
+    return network
+
+
+def _empty_rrdbnet(tensors: Mapping[str, Tensor]) -> Network:
+    features, cin = tensors["conv_first.weight"].shape[:2]
+    growth = tensors["body.0.rdb1.conv1.weight"].shape[0]
+    blocks = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("body."))
+    scale = {3: 4, 12: 2, 48: 1}.get(cin)
+    if scale is None:
+        raise storage.WeightsRefused(f"an RRDBNet of {cin} input channels is not supported")
+    return RRDBNet(features, blocks, growth, scale)
+
+
+def _empty_compact(tensors: Mapping[str, Tensor]) -> Network:
+    last = max(int(key.split(".")[1]) for key in tensors)
+    if tensors.get("body.1.weight", torch.empty(0)).ndim != 1:
+        raise storage.WeightsRefused("an SRVGGNetCompact without PReLU is not supported")
+    scale = math.isqrt(tensors[f"body.{last}.weight"].shape[0] // 3)
+    return SRVGGNetCompact(tensors["body.0.weight"].shape[0], last // 2 - 1, scale)
+
+
+def _from_ncnn(param: str, blob: bytes) -> Network:
+    """An ncnn pair whose layers stand in forward order: they fill our layers one to one."""
+    shapes = []  # (values, are they behind a flag?) in file order
+    convs = 0
+    for line in param.splitlines()[2:]:
+        kind, *words = line.split()
+        fields = dict(word.split("=", 1) for word in words if re.match(r"\d+=", word))
+        if kind == "Convolution":
+            shapes += [(int(fields["6"]), True), (int(fields["0"]), False)]
+            convs += 1
+        elif kind == "PReLU":
+            shapes.append((int(fields["0"]), False))
+    if "PixelShuffle" in param:
+        network: Network = SRVGGNetCompact(64, convs - 2, 4)
+    else:
+        network = RRDBNet(64, (convs - 6) // 15, 32, 4)
+    tensors = _ncnn_arrays(shapes, blob)
+    network.load_state_dict(
+        {
+            key: torch.from_numpy(array).reshape(mine.shape)
+            for (key, mine), array in zip(network.state_dict().items(), tensors, strict=True)
+        }
+    )
+    return network
+
+
+def _ncnn_arrays(shapes: list[tuple[int, bool]], blob: bytes) -> Iterator[npt.NDArray[np.float32]]:
+    at = 0
+    for count, flagged in shapes:
+        if flagged:
+            if struct.unpack_from("<I", blob, at)[0] != NCNN_FP16_FLAG:
+                raise storage.WeightsRefused("weights that are not fp16")
+            yield np.frombuffer(blob, np.float16, count, at + 4).astype(np.float32)
+            at += 4 + (2 * count + 3) // 4 * 4  # padded to four bytes
+        else:
+            yield np.frombuffer(blob, np.float32, count, at).copy()
+            at += 4 * count
+    if at != len(blob):
+        raise storage.WeightsRefused("the file is longer than its layers")
+
+
+def copy_network(network: Network) -> Network:
+    """A second instance with the same tensors (deepcopy would copy hooks along)."""
+    copy = type(network)(*network.shape)
+    copy.load_state_dict(network.state_dict())
+    return copy.eval().requires_grad_(False)

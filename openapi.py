@@ -1,0 +1,269 @@
+"""The interface described: OpenAPI 3.1 and a readable page, from the table that routes requests.
+
+Map: Route - schemas - the document - the page
+Rule: nothing is described that is not routed, and nothing routed that is not described.
+Runs in: http-* threads; pure functions of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import http
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jobs
+from messages import Params
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row: how a request is matched, answered and documented."""
+
+    method: str
+    path: str  # "{name}" is one segment, "{name...}" the rest of the path
+    handler: str  # method of Api
+    summary: str
+    answers: Mapping[int, str | None]  # status -> schema name or media type
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str | None = None  # schema name or media type
+    body_optional: bool = False
+    open: bool = False  # needs no token: holds no data
+
+    def match(self, segments: list[str]) -> dict[str, str] | None:
+        """Values of the path's variables, if this is its path."""
+        parts, values = self.path[1:].split("/"), {}
+        if parts[-1].endswith("...}"):
+            if len(segments) < len(parts):
+                return None
+            segments = [*segments[: len(parts) - 1], "/".join(segments[len(parts) - 1 :])]
+        if len(segments) != len(parts):
+            return None
+        for part, segment in zip(parts, segments, strict=True):
+            if part.startswith("{"):
+                values[part.strip("{.}")] = segment
+            elif part != segment:
+                return None
+        return values
+
+
+def _object(properties: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _nullable(kind: str, **more: Any) -> dict[str, Any]:
+    return {"type": [kind, "null"], **more}
+
+
+TEXT_TYPE, WHOLE, TRUTH = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+
+def _params_schema() -> dict[str, Any]:
+    defaults = Params()
+    properties: dict[str, Any] = {
+        jobs.camel(name): {
+            "type": ["integer", "null"] if nullable else "integer",
+            "minimum": least,
+            "maximum": most,
+            "default": getattr(defaults, name),
+        }
+        for name, (least, most, nullable) in jobs.RANGES.items()
+    }
+    properties |= {
+        jobs.camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
+        for name, allowed in jobs.CHOICES.items()
+    }
+    return _object(properties | {"model": {"type": "string", "default": defaults.model}})
+
+
+@functools.cache
+def schemas() -> dict[str, Any]:
+    """The JSON schemas that ROUTES names."""
+    params = _params_schema()
+    title = {"type": "string", "minLength": 1, "maxLength": jobs.TITLE_CHARACTERS}
+    kind = {"type": "string", "enum": ["folder", "zip"]}
+    state = _object(
+        {
+            "jobId": {"type": "string", "format": "uuid"},
+            "status": {"type": "string", "enum": list(jobs.STATES)},
+            "processed": {"type": "integer", "minimum": 0},
+            "total": {"type": "integer", "minimum": 0},
+            "artifactPath": _nullable("string"),
+            "artifactHash": _nullable("string", pattern="^[0-9a-f]{64}$"),
+            "message": _nullable("string"),
+            "retries": {"type": "integer", "minimum": 0},
+            "lastError": _nullable("string"),
+            "params": params,
+            "metadata": _object({"title": TEXT_TYPE, "volume": TEXT_TYPE}),
+            "cancelled": TRUTH,
+            "failedPages": {"type": "integer", "minimum": 0},
+            "currentPage": _nullable("string"),
+            "etaSeconds": _nullable("number"),
+            "phase": {"type": "string", "enum": ["queued", "staging", "inferring", "packing", "done"]},
+            "seq": {"type": "integer", "minimum": 1},
+            "createdAt": {"type": "string", "format": "date-time"},
+            "startedAt": _nullable("string", format="date-time"),
+            "finishedAt": _nullable("string", format="date-time"),
+            "errorCode": _nullable("string"),
+            "leftOut": {"type": "integer", "minimum": 0},
+        }
+    )
+    page = _object(
+        {
+            "n": {"type": "integer", "minimum": 1},
+            "name": TEXT_TYPE,
+            "status": {"type": "string", "enum": ["pending", "upscaled", "carried"]},
+            "source": _object({"filename": TEXT_TYPE, "sha256": HASH, "bytes": WHOLE}),
+            "filename": _nullable("string"),
+            "sha256": _nullable("string"),
+            "bytes": _nullable("integer"),
+            "width": _nullable("integer"),
+            "height": _nullable("integer"),
+            "mode": _nullable("string"),
+            "error": _nullable("string"),
+            "deviation": _nullable("string"),
+            "seconds": _nullable("number"),
+        }
+    )
+    model = _object(
+        {
+            "name": TEXT_TYPE,
+            "scale": WHOLE,
+            "recommended_scale": WHOLE,
+            "weights": TEXT_TYPE,
+            "download_url": TEXT_TYPE,
+            "available": TRUTH,
+            "source": _nullable("string"),
+            "sha256": _nullable("string"),
+            "error": _nullable("string"),
+            "probed": TRUTH,
+        }
+    )
+    fault = _object({"field": TEXT_TYPE, "message": TEXT_TYPE})
+    timings = {"type": "object"}
+    report = {"type": ["object", "null"], "description": "artifact-report.json, once the job succeeded"}
+    return {
+        "Object": {"type": "object"},
+        "JobId": _object({"jobId": {"type": "string", "format": "uuid"}}),
+        "JobState": state,
+        "JobList": _object(
+            {"jobs": {"type": "array", "items": _ref("JobState")}, "nextCursor": _nullable("string")}
+        ),
+        "Submission": _object(
+            {
+                "title": title,
+                "volume": title,
+                "input": _object({"type": kind, "path": {"type": "string", "minLength": 1}}),
+                "params": params | {"required": []},
+                "manifest": {"type": "object"},
+            },
+            optional=("params", "manifest"),
+        ),
+        "Resume": _object({"inputPath": TEXT_TYPE, "inputType": kind}, optional=("inputPath", "inputType")),
+        "PageList": _object({"pages": {"type": "array", "items": page}}),
+        "Report": state | {"properties": state["properties"] | {"report": report, "timings": timings}},
+        "Stored": _object({"path": TEXT_TYPE, "bytes": WHOLE, "sha256": HASH}),
+        "ModelList": _object({"models": {"type": "array", "items": model}, "probed": TRUTH}),
+        "DeviceList": _object({"devices": {"type": "array", "items": {"type": "object"}}, "probed": TRUTH}),
+        "Health": _object(
+            {
+                "status": {"type": "string", "enum": ["ok", "stopping"]},
+                "active_jobs": WHOLE,
+                "registered_jobs": WHOLE,
+                "default_model": TEXT_TYPE,
+                "max_concurrency": WHOLE,
+            }
+        ),
+        "Problem": _object(
+            {
+                "type": TEXT_TYPE,
+                "title": TEXT_TYPE,
+                "status": WHOLE,
+                "detail": TEXT_TYPE,
+                "code": TEXT_TYPE,
+                "errors": {"type": "array", "items": fault},
+            },
+            optional=("errors",),
+        ),
+    }
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _content(what: str) -> dict[str, Any]:
+    if "/" in what:
+        return {what: {"schema": {"type": "string", "format": "binary"}}}
+    media = "application/problem+json" if what == "Problem" else "application/json"
+    return {media: {"schema": _ref(what)}}
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    names = re.findall(r"\{(\w+)", route.path)
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": TEXT_TYPE} for name in names
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
+    parameters += [
+        {"name": name, "in": "header", "description": text, "schema": TEXT_TYPE}
+        for name, text in route.headers.items()
+    ]
+    answers = dict(route.answers) | ({} if route.open else {401: "Problem"})
+    operation: dict[str, Any] = {
+        "operationId": route.handler,
+        "summary": route.summary,
+        "parameters": parameters,
+        "responses": {
+            str(status): {"description": http.HTTPStatus(status).phrase}
+            | ({"content": _content(what)} if what else {})
+            for status, what in sorted(answers.items())
+        },
+    }
+    if route.body:
+        operation["requestBody"] = {"required": not route.body_optional, "content": _content(route.body)}
+    if route.open:
+        operation["security"] = []
+    return operation
+
+
+def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    paths: dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(route.path.replace("...", ""), {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Manga Upscale Service", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": schemas(),
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"bearer": []}, {}],
+    }
+
+
+def page(routes: Sequence[Route]) -> str:
+    """The table of routes as an HTML page."""
+    rows = "".join(
+        f"<tr><td>{route.method}</td><td><code>{html.escape(route.path)}</code></td>"
+        f"<td>{html.escape(route.summary)}</td><td>{', '.join(map(str, sorted(route.answers)))}</td></tr>"
+        for route in routes
+    )
+    style = (
+        "body{font:16px system-ui;margin:2rem auto;max-width:60rem;color-scheme:light dark}"
+        "td{padding:.2rem .8rem}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Interface</title><style>{style}</style>'
+        "<h1>Manga Upscale Service: interface</h1>"
+        '<p>The whole description, for programs: <a href="openapi.json">openapi.json</a>.</p>'
+        f"<table><tr><th>Method</th><th>Path</th><th>What</th><th>Answers</th></tr>{rows}</table></html>"
+    )

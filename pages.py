@@ -1,0 +1,285 @@
+"""A page's bytes to pixels and back: codecs, orientation, channels, grain.
+
+Map: errors - header checks - decode - colour and depth - grain - encode - previews
+Rule: the header decides whether a page may be decoded at all; nothing of networks here.
+Runs in: the worker's decode and encode threads; the command line.
+
+Pixels are numpy arrays: (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or uint16.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+import storage
+from messages import Limits, Params
+
+Pixels = npt.NDArray[Any]  # uint8 or uint16, see above
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# The most that a format's own fields can say, in pixels of one side.
+# OpenCV refuses JPEG over 65,500 although the format itself has 65,535.
+SIDE_LIMITS = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}
+GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a scan has
+ALPHA_CHANNELS = 4
+
+
+class PageError(Exception):
+    """A page that can't be decoded, computed or encoded; says what is wrong with it."""
+
+
+# ---------------------------------------------------------------- header checks
+def image_kind(data: bytes) -> str:
+    """Which of the formats read here `data` is, by content. Raises PageError."""
+    kind = storage.sniff(data)
+    if kind in HEADER_SIZES:
+        return kind
+    if not data:
+        raise PageError("the file is empty")
+    known = f"it is {kind}" if kind else "unknown content"
+    raise PageError(f"not an image that can be read ({known}); expected JPEG, PNG, WebP, BMP or GIF")
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels as the header says, nothing decoded. Raises PageError."""
+    kind = image_kind(data)
+    try:
+        width, height = HEADER_SIZES[kind](data)
+    except (struct.error, IndexError) as error:
+        raise PageError(f"the {kind.upper()} header is cut off") from error
+    if width <= 0 or height <= 0:
+        raise PageError(f"the {kind.upper()} header says {width}x{height} pixels")
+    return width, height
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from(">ii", data, 16)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise PageError("the JPEG's markers are damaged")
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        # SOF0..SOF15, less DHT (C4), JPG (C8) and DAC (CC): the frame header (ITU T.81, B.1.1.3)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    if struct.unpack_from("<I", data, 14)[0] == 12:  # the header of OS/2 1.x
+        return struct.unpack_from("<HH", data, 18)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height)  # negative: rows from top to bottom
+
+
+def _gif_size(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from("<HH", data, 6)
+
+
+HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
+    "png": _png_size,
+    "jpeg": _jpeg_size,
+    "webp": _webp_size,
+    "bmp": _bmp_size,
+    "gif": _gif_size,
+}
+
+
+def check_size(data: bytes, scale: int, limits: Limits) -> None:
+    """Refuse from the header what would not fit in memory. Raises PageError."""
+    width, height = header_size(data)
+    pixels = width * height
+    if pixels > limits.page_pixels:
+        raise PageError(f"{width}x{height} pixels are over the limit of {limits.page_pixels} a page")
+    if pixels * scale * scale > limits.output_pixels:
+        raise PageError(
+            f"{width}x{height} at scale {scale} is over the limit of {limits.output_pixels} output pixels; "
+            "use a smaller scale"
+        )
+
+
+# ---------------------------------------------------------------- decode
+def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
+    """A page's pixels, upright, as few channels as they need.
+
+    EXIF orientation is applied once; of animations the first frame counts; opaque alpha
+    and equal colour channels are dropped. Raises PageError, also for a page that ends
+    early: half a page is no page.
+    """
+    check_size(data, scale, limits)
+    try:
+        pixels, kinds, blocks = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise PageError(f"the decoder refused it: {error.err or 'damaged data'}") from error
+    if pixels is None:
+        raise PageError(f"the {image_kind(data).upper()} data is damaged or cut off")
+    for kind, block in zip(kinds, blocks, strict=False):
+        if kind == cv2.IMAGE_METADATA_EXIF:
+            pixels = orient(pixels, exif_orientation(bytes(block.reshape(-1).view(np.uint8))))
+    return fewest_channels(pixels)
+
+
+def exif_orientation(exif: bytes) -> int:
+    """The orientation (1..8) that an EXIF block states; 1 where it states none.
+
+    Reads the first directory only (EXIF 2.32, 4.6.4: tag 0x0112, a SHORT).
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        start = struct.unpack_from(order + "I", tiff, 4)[0]
+        count = struct.unpack_from(order + "H", tiff, start)[0]
+        for i in range(min(count, 512)):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i)
+            if tag == 0x0112:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # a garbled block says nothing
+    return 1
+
+
+def orient(pixels: Pixels, orientation: int) -> Pixels:
+    """Pixels turned upright: the eight EXIF orientations."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ---------------------------------------------------------------- colour and depth
+def channels(pixels: Pixels) -> int:
+    """1, 3 or 4."""
+    return 1 if pixels.ndim == 2 else pixels.shape[2]
+
+
+def levels(pixels: Pixels) -> int:
+    """The value of white: 255 or 65535, by dtype and never by content."""
+    return 65_535 if pixels.dtype == np.uint16 else 255
+
+
+def fewest_channels(pixels: Pixels) -> Pixels:
+    """Drop alpha that is opaque everywhere, and colour whose channels are equal."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if channels(pixels) == ALPHA_CHANNELS and bool((pixels[..., 3] == levels(pixels)).all()):
+        pixels = pixels[..., :3]
+    if channels(pixels) == 3:
+        blue, green, red = (pixels[..., i] for i in range(3))
+        if np.array_equal(blue, green) and np.array_equal(green, red):
+            pixels = green
+    return np.ascontiguousarray(pixels)
+
+
+def flatten(pixels: Pixels) -> Pixels:
+    """Alpha over white paper; unchanged without alpha."""
+    if channels(pixels) != ALPHA_CHANNELS:
+        return pixels
+    white = levels(pixels)
+    alpha = pixels[..., 3:].astype(np.float32) / white
+    flat = pixels[..., :3] * alpha + white * (1 - alpha)
+    return fewest_channels(np.rint(flat).astype(pixels.dtype))
+
+
+def to_eight_bit(pixels: Pixels) -> Pixels:
+    """uint16 rounded to uint8 (65535 -> 255); uint8 as it is."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    return ((pixels.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- grain
+def clean(pixels: Pixels) -> Pixels:
+    """An 8-bit page without its grain, edges and screentone kept.
+
+    Non-local means (Buades, Coll, Morel 2005): it averages patches that look alike, so a
+    screentone's dots, which repeat, stay; what repeats nowhere is noise.
+    """
+    strength = GRAIN_STRENGTH
+    if channels(pixels) == 1:
+        return cv2.fastNlMeansDenoising(pixels, None, strength, 5, 15)
+    colour = cv2.fastNlMeansDenoisingColored(
+        np.ascontiguousarray(pixels[..., :3]), None, strength, strength, 5, 15
+    )
+    return np.dstack([colour, pixels[..., 3]]) if channels(pixels) == ALPHA_CHANNELS else colour
+
+
+def grain(pixels: Pixels) -> npt.NDArray[np.int16]:
+    """What clean() would take away from an 8-bit page: (H, W[, C]) int16."""
+    return pixels.astype(np.int16) - clean(pixels)
+
+
+# ---------------------------------------------------------------- encode
+def encode(pixels: Pixels, params: Params) -> tuple[bytes, str, str | None]:
+    """(bytes, suffix, deviation): an 8-bit page in the asked format.
+
+    A side over the format's limit falls back to PNG, and deviation says so.
+    JPEG is 4:4:4 from quality 90 on, since chroma subsampling smears coloured line art;
+    WebP at 100 is lossless. Raises PageError.
+    """
+    side = max(pixels.shape[:2])
+    wanted = params.output_format
+    actual = wanted if side <= SIDE_LIMITS[wanted] else "png"
+    if actual == "jpg":
+        pixels = flatten(pixels)
+    settings = {
+        "jpg": [
+            *(cv2.IMWRITE_JPEG_QUALITY, params.jpeg_quality),
+            *(cv2.IMWRITE_JPEG_OPTIMIZE, 1),
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+            if params.jpeg_quality >= 90
+            else cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+        ],
+        "png": [cv2.IMWRITE_PNG_COMPRESSION, 6],
+        # OpenCV's own convention: over 100 means lossless.
+        "webp": [cv2.IMWRITE_WEBP_QUALITY, 101 if params.jpeg_quality == 100 else params.jpeg_quality],
+    }[actual]
+    try:
+        done, data = cv2.imencode(f".{actual}", pixels, settings)
+    except cv2.error as error:
+        raise PageError(f"the {actual} encoder refused it: {error.err}") from error
+    if not done or not data.size:
+        raise PageError(f"the {actual} encoder gave nothing for {pixels.shape[1]}x{pixels.shape[0]} pixels")
+    why = f"written as png: {side} px is over the {SIDE_LIMITS[wanted]} px that {wanted} allows"
+    return data.tobytes(), f".{actual}", None if actual == wanted else why
+
+
+# ---------------------------------------------------------------- previews
+def write_preview(source: Path, target: Path, width: int, limits: Limits) -> None:
+    """A JPEG of `source`, at most `width` pixels wide. Raises PageError, OSError."""
+    pixels = to_eight_bit(flatten(decode(source.read_bytes(), 1, limits)))
+    height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
+    if width < pixels.shape[1]:
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    data, _, _ = encode(pixels, Params(output_format="jpg", jpeg_quality=85))
+    storage.write_whole(target, data)

