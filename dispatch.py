@@ -129,6 +129,7 @@ class WorkerSlot:
         self.capacity = 0  # until it says Ready
         self.tasks: dict[TaskKey | str, Task] = {}
         self.exclusive = False  # a suspect page has it for itself
+        self.kept_for: str | None = None  # job whose page waits to have it for itself
         self.heard_s = time.monotonic()  # last event
         self.used_s = time.monotonic()  # last time it had a task
         self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
@@ -168,7 +169,8 @@ class WorkerSlot:
 
     def room(self) -> int:
         """How many more pages it takes now."""
-        return 0 if self.exclusive or self.doom else self.capacity - len(self.tasks)
+        closed = self.exclusive or self.kept_for or self.doom
+        return 0 if closed else self.capacity - len(self.tasks)
 
     def kill(self, why: str) -> None:
         """End it now; its sentinel wakes the dispatcher."""
@@ -374,27 +376,39 @@ class Dispatcher:
         """Give one task of this run to a worker, if there is one to give and one to take it."""
         if run.file_task is not None:
             return self._deal_file_task(run)
-        if run.carry:
-            slot = self._idlest(alone=False)
-            if slot:
+        if run.carry or run.todo:
+            slot = self._idlest()
+            if slot and run.carry:
                 self._send_page(run, slot, *run.carry.popleft())
-            return slot is not None
-        if run.todo:
-            slot = self._idlest(alone=False)
-            if slot:
+            elif slot:
                 self._send_page(run, slot, run.todo.popleft(), None)
             return slot is not None
         if run.alone and not run.in_flight:
-            slot = self._idlest(alone=True)
+            slot = self._emptied(run)
             if slot:
-                slot.exclusive = True
+                slot.exclusive, slot.kept_for = True, None
                 self._send_page(run, slot, run.alone.popleft(), None)
             return slot is not None
         return False
 
-    def _idlest(self, alone: bool) -> WorkerSlot | None:
+    def _emptied(self, run: Run) -> WorkerSlot | None:
+        """A worker without tasks, for a page that must be alone. While there is none, the
+        least busy one gets nothing new: other jobs must not keep it busy for ever."""
+        able = [slot for slot in self.workers.values() if slot.capacity and not slot.doom]
+        kept = [slot for slot in able if slot.kept_for == run.job.id]
+        for slot in kept or [slot for slot in able if slot.room() > 0]:
+            if not slot.tasks:
+                return slot
+        if able and not kept:
+            min(able, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
+        return None if able else self._idlest()
+
+    def _idlest(self) -> WorkerSlot | None:
         """The worker with the most room, or a new one in a free slot."""
-        able = [slot for slot in self.workers.values() if slot.room() > 0 and not (alone and slot.tasks)]
+        for slot in self.workers.values():
+            if slot.kept_for not in self.runs:
+                slot.kept_for = None  # that job is over
+        able = [slot for slot in self.workers.values() if slot.room() > 0]
         if able:
             return max(able, key=WorkerSlot.room)
         booting = any(slot.capacity == 0 for slot in self.workers.values())
@@ -429,7 +443,7 @@ class Dispatcher:
         slot.give(run.key(n), task)
 
     def _deal_file_task(self, run: Run) -> bool:
-        slot = self._idlest(alone=False)
+        slot = self._idlest()
         if slot is None:
             return False
         job = run.job

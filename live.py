@@ -65,6 +65,8 @@ class Watcher:
         self.unknown = False  # the job does not exist: close 4404
         self.pending: dict[str, list[StateFrame]] = {}
         self.running: dict[str, StateFrame] = {}  # last frame of jobs that run, for SILENCE_S
+        self.heard_s: dict[str, float] = {}  # when the client last heard of each of them
+        self.is_over = False  # the last frame taken was a terminal one
         self.sent: dict[str, int] = {}  # job -> seq of the last frame
         self.lock = threading.Lock()
         self.wake: Callable[[], None] = lambda: None
@@ -82,25 +84,36 @@ class Watcher:
             waiting.append(frame)
         self.wake()
 
-    def take(self) -> list[StateFrame]:
-        """What is to be sent now, in order of seq."""
+    def take(self, now_s: float) -> list[StateFrame]:
+        """What is to be sent now: news in order of seq, then running jobs silent for SILENCE_S."""
         with self.lock:
             waiting, self.pending = self.pending, {}
         frames = sorted(itertools.chain.from_iterable(waiting.values()), key=lambda frame: frame.seq)
         for frame in frames:
             if frame.status == jobs.RUNNING:
                 self.running[frame.job_id] = frame
+                self.heard_s.setdefault(frame.job_id, now_s)
             else:
                 self.running.pop(frame.job_id, None)
+                self.heard_s.pop(frame.job_id, None)
+            self.is_over = frame.is_terminal
         fresh = [f for f in frames if f.seq > max(self.after, self.sent.get(f.job_id, -1))]
         self.sent |= {frame.job_id: frame.seq for frame in fresh}
         if self.job_id is None and len(self.sent) > 10_000:
             self.sent.clear()  # of jobs long over; their frames don't come back
-        return fresh
+        told = {frame.job_id for frame in fresh}
+        silent = [job for job, heard_s in self.heard_s.items() if now_s - heard_s >= SILENCE_S]
+        chosen = fresh + [self.running[job] for job in silent if job not in told]
+        self.heard_s |= {f.job_id: now_s for f in chosen if f.job_id in self.running}
+        return chosen
+
+    def quiet_s(self, now_s: float) -> float | None:
+        """How long nothing need be sent unless something changes; None while no job runs."""
+        return max(0.0, min(self.heard_s.values()) + SILENCE_S - now_s) if self.heard_s else None
 
     def is_finished(self) -> bool:
         """Whether this watcher's one job is over and its client knows."""
-        return self.job_id is not None and self.job_id not in self.running and not self.pending
+        return self.job_id is not None and self.is_over and not self.pending
 
 
 class Live:
@@ -229,9 +242,13 @@ class WebSocketLine:
             return
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), SILENCE_S)
+                await asyncio.wait_for(self.changed.wait(), self.watcher.quiet_s(time.monotonic()))
             self.changed.clear()
-            for frame in self.watcher.take() or list(self.watcher.running.values()):
+            for frame in self.watcher.take(time.monotonic()):
+                if self.protocol.state is not State.OPEN:
+                    # The reading task sees the closing through; an end here would cut it short.
+                    await asyncio.sleep(CLOSE_S)
+                    return
                 self.protocol.send_text(frame.text)
                 await self._flush()
             if self.watcher.is_finished():

@@ -149,6 +149,8 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
     for origin in origins:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
             raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
+    if flags.port is not None and not 0 <= flags.port <= 65535:
+        raise ConfigError(f"--port must be a number from 0 to 65535, not {flags.port}")
     model_root = flags.model_root or setting("MODEL_ROOT", "")
     return Config(
         storage_root=Path(flags.storage_root or setting("STORAGE_ROOT", "storage")),
@@ -355,8 +357,9 @@ class Api:
     def _check_host(self, request: Request) -> None:
         """On loopback: a foreign name in Host means a web page reached us by rebinding DNS."""
         name = re.sub(r":[0-9]+$", "", request.host).lower()
-        known = (*LOOPBACK_HOSTS, *self.config.allowed_hosts)
-        if self.config.is_loopback and request.host and name not in known and request.host not in known:
+        bound = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        known = (*LOOPBACK_HOSTS, bound, *map(str.lower, self.config.allowed_hosts))
+        if self.config.is_loopback and request.host and not {name, request.host.lower()} & {*known}:
             raise Refused(421, "HOST", f"this service is not {request.host[:100]!a} (REICHAN_ALLOWED_HOSTS)")
 
     def _check_origin(self, request: Request) -> str | None:
@@ -738,7 +741,7 @@ class Api:
             raise Refused(426, "UPGRADE", "this is a WebSocket; connect with one", upgrade)
         if self.live.count() >= self.config.watchers:
             raise Refused(503, "TOO_MANY", "too many WebSockets are open", {"Retry-After": "5"})
-        protocol = ServerProtocol(max_size=64 << 10)
+        protocol = ServerProtocol(max_size=64 << 10, logger=logging.getLogger("live"))
         protocol.receive_data(_handshake_bytes(request))
         handshake = next(iter(protocol.events_received()), None)
         if not isinstance(handshake, UpgradeRequest):
@@ -782,6 +785,8 @@ def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        # Half a surrogate pair and 1e999 pass as JSON, but nothing can store or send them.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise Refused(400, "NOT_JSON", f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):

@@ -323,7 +323,7 @@ def _tags(value: str) -> list[tuple[bool, str]]:
 
 def _date(value: str | None) -> float | None:
     """An HTTP date as seconds since the epoch; None for anything else."""
-    with contextlib.suppress(TypeError, ValueError, IndexError):
+    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
         return email.utils.parsedate_to_datetime(value or "").timestamp()
     return None
 
@@ -359,7 +359,8 @@ def wanted_range(headers: Headers, etag: str, modified_s: int, size: int) -> tup
     match = re.fullmatch(r"bytes=[ \t]*([0-9]*)-([0-9]*)[ \t]*", value, re.IGNORECASE)
     if not match or match.groups() == ("", ""):
         return None
-    first, last = (part[-18:] for part in match.groups())  # no file has more digits
+    # No file has 18 digits: what is longer means "beyond the end" just as well.
+    first, last = (part and (part.lstrip("0")[:18] or "0") for part in match.groups())
     if first:
         start, end = int(first), min(int(last or size), size - 1) + 1
         if last and int(last) < start:
