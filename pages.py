@@ -52,7 +52,7 @@ def header_size(data: bytes) -> tuple[int, int]:
     kind = image_kind(data)
     try:
         width, height = HEADER_SIZES[kind](data)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, ValueError) as error:
         raise PageError(f"the {kind.upper()} header is cut off") from error
     if width <= 0 or height <= 0:
         raise PageError(f"the {kind.upper()} header says {width}x{height} pixels")
@@ -66,17 +66,22 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     at = 2
     while True:
-        if data[at] != 0xFF:
-            raise PageError("the JPEG's markers are damaged")
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
+        # As libjpeg looks for markers, byte for byte: were another one seen here than
+        # there, a file could show this check a small size and the decoder a huge one.
+        at = data.index(b"\xff", at)
+        while data[at] == 0xFF:
             at += 1
+        marker = data[at]
+        at += 1
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # stuffing, TEM, RSTn: no length follows
             continue
+        if marker in (0xD8, 0xD9, 0xDA):
+            raise PageError("the JPEG has no frame header before its data")
         # SOF0..SOF15, less DHT (C4), JPG (C8) and DAC (CC): the frame header (ITU T.81, B.1.1.3)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
+            height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height
-        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+        at += max(2, struct.unpack_from(">H", data, at)[0])
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -138,10 +143,28 @@ def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
         raise PageError(f"the decoder refused it: {error.err or 'damaged data'}") from error
     if pixels is None:
         raise PageError(f"the {image_kind(data).upper()} data is damaged or cut off")
+    pixels = _with_transparent_grey(pixels, data)
     for kind, block in zip(kinds, blocks, strict=False):
         if kind == cv2.IMAGE_METADATA_EXIF:
             pixels = orient(pixels, exif_orientation(bytes(block.reshape(-1).view(np.uint8))))
     return fewest_channels(pixels)
+
+
+def _with_transparent_grey(pixels: Pixels, data: bytes) -> Pixels:
+    """Alpha for a grey PNG that names one value transparent (tRNS), which OpenCV leaves out."""
+    if pixels.ndim != 2 or storage.sniff(data) != "png" or data[25] != 0:  # 25: IHDR's colour type
+        return pixels
+    at = 8
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IDAT":
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"tRNS" and size == 2:
+            depth = data[24]
+            value = struct.unpack_from(">H", data, at + 8)[0] * (255 // (2**depth - 1) if depth < 8 else 1)
+            white = levels(pixels)
+            alpha = np.where(pixels == value, 0, white).astype(pixels.dtype)
+            return np.dstack([pixels, pixels, pixels, alpha])
+        at += 12 + size
+    return pixels
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -278,8 +301,11 @@ def encode(pixels: Pixels, params: Params) -> tuple[bytes, str, str | None]:
 def write_preview(source: Path, target: Path, width: int, limits: Limits) -> None:
     """A JPEG of `source`, at most `width` pixels wide. Raises PageError, OSError."""
     pixels = to_eight_bit(flatten(decode(source.read_bytes(), 1, limits)))
-    height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
-    if width < pixels.shape[1]:
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    height = pixels.shape[0]
+    # A strip may be over JPEG's own limit at any width.
+    factor = min(width / pixels.shape[1], SIDE_LIMITS["jpg"] / height)
+    if factor < 1:
+        size = (max(1, round(pixels.shape[1] * factor)), max(1, round(height * factor)))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     data, _, _ = encode(pixels, Params(output_format="jpg", jpeg_quality=85))
     storage.write_whole(target, data)

@@ -15,6 +15,7 @@ import argparse
 import base64
 import binascii
 import contextlib
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -31,10 +32,11 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
@@ -60,6 +62,7 @@ log = logging.getLogger("server")
 
 VERSION = "0.1.0"
 BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
+JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
 SPARE_BYTES = 64 << 20  # free space below which nothing new is taken in
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
 COOKIE = "reichan_session"
@@ -428,7 +431,8 @@ class Api:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
         wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
         self._check_room(0)
-        job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body))
+        with _blaming("input.path"):
+            job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body))
         self.dispatcher.wake()
         answer = json_answer({"jobId": job.id}, 202)
         answer.headers["Location"] = f"/jobs/{job.id}"
@@ -474,7 +478,8 @@ class Api:
                 fault = 'inputPath (text) and inputType ("folder" or "zip") go together'
                 raise jobs.InvalidFields([("inputPath", fault)])
             given = (path, kind)
-        job = jobs.resume(self.table, self.layout, id, given)
+        with _blaming("inputPath"):
+            job = jobs.resume(self.table, self.layout, id, given)
         self.dispatcher.wake()
         return self._state_answer(job)
 
@@ -608,7 +613,9 @@ class Api:
         if self.dispatcher.stopping:
             raise jobs.ShuttingDown("the service is shutting down; upload again after its restart")
         target = storage.resolve_incoming(self.layout, "incoming/" + path)
-        if any(part.startswith(".") or storage.safe_component(part) != part for part in path.split("/")):
+        # Composed or not: a Mac's file names are not, and stay as their owner spells them.
+        spelt = unicodedata.normalize("NFC", path)
+        if any(part.startswith(".") or storage.safe_component(part) != part for part in spelt.split("/")):
             raise Refused(422, "UNSAFE_NAME", "a name that some file systems can't hold, or a hidden one")
         if target.is_dir() or any(parent.is_file() for parent in target.parents):
             raise storage.NameTaken(f"{path!r} is a folder, or lies below a file")
@@ -789,13 +796,39 @@ def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise Refused(400, "NOT_JSON", f"the body is not JSON: {str(error)[:200]}") from error
+    if _depth(value) > JSON_DEPTH:
+        raise Refused(400, "NOT_JSON", f"the body is nested over {JSON_DEPTH} levels deep")
     if not isinstance(value, dict):
         raise Refused(422, "INVALID_FIELDS", "the body must be a JSON object")
     return value
 
 
+def _depth(value: Any) -> int:
+    """Levels of a JSON value: what is parsed in a shallow stack must be readable in a deep one."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+    return depth
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
+
+
+@contextlib.contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """A path that can't be an input is the fault of the field that named it."""
+    try:
+        yield
+    except (storage.OutsideIncoming, storage.InputMissing) as error:
+        raise Refused(422, error.code, error.detail, errors=[(name, error.detail)]) from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        detail = "a name in the path is longer than file systems allow"
+        raise Refused(422, storage.InputMissing.code, detail, errors=[(name, detail)]) from error
 
 
 def _whole_number(query: dict[str, str], name: str, least: int, most: int) -> int | None:
@@ -812,10 +845,10 @@ def _digest_of(request: Request) -> bytes | None:
     value = request.headers.one("repr-digest")
     if value is None:
         return None
-    match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):", value)
+    match = re.search(r"(?:^|,)\s*sha-256=(?::([^:]*):)?", value)
     try:
-        return base64.b64decode(match[1], validate=True) if match else None
-    except binascii.Error:
+        return base64.b64decode(match[1] or "?", validate=True) if match else None
+    except (binascii.Error, ValueError):
         raise Refused(400, "DIGEST", "Repr-Digest is not sha-256=:base64:") from None
 
 

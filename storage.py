@@ -171,7 +171,7 @@ class Layout:
 # ---------------------------------------------------------------- names
 def natural_key(name: str) -> tuple[Any, ...]:
     """Sort key: folders one by one, numbers by value, letters case-blind (1, 2, 10)."""
-    return (*map(_natural_part, name.split("/")), name)
+    return tuple(map(_natural_part, name.split("/"))), name
 
 
 def _natural_part(part: str) -> tuple[tuple[int, int, str], ...]:
@@ -191,7 +191,11 @@ def cut_bytes(text: str, limit: int) -> str:
 
 def slug(text: str) -> str:
     """One safe folder level for a title or volume: letters of any script stay."""
-    kept = "".join(c if c.isalnum() or c in "-_." else "-" for c in unicodedata.normalize("NFC", text))
+    kept = "".join(
+        # M: the vowel signs without which Hindi or Thai can't be read
+        c if c.isalnum() or c in "-_." or unicodedata.category(c).startswith("M") else "-"
+        for c in unicodedata.normalize("NFC", text)
+    )
     kept = cut_bytes(re.sub(r"-{2,}", "-", kept), 80).strip("-. ")
     return safe_component(kept or "untitled")
 
@@ -205,7 +209,7 @@ def safe_component(name: str) -> str:
     )
     stem, dot, suffix = name.rpartition(".")
     if dot and len(suffix) <= 5:
-        name = cut_bytes(stem, COMPONENT_BYTES - len(suffix) - 1) + dot + suffix
+        name = cut_bytes(stem, COMPONENT_BYTES - len((dot + suffix).encode())) + dot + suffix
     else:
         name = cut_bytes(name, COMPONENT_BYTES)
     name = name.rstrip(". ")
@@ -239,9 +243,12 @@ def member_parts(name: str, limits: Limits) -> list[str]:
 
 def is_page_name(parts: Sequence[str]) -> bool:
     """Whether a file of this name is a page; what file managers leave behind is not."""
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-        return False
-    return os.path.splitext(parts[-1])[1].lower() in PAGE_SUFFIXES
+    return not is_junk(parts) and os.path.splitext(parts[-1])[1].lower() in PAGE_SUFFIXES
+
+
+def is_junk(parts: Sequence[str]) -> bool:
+    """Whether a file is hidden, or what a file manager left behind: neither page nor left out."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def output_stems(names: Sequence[str]) -> list[str]:
@@ -252,6 +259,9 @@ def output_stems(names: Sequence[str]) -> list[str]:
     equal, since some file systems think so. Deterministic.
     """
     safe = [[safe_component(part) for part in name.split("/")] for name in names]
+    for parts in safe:
+        if len(parts) > 1 and _fold(parts[0]) == REPORT_NAME:
+            parts[0] = "_" + parts[0]  # the report itself must go there
     folders = {_fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
     taken: set[str] = set()
     stems = []
@@ -590,22 +600,25 @@ def resolve_incoming(layout: Layout, path: str) -> Path:
         parts = parts[1:]
     if any(unicodedata.category(c) in ("Cc", "Cs") for part in parts for c in part):
         raise OutsideIncoming("the path holds control characters or broken Unicode")
-    place = layout.incoming.joinpath(*parts)
     try:
-        inside = place.resolve().is_relative_to(layout.incoming.resolve())
-    except (OSError, RuntimeError):  # a loop of links, a name too long
-        inside = False
-    if not inside or not parts:
+        place = layout.incoming.joinpath(*parts).resolve().relative_to(layout.incoming.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, elsewhere
+        place = Path()
+    if not place.parts:
         raise OutsideIncoming(f"{path[:80]!a} is not a path inside incoming/")
-    return place
+    # Without its links, so that staging may refuse one that was put there later.
+    return layout.incoming / place
 
 
 def check_input(place: Path, kind: str) -> None:
     """Raises InputMissing unless `place` is there, of the kind "folder" or "zip"."""
-    if kind == "folder" and not place.is_dir():
-        raise InputMissing(f"there is no folder {place.name!r} in incoming/; upload it first")
-    if kind == "zip" and not place.is_file():
-        raise InputMissing(f"there is no archive {place.name!r} in incoming/; upload it first")
+    what = "folder" if kind == "folder" else "archive"
+    try:
+        there = place.is_dir() if kind == "folder" else place.is_file()
+    except OSError:  # a name too long for the file system
+        there = False
+    if not there:
+        raise InputMissing(f"there is no {what} {place.name[:80]!r} in incoming/; upload it first")
 
 
 def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = None) -> Listing:
@@ -627,6 +640,8 @@ def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
 
     Raises InputMissing, InputUnusable.
     """
+    if source.is_symlink():  # put there after the submit, or it would be resolved
+        raise InputUnusable(f"{source.name} is a link, not the input itself")
     if source.is_dir():
         yield None
         return
@@ -635,7 +650,7 @@ def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
     except FileNotFoundError as error:
         raise InputMissing(f"{source.name} is no longer in incoming/") from error
     except OSError as error:
-        raise InputUnusable(f"{source.name} can't be opened: {error}") from error
+        raise InputUnusable(f"{source.name} can't be opened: {_reason(error)}") from error
     with file:
         try:
             archive = zipfile.ZipFile(file)
@@ -656,8 +671,11 @@ def list_folder(root: Path, limits: Limits) -> Listing:
     left_out = total_bytes = seen = 0
     manifest = None
     for folder, subfolders, files in os.walk(root):
+        depth = len(Path(folder).relative_to(root).parts) + 1
+        if depth > limits.depth:  # here and not later: os.walk recurses until Python 3.12
+            raise LimitExceeded("depth", depth, limits.depth, "nested folders")
         # os.walk doesn't enter linked folders; what they hold is not ours to count.
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not is_junk([name])]
         for name in files:
             seen += 1
             if seen > limits.entries:
@@ -667,7 +685,7 @@ def list_folder(root: Path, limits: Limits) -> Listing:
                 found.append((os.fsencode(path.relative_to(root).as_posix()), path))
                 total_bytes += path.lstat().st_size
             else:
-                left_out += not name.startswith(".")
+                left_out += not is_junk([name])
                 if name == "manifest.json" and Path(folder) == root:
                     manifest = read_manifest(path)
     if total_bytes > limits.total_bytes:
@@ -696,9 +714,11 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
         if name.endswith(("/", "\\")):
             continue
         if is_page_name(parts):
+            if info.flag_bits & 1:
+                raise InputUnusable(f"{source.name} is encrypted; upload it without a password")
             pages.append(Entry("/".join(parts), source, info))
         else:
-            left_out += not parts[-1].startswith(".") and parts[0] != "__MACOSX"
+            left_out += not is_junk(parts)
             if parts == ["manifest.json"] and info.file_size <= MANIFEST_BYTES:
                 manifest = parse_manifest(_read_member(archive, info))
     return Listing(sorted(pages, key=lambda page: natural_key(page.name)), left_out, manifest)
@@ -756,18 +776,17 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
     digest, size_bytes, error = hashlib.sha256(), 0, None
     with open(target, "xb") as copy:
         try:
-            with _open_entry(entry, archive) as source:
+            with _open_entry(entry, archive, limits) as source:
                 while chunk := source.read(CHUNK_BYTES):
+                    _check_entry(size_bytes + len(chunk), limits)  # it may grow meanwhile
                     size_bytes += len(chunk)
-                    if size_bytes > limits.entry_bytes:
-                        raise LimitExceeded("entry_bytes", size_bytes, limits.entry_bytes, "bytes in a page")
                     digest.update(chunk)
                     copy.write(chunk)
         except _ENTRY_ERRORS as problem:
             if isinstance(problem, OSError) and problem.errno in OUR_DISK:
                 raise
             # What could be read stays: the page is carried as far as it exists.
-            error = f"can't be read from the input: {problem}"
+            error = f"can't be read from the input: {_reason(problem)}"
         copy.flush()
         os.fsync(copy.fileno())
     target.chmod(0o600)
@@ -789,15 +808,40 @@ _ENTRY_ERRORS = (
 OUR_DISK = frozenset({28, 122, 30})  # ENOSPC, EDQUOT, EROFS: not the page's fault
 
 
-def _open_entry(entry: Entry, archive: zipfile.ZipFile | None) -> IO[bytes]:
+def _reason(problem: Exception) -> str:
+    """What went wrong, without the path that str() of an OSError holds."""
+    return problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+
+
+def _check_entry(size_bytes: int, limits: Limits) -> None:
+    if size_bytes > limits.entry_bytes:
+        raise LimitExceeded("entry_bytes", size_bytes, limits.entry_bytes, "bytes in a page")
+
+
+def _open_entry(entry: Entry, archive: zipfile.ZipFile | None, limits: Limits) -> IO[bytes]:
     if archive is not None and entry.member is not None:
-        return archive.open(entry.member)
-    return open_regular(entry.path)
+        return _open_member(archive, entry.member)
+    file = open_regular(entry.path)
+    try:
+        _check_entry(os.fstat(file.fileno()).st_size, limits)
+    except LimitExceeded:
+        file.close()
+        raise
+    return file
+
+
+def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    # zipfile unpacks the other methods in one go, however little the entry says it holds:
+    # 300 bytes of bzip2 became 300 MB of memory.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotImplementedError(f"compression method {info.compress_type} is not supported")
+    return archive.open(info)
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
-        return bytes(archive.read(info))
+        with _open_member(archive, info) as file:
+            return file.read(info.file_size)  # read() without a size would trust the stream
     except _ENTRY_ERRORS:
         return b""
 
@@ -824,12 +868,12 @@ def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> by
         with opened(source) as archive:
             for entry in list_input(source, limits, archive).pages:
                 if entry.name == name:
-                    with _open_entry(entry, archive) as file:
-                        data = bytes(file.read(limits.entry_bytes))
+                    with _open_entry(entry, archive, limits) as file:
+                        data = b"".join(iter(lambda: file.read(CHUNK_BYTES), b""))
                     if hashlib.sha256(data).hexdigest() == sha256:
                         return data
     except (*_ENTRY_ERRORS, InputUnusable) as error:
-        raise InputMissing(f"{name} can't be read from the input any more: {error}") from error
+        raise InputMissing(f"{name} can't be read from the input any more: {_reason(error)}") from error
     raise InputMissing(f"{name} is no longer in the input as it was")
 
 
@@ -849,9 +893,11 @@ def parse_manifest(data: bytes) -> dict[str, Any] | None:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest file at `path`, if it is one and not too large."""
     try:
-        return parse_manifest(path.read_bytes()) if path.lstat().st_size <= MANIFEST_BYTES else None
+        with open_regular(path) as file:
+            data = file.read(MANIFEST_BYTES + 1)
     except OSError:
         return None
+    return parse_manifest(data) if len(data) <= MANIFEST_BYTES else None
 
 
 def find_manifest(source: Path, inside: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -865,6 +911,7 @@ def reconcile(manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     for item in manifest["files"]:
         target = item.get("target") or item.get("source") if isinstance(item, dict) else item
         if isinstance(target, str):
+            target = target.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
             expected.append("/".join(p for p in target.replace("\\", "/").split("/") if p not in ("", ".")))
     wanted, present = {_fold(name) for name in expected}, {_fold(name) for name in names}
     return {
@@ -968,11 +1015,12 @@ def keep_token(layout: Layout) -> str:
     """The token kept under the storage root; made on first use, readable to its owner only."""
     path = layout.root / "token"
     with contextlib.suppress(FileNotFoundError):
-        return path.read_text(encoding="ascii").strip()
+        if kept := path.read_text(encoding="ascii").strip():
+            return kept
     token = secrets.token_urlsafe(32)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "w", encoding="ascii") as file:
-        file.write(token + "\n")
+    with replacing(path) as file:
+        os.chmod(file.name, 0o600)  # before anything stands in it
+        file.write(token.encode() + b"\n")
     return token
 
 
