@@ -1,0 +1,39 @@
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import require
+
+MAKE_HOSTILE = Path(__file__).parents[2] / "shared/hostile/make_hostile.py"
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """Hostile inputs on disk, with what must become of each."""
+
+    root: Path
+    index: list[dict[str, Any]]
+    make: SimpleNamespace  # make_hostile itself, for its drawn pages
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
+    require(MAKE_HOSTILE.is_file(), f"{MAKE_HOSTILE} is not there")
+    require(importlib.util.find_spec("PIL"), "Pillow is not installed")
+    root = tmp_path_factory.mktemp("hostile")
+    command = [sys.executable, str(MAKE_HOSTILE), str(root), "--only", "archive,image,folder"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    # run_path, since an import would leave a __pycache__ in a folder that is not ours.
+    make = SimpleNamespace(**runpy.run_path(str(MAKE_HOSTILE)))
+    return Hostile(root, json.loads((root / "index.json").read_text()), make)

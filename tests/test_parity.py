@@ -1,0 +1,59 @@
+"""Our engine beside the reference, and tiles beside whole pages: at most 1/255 apart."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from drawn import PAGES, colour
+from engines import COMPACT, SIX_B, apart, bundled, native, plan_for
+from helpers import require
+from reference import CASES, Case, compute
+
+import infer
+from messages import Params
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_is_within_one_level_of_the_stored_reference(case: Case):
+    engine = native(case.model)
+    ours = infer.upscale_page(engine, PAGES[case.page](), Params(scale=case.outscale, output_format="png"))
+    assert apart(ours, case.stored()) <= 1
+
+
+@pytest.mark.parametrize(
+    "model, height, width, tile, outscale",
+    [
+        (COMPACT, 190, 230, 64, 4),
+        (COMPACT, 190, 230, 64, 3),
+        (COMPACT, 190, 230, 64, 2),
+        (SIX_B, 130, 190, 64, 2),
+    ],
+)
+def test_tiles_are_within_one_level_of_the_whole_page(model, height, width, tile, outscale):
+    page = colour(height, width)
+    whole = native(model).upscale(page, outscale)
+    assert apart(native(model, tile=tile).upscale(page, outscale), whole) <= 1
+
+
+def test_the_compact_models_tiles_are_its_whole_page():
+    page = colour(150, 210)
+    assert apart(native(COMPACT, tile=50, batch=3).upscale(page, 4), native(COMPACT).upscale(page, 4)) <= 1
+
+
+@pytest.mark.parametrize("name", ["colour", "grey16", "alpha"])
+def test_the_reference_package_itself_agrees_today(name):
+    require(importlib.util.find_spec("realesrgan"), "the reference package realesrgan is not installed")
+    case = Case(COMPACT, name, 2)
+    ours = infer.upscale_page(native(COMPACT), PAGES[name](), Params(scale=2, output_format="png"))
+    assert apart(ours, compute(case)) <= 1
+
+
+def test_the_upstream_engine_runs_the_reference_package():
+    require(importlib.util.find_spec("realesrgan"), "the reference package realesrgan is not installed")
+    import upstream_shim
+
+    upstream_shim.install()
+    model, page = bundled(COMPACT), PAGES["colour"]()
+    engine = infer.UpstreamEngine(model, plan_for(model, engine="upstream", tile=0), slot=0)
+    assert apart(engine.upscale(page, 2), Case(COMPACT, "colour", 2).stored()) <= 1
