@@ -447,11 +447,19 @@ class Dispatcher:
         if slot is None:
             return False
         job = run.job
+        source = self.layout.incoming / job.input_path
+        try:
+            moved = storage.resolve_incoming(self.layout, "incoming/" + job.input_path) != source
+        except storage.OutsideIncoming:
+            moved = True
+        if moved:  # since the submit a folder on the way became a link
+            self._fail(run, "INPUT_UNUSABLE", f"{job.input_path} now leads elsewhere through a link")
+            return True
         if run.file_task == "stage":
             task: Task = Stage(
                 job.id,
                 job.attempt,
-                self.layout.incoming / job.input_path,
+                source,
                 run.staging,
                 run.outputs,
                 job.params,
@@ -477,6 +485,7 @@ class Dispatcher:
                     slot.kill(f"a step took longer than {limit_s:.0f} s")
             case Ready(capacity):
                 slot.capacity, self.boot_failures = capacity, 0
+                slot.used_s = time.monotonic()  # booting was no idleness
             case BootFailed(detail):
                 slot.doom = detail
             case Probed():

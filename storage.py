@@ -602,6 +602,8 @@ def resolve_incoming(layout: Layout, path: str) -> Path:
         raise OutsideIncoming("the path holds control characters or broken Unicode")
     try:
         place = layout.incoming.joinpath(*parts).resolve().relative_to(layout.incoming.resolve())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(layout.incoming / place)
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, elsewhere
         place = Path()
     if not place.parts:
@@ -710,6 +712,8 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
         mode = info.external_attr >> 16
         if info.create_system == 3 and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise UnsafeName(f"entry {name[:80]!a} is a link or a device, not a file")
+        if re.fullmatch(r"\.[./\\]*", name) and ".." not in name:
+            continue  # "./", the archive's own root
         parts = member_parts(name, limits)
         if name.endswith(("/", "\\")):
             continue
@@ -787,8 +791,7 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
                 raise
             # What could be read stays: the page is carried as far as it exists.
             error = f"can't be read from the input: {_reason(problem)}"
-        copy.flush()
-        os.fsync(copy.fileno())
+        # No sync: a later attempt believes a staged page by its hash only.
     target.chmod(0o600)
     return SourcePage(entry.name, target.name, digest.hexdigest(), size_bytes, error)
 

@@ -1264,3 +1264,14 @@ def test_the_lock_is_free_again_after_the_block(layout):
         pass
     with storage.locked(layout):
         pass
+
+
+def test_an_archives_own_root_is_no_unsafe_name(tmp_path):
+    source = make_zip(tmp_path / "v.zip", {"./": b"", "./1.png": b"page"})
+    assert [page.name for page in stage(source, tmp_path / "staging")[0]] == ["1.png"]
+
+
+def test_a_path_too_long_for_the_file_system_is_outside_incoming(layout):
+    path = "/".join(["d" * 200] * 20) + "/" + "x" * 70 + ".zip"
+    with pytest.raises(storage.OutsideIncoming):
+        storage.resolve_incoming(layout, path)

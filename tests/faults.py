@@ -1,0 +1,73 @@
+"""Worker entries that break the real worker in one way each. For tests only.
+
+What a page does is told by its width, so that no name or switch of the product is needed.
+Entries must be importable by name: the worker process is spawned. FAULTS names a folder
+in which they note what they did.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+KILLER, CLUMSY, STOPPER, SLEEPER = 40, 41, 42, 43  # page widths in pixels
+
+
+def note(what: str) -> int:
+    """Write down that something happened; how often it has now."""
+    path = Path(os.environ["FAULTS"], what)
+    with path.open("a") as log:
+        log.write("x")
+    return path.stat().st_size
+
+
+def by_width(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, whose engine does what the page's width asks for."""
+    import infer
+
+    upscale = infer.NativeEngine.upscale
+
+    def faulty(self: Any, pixels: Any, *rest: Any) -> Any:
+        width = pixels.shape[1]
+        if width == KILLER:
+            note("killer")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if width == CLUMSY and note("clumsy") == 1:
+            raise ValueError("injected")
+        if width == STOPPER and note("stopper") == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if width == SLEEPER and note("sleeper") == 1:
+            time.sleep(600)
+        return upscale(self, pixels, *rest)
+
+    infer.NativeEngine.upscale = faulty  # type: ignore[method-assign]
+    infer.FIRST_STEP_LIMIT_S = 6.0  # else a hang would be waited for ten minutes
+    infer.worker_main(conn, choice, slot)
+
+
+def full_disk(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker on a disk that is full until someone makes room."""
+    import infer
+    import storage
+
+    write_whole = storage.write_whole
+
+    def failing(target: Path, data: bytes) -> str:
+        if not Path(os.environ["FAULTS"], "room").exists():
+            raise OSError(28, "No space left on device")
+        return write_whole(target, data)
+
+    storage.write_whole = failing
+    infer.worker_main(conn, choice, slot)
+
+
+def cannot_boot(conn: Any, choice: Any, slot: int) -> None:
+    """A worker whose imports fail."""
+    import dispatch
+
+    note("boots")
+    conn.send(dispatch.BootFailed("ImportError: no torch here (injected)"))
+    raise SystemExit(3)

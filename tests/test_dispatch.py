@@ -1,0 +1,165 @@
+"""What becomes of a volume when workers die, stop, hang, or never start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import faults
+import pytest
+from test_service import Client, check_artifact, png, volume
+
+import dispatch
+import server
+
+
+@contextlib.contextmanager
+def serving(
+    root: Path, worker: Callable[..., None] | None, **settings: object
+) -> Iterator[tuple[server.Service, Client]]:
+    """A service with this worker, and a client of it."""
+    config = server.Config(storage_root=root / "storage", port=0, **settings)  # type: ignore[arg-type]
+    with server.Service(config, worker) as service:
+        yield service, Client(service.url)
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where faults write down what they did."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    monkeypatch.setenv("FAULTS", str(folder))
+    # Spawned children must find this folder's modules.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    return folder
+
+
+def widths(*pages: int) -> bytes:
+    """A volume with a page of each width."""
+    return volume({f"{n}.png": png(n, width) for n, width in enumerate(pages, 1)})
+
+
+def test_a_page_that_always_kills_its_worker_is_carried_and_the_rest_goes_on(tmp_path, notes):
+    with serving(tmp_path, faults.by_width) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(32, faults.KILLER, 33, 34))
+        state = client.wait(job := client.submit("v.zip"))
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+    assert [item["status"] for item in report["items"]] == ["upscaled", "carried", "upscaled", "upscaled"]
+    assert "died twice" in report["items"][1]["error"]
+    # Once beside others, then twice alone.
+    assert (notes / "killer").stat().st_size == 1 + dispatch.PAGE_DEATHS
+
+
+def test_a_page_that_fails_once_is_upscaled_at_the_end(tmp_path, notes):
+    with serving(tmp_path, faults.by_width) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(faults.CLUMSY, 32, 33))
+        state = client.wait(job := client.submit("v.zip"))
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+    assert (state["status"], state["failedPages"]) == ("SUCCESS", 0)
+    assert report["items"][0]["status"] == "upscaled" and (notes / "clumsy").stat().st_size == 2
+
+
+@pytest.mark.parametrize("width, note", [(faults.STOPPER, "stopper"), (faults.SLEEPER, "sleeper")])
+def test_a_worker_that_stops_or_hangs_is_replaced(tmp_path, notes, monkeypatch, width, note):
+    """Stopped, it beats no more; hanging, its beats say that a step takes too long."""
+    monkeypatch.setattr(dispatch, "BEAT_LIMIT_S", 4.0)
+    with serving(tmp_path, faults.by_width) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(32, width))
+        state = client.wait(client.submit("v.zip"))
+    assert (state["status"], state["failedPages"]) == ("SUCCESS", 0)
+    assert (notes / note).stat().st_size == 2
+
+
+def test_a_full_disk_fails_the_job_and_resume_finishes_it(tmp_path, notes):
+    with serving(tmp_path, faults.full_disk) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(32, 33))
+        state = client.wait(job := client.submit("v.zip"))
+        assert (state["status"], state["errorCode"]) == ("FAILED", "DISK")
+        assert "No space left" in state["lastError"]
+        (notes / "room").touch()
+        assert client.call("POST", f"/jobs/{job}/resume")[0] == 200
+        state = client.wait(job)
+        assert state["status"] == "SUCCESS"
+        check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+
+
+def test_workers_that_cannot_start_fail_the_job_with_the_reason(tmp_path, notes):
+    with serving(tmp_path, faults.cannot_boot) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(32))
+        state = client.wait(client.submit("v.zip"))
+    assert (state["status"], state["errorCode"]) == ("FAILED", "WORKER_CANNOT_START")
+    assert "no torch here" in state["lastError"]
+    assert (notes / "boots").stat().st_size == dispatch.CARELESS_DEATHS
+
+
+def test_a_finished_page_that_was_damaged_is_computed_again_before_packing(tmp_path):
+    with serving(tmp_path, None) as (service, client):
+        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 160, 200) for n in range(6)}))
+        job = client.submit("v.zip")
+        client.wait(job, lambda state: state["processed"] >= 2)
+        next(service.config.layout.outputs.glob(f"*/*/{job}/0.jpg")).write_bytes(b"damaged")
+        state = client.wait(job)
+        assert (state["status"], state["processed"]) == ("SUCCESS", 6)
+        check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+
+
+def test_a_resume_after_the_input_changed_never_mixes_pages(tmp_path):
+    with serving(tmp_path, None) as (service, client):
+        pages = {f"{n}.png": png(n, 120, 160) for n in range(8)}
+        client.call("PUT", "/incoming/v.zip", volume(pages))
+        job = client.submit("v.zip")
+        client.wait(job, lambda state: state["processed"] >= 2)
+        client.call("POST", f"/jobs/{job}/cancel")
+        assert service.dispatcher.wait_released(job, 5)
+        pages["0.png"] = png(99, 120, 160)
+        client.call("PUT", "/incoming/v.zip", volume(pages))
+        client.call("POST", f"/jobs/{job}/resume")
+        state = client.wait(job)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        client.call("PUT", "/incoming/w.zip", volume({"0.png": pages["0.png"]}))
+        fresh = client.wait(client.submit("w.zip"))
+        other = check_artifact(client.call("GET", f"/jobs/{fresh['jobId']}/artifact")[2], fresh)
+    assert report["items"][0]["sha256"] == other["items"][0]["sha256"]
+
+
+def test_two_slots_run_two_jobs_and_share_one(tmp_path):
+    with serving(tmp_path, None, max_concurrency=2) as (service, client):
+        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 120, 160) for n in range(30)}))
+        first, second = client.submit("v.zip"), client.submit("v.zip")
+        client.wait(second, lambda state: state["status"] == "RUNNING")
+        assert client.state(first)["status"] == "RUNNING"
+        results = [client.wait(job) for job in (first, second)]
+        assert len(service.dispatcher.workers) == 2
+    assert [state["status"] for state in results] == ["SUCCESS", "SUCCESS"]
+
+
+def test_an_idle_worker_gives_its_memory_back(tmp_path):
+    with serving(tmp_path, None, worker_idle_s=1.0) as (service, client):
+        client.call("PUT", "/incoming/v.zip", widths(32))
+        client.wait(client.submit("v.zip"))
+        pid = service.dispatcher.workers[0].process.pid
+        deadline = time.monotonic() + 20
+        while service.dispatcher.workers and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not service.dispatcher.workers
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_an_input_that_became_a_link_elsewhere_is_not_followed(tmp_path):
+    with serving(tmp_path, None) as (service, client):
+        incoming = service.config.layout.incoming
+        for folder in (incoming / "a/vol", tmp_path / "secret/vol"):
+            folder.mkdir(parents=True)
+            (folder / "1.png").write_bytes(png(1))
+        client.call("PUT", "/incoming/long.zip", volume({f"{n}.png": png(n, 160, 200) for n in range(8)}))
+        first = client.submit("long.zip")
+        job = client.submit("a/vol", "folder")
+        (incoming / "a").rename(tmp_path / "moved")
+        (incoming / "a").symlink_to(tmp_path / "secret")
+        client.call("POST", f"/jobs/{first}/cancel")
+        state = client.wait(job)
+    assert (state["status"], state["errorCode"]) == ("FAILED", "INPUT_UNUSABLE")
