@@ -446,3 +446,62 @@ def test_a_killed_service_goes_on_with_its_finished_pages(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_two_services_in_one_process_know_nothing_of_each_other(tmp_path, client):
+    with server.Service(server.Config(storage_root=tmp_path, port=0)) as other:
+        client.call("PUT", "/incoming/mine.zip", volume({"1.png": png(1)}))
+        job = client.submit("mine.zip")
+        assert Client(other.url).call("GET", f"/jobs/{job}")[0] == 404
+        assert json.loads(Client(other.url).call("GET", "/jobs")[2]) == {"jobs": [], "nextCursor": None}
+    assert client.wait(job)["status"] == "SUCCESS"
+
+
+def test_the_demo_prints_an_artifact_and_its_hash(tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "server.py"), "--demo", "--port", "0", "--storage-root"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        printed = ""
+        while "still serving" not in printed and (line := process.stdout.readline()):
+            printed += line
+        path = printed.split("artifact  ")[1].splitlines()[0]
+        digest = printed.split("sha256    ")[1].split()[0]
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
+        with zipfile.ZipFile(path) as archive:
+            assert archive.namelist() == ["artifact-report.json", *(f"00{n}.jpg" for n in range(4))]
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "environ, flags",
+    [
+        ({"REICHAN_MAX_CONCURRENCY": "0"}, []),
+        ({"REICHAN_BIND": "nonsense"}, []),
+        ({"REICHAN_PRECISION": "fp8"}, []),
+        ({"REICHAN_ALLOWED_ORIGINS": "*"}, []),
+        ({}, ["--token", "short"]),
+    ],
+)
+def test_a_bad_setting_stops_the_start_with_one_line(tmp_path, environ, flags):
+    command = [
+        sys.executable,
+        str(ROOT / "server.py"),
+        "--port",
+        "0",
+        "--storage-root",
+        str(tmp_path / "s"),
+        *flags,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | environ, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (
+        done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("server.py: ")
+    )
+    assert not (tmp_path / "s").exists()
