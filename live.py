@@ -135,7 +135,9 @@ class Live:
         self._thread.start()
 
     def stop(self) -> None:
-        """Close every WebSocket with 1001, then the loop."""
+        """Close every WebSocket with 1001, then the loop. Once is enough."""
+        if self.stopping:
+            return
         self.stopping = True
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(self._close_all(), self.loop).result(CLOSE_S + 1)
@@ -309,8 +311,10 @@ class WebSocketLine:
             self.protocol.send_close(code, reason)
         async with asyncio.timeout(CLOSE_S):
             await self._flush()
-            while await self.reader.read(64 << 10):
-                pass
+            # Its own close frame must be read as one: only then is the line ended from here.
+            while data := await self.reader.read(64 << 10):
+                self.protocol.receive_data(data)
+                await self._flush()
 
     async def _flush(self) -> None:
         for data in self.protocol.data_to_send():

@@ -796,16 +796,17 @@ def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise Refused(400, "NOT_JSON", f"the body is not JSON: {str(error)[:200]}") from error
-    if _depth(value) > JSON_DEPTH:
-        raise Refused(400, "NOT_JSON", f"the body is nested over {JSON_DEPTH} levels deep")
     if not isinstance(value, dict):
         raise Refused(422, "INVALID_FIELDS", "the body must be a JSON object")
+    if _depth(value) > JSON_DEPTH:
+        raise Refused(400, "NOT_JSON", f"the body is nested over {JSON_DEPTH} levels deep")
     return value
 
 
-def _depth(value: Any) -> int:
-    """Levels of a JSON value: what is parsed in a shallow stack must be readable in a deep one."""
-    depth, level = 0, [value]
+def _depth(value: dict[str, Any]) -> int:
+    """Levels of a JSON object: what is parsed in a shallow stack must be readable in a deep one."""
+    level: list[Any] = [value]  # the objects and arrays of one level
+    depth = 0
     while level:
         depth += 1
         inner = [item.values() if isinstance(item, dict) else item for item in level]

@@ -474,6 +474,9 @@ class HttpServer(ThreadingHTTPServer):
             full = len(self.peers) >= self.cap
             waiting = [p for p in self.peers.values() if p.phase == "head"] if full else []
             oldest = min(waiting, key=lambda p: p.number, default=None)
+            if oldest:
+                # Gone at once, not when its thread notices: the next one must evict another.
+                del self.peers[oldest.number]
             if not full or oldest:
                 self.peers[peer.number] = peer
         if full and not oldest:
