@@ -59,13 +59,14 @@ from messages import (
     Task,
     TaskFailed,
 )
-from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
+from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model, roll
 from pages import PageError, Pixels
 
 log = logging.getLogger("infer")
 
 SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
 MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
+RESIZE_REACH = 4  # input rows that a resized row may depend on: Lanczos-4 at network scale 1
 GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
 FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compiles kernels
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,12 +98,15 @@ class DeviceKind:
     """One row a kind of device: how many there are, and what to try on them.
 
     tile: input pixels of a window's core, for (compact, RRDB) networks.
+    rolls: whether a window is as high as the page and computed a few rows at a time, each
+    row once. Caches gain by it; a card would wait for the many small steps.
     """
 
     count: Callable[[], int]
     fast_precision: str
     tile: tuple[int, int]
     batch: int
+    rolls: bool = False
 
 
 def _xpu_count() -> int:
@@ -122,7 +126,7 @@ DEVICES = {
     ),
     "xpu": DeviceKind(_xpu_count, "fp16", (512, 256), 4),
     "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16", (512, 256), 1),
-    "cpu": DeviceKind(lambda: 1, "bf16", (384, 192), 1),
+    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 2560), 1, rolls=True),
 }
 
 
@@ -259,8 +263,8 @@ class Engine(Protocol):
 
 
 class NativeEngine:
-    """Our networks, tile by tile. Never holds a page at network scale: each tile is rounded,
-    reduced to outscale and pasted.
+    """Our networks, window by window. Never holds a page at network scale: what is computed
+    is rounded, reduced to outscale and pasted.
 
     tick is called between layers: it may raise Cancelled, and shows that the device moves.
     """
@@ -283,46 +287,70 @@ class NativeEngine:
         height, width = pixels.shape[:2]
         result = np.empty((height * outscale, width * outscale, *pixels.shape[2:]), np.uint8)
         padded = _pad_to_multiple(pixels, self.model.multiple)
-        rows, columns = padded.shape[:2]
-        boxes = list(tiles(rows, columns, self.plan.tile, self.plan.halo_px, self.model.multiple))
-        for i in range(0, len(boxes), self.plan.batch):
-            batch = boxes[i : i + self.plan.batch]
-            windows = self._compute([window.of(padded) for _, window in batch])
-            for (padded_core, window), computed in zip(batch, windows, strict=True):
-                y1, x1 = min(padded_core.y1, height), min(padded_core.x1, width)
-                core = replace(padded_core, y1=y1, x1=x1)
-                reduced = reduce_to(computed, window, outscale)
-                if grain is not None:
-                    # At the padded edge a window reaches past the page, and its grain.
-                    reduced = add_grain(
-                        reduced[: (height - window.y0) * outscale, : (width - window.x0) * outscale],
-                        window.of(grain),
-                    )
-                core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
+        parts = self._columns(padded) if DEVICES[self.plan.device].rolls else self._tiles(padded)
+        for padded_core, window, computed in parts:
+            core = replace(padded_core, y1=min(padded_core.y1, height), x1=min(padded_core.x1, width))
+            reduced = reduce_to(computed, window, outscale)
+            if grain is not None:
+                # At the padded edge a window reaches past the page, and its grain.
+                reduced = add_grain(
+                    reduced[: (height - window.y0) * outscale, : (width - window.x0) * outscale],
+                    window.of(grain),
+                )
+            core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
         return result
 
-    def _compute(self, windows: list[Pixels]) -> Pixels:
-        """B windows (h, w[, 3]) -> (B, h*scale, w*scale[, 3]), same dtype. Raises Insane."""
-        white = pages.levels(windows[0])
-        stack = np.stack(windows).astype(np.float32) / white
-        grey = stack.ndim == 3
-        x = torch.from_numpy(stack).to(self.device)
-        if grey:
-            x = x.unsqueeze(1).expand(-1, 3, -1, -1)  # (B, 3, h, w) 0..1
-        else:
-            x = x.permute(0, 3, 1, 2).flip(1)  # (B, 3, h, w) RGB, 0..1
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        y = self.network(x).float()  # (B, 3, h*scale, w*scale) RGB
-        if not bool(torch.isfinite(y).all()):
-            raise Insane("the result is not finite")
-        y = y.clamp_(0, 1)
-        if grey:
-            red, green, blue = y.unbind(1)
-            y = red * 0.299 + green * 0.587 + blue * 0.114  # (B, H, W), ITU-R BT.601 as cv2
-        else:
-            y = y.flip(1).permute(0, 2, 3, 1)  # (B, H, W, 3) BGR
-        rounded: Pixels = y.mul(white).round_().cpu().numpy().astype(windows[0].dtype)
-        return rounded
+    def _tiles(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+        """(core, window, the window computed), by batches of windows."""
+        height, width = page.shape[:2]
+        boxes = list(tiles(height, width, self.plan.tile, self.plan.halo_px, self.model.multiple))
+        for i in range(0, len(boxes), self.plan.batch):
+            batch = boxes[i : i + self.plan.batch]
+            stack = np.stack([window.of(page) for _, window in batch])
+            computed = _to_pixels(self.network(self._to_input(stack)), page)
+            for (core, window), pixels in zip(batch, computed, strict=True):
+                yield core, window, pixels
+
+    def _columns(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+        """The same for windows as high as the page, which come down in strips."""
+        height, width = page.shape[:2]
+        for x0, x1, wx0, wx1 in _spans(width, self.plan.tile, self.plan.halo_px, self.model.multiple):
+            column = self._to_input(page[None, :, wx0:wx1])
+            held = np.empty((0, (wx1 - wx0) * self.model.scale, *page.shape[2:]), page.dtype)
+            top = done = 0  # input rows: the first that is held, the first not given out
+            for rows in roll(self.network, column):
+                held = np.concatenate([held, _to_pixels(rows, page)[0]])
+                bottom = top + len(held) // self.model.scale
+                end = bottom if bottom == height else bottom - RESIZE_REACH
+                if end <= done:
+                    continue
+                whole = held[: (bottom - top) * self.model.scale]  # a row of the page may be halfway
+                yield Box(done, x0, end, x1), Box(top, wx0, bottom, wx1), whole
+                done = end
+                kept = max(top, end - RESIZE_REACH)
+                held = held[(kept - top) * self.model.scale :]
+                top = kept
+
+    def _to_input(self, stack: Pixels) -> torch.Tensor:
+        """(B, h, w[, 3]) pixels -> (B, 3, h, w) RGB, 0..1, on the device."""
+        x = torch.from_numpy(stack.astype(np.float32) / pages.levels(stack)).to(self.device)
+        x = x.unsqueeze(1).expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).flip(1)
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _to_pixels(y: torch.Tensor, page: Pixels) -> Pixels:
+    """(B, 3, H, W) RGB -> (B, H, W[, 3]) of the page's dtype and channels. Raises Insane."""
+    y = y.float()
+    if not bool(torch.isfinite(y).all()):
+        raise Insane("the result is not finite")
+    y = y.clamp_(0, 1)
+    if page.ndim == 2:
+        red, green, blue = y.unbind(1)
+        y = red * 0.299 + green * 0.587 + blue * 0.114  # (B, H, W), ITU-R BT.601 as cv2
+    else:
+        y = y.flip(1).permute(0, 2, 3, 1)  # (B, H, W, 3) BGR
+    rounded: Pixels = y.mul(pages.levels(page)).round_().cpu().numpy().astype(page.dtype)
+    return rounded
 
 
 def _pad_to_multiple(pixels: Pixels, multiple: int) -> Pixels:

@@ -84,24 +84,17 @@ def test_alpha_is_kept_for_png_and_laid_on_white_for_jpeg():
     assert (infer.upscale_page(native(COMPACT), page, Params(output_format="png"))[..., 3] < 5).all()
 
 
-def test_bf16_stays_near_fp32():
-    page = grey(48, 48)
-    exact = native(COMPACT).upscale(page, 2).astype(float)
-    near = native(COMPACT, precision="bf16").upscale(page, 2)
-    assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > 40
-
-
 @pytest.fixture
 def small_memory(monkeypatch):
-    """A device that can't hold a window of more than 90 x 90 pixels."""
-    compute = infer.NativeEngine._compute
+    """A device that can't hold a window of more than 90 pixels' width."""
+    to_input = infer.NativeEngine._to_input
 
-    def limited(self, windows):
-        if windows[0].shape[0] * windows[0].shape[1] > 90 * 90:
+    def limited(self, stack):
+        if stack.shape[2] > 90:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return compute(self, windows)
+        return to_input(self, stack)
 
-    monkeypatch.setattr(infer.NativeEngine, "_compute", limited)
+    monkeypatch.setattr(infer.NativeEngine, "_to_input", limited)
 
 
 def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
@@ -118,7 +111,7 @@ def test_a_page_that_never_fits_fails_with_a_reason(monkeypatch):
     def never(*_):
         raise MemoryError
 
-    monkeypatch.setattr(infer.NativeEngine, "_compute", never)
+    monkeypatch.setattr(infer.NativeEngine, "_to_input", never)
     with pytest.raises(PageError, match="smallest tile"):
         engines().compute(grey(40, 40), Params(model=COMPACT), plan_for(bundled(COMPACT), tile=64))
 
@@ -127,8 +120,8 @@ def break_results(monkeypatch, value: float, only: torch.dtype | None = None) ->
     """Make networks of one dtype (or all) give a constant."""
     forward = infer.SRVGGNetCompact.forward
 
-    def broken(self, x):
-        y = forward(self, x)
+    def broken(self, x, last=True):
+        y = forward(self, x, last)
         return torch.full_like(y, value) if only in (None, x.dtype) else y
 
     monkeypatch.setattr(infer.SRVGGNetCompact, "forward", broken)

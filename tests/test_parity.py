@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from drawn import PAGES, colour
 from engines import COMPACT, SIX_B, apart, bundled, native, plan_for
@@ -14,8 +16,16 @@ import infer
 from messages import Params
 
 
+def use_windows(monkeypatch) -> None:
+    """Let the CPU compute windows at once, as cards do, instead of rolling."""
+    monkeypatch.setitem(infer.DEVICES, "cpu", replace(infer.DEVICES["cpu"], rolls=False))
+
+
+@pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fp32_is_within_one_level_of_the_stored_reference(case: Case):
+def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, rolls, monkeypatch):
+    if not rolls:
+        use_windows(monkeypatch)
     engine = native(case.model)
     ours = infer.upscale_page(engine, PAGES[case.page](), Params(scale=case.outscale, output_format="png"))
     assert apart(ours, case.stored()) <= 1
@@ -30,15 +40,30 @@ def test_fp32_is_within_one_level_of_the_stored_reference(case: Case):
         (SIX_B, 130, 190, 64, 2),
     ],
 )
-def test_tiles_are_within_one_level_of_the_whole_page(model, height, width, tile, outscale):
+def test_tiles_are_within_one_level_of_the_whole_page(model, height, width, tile, outscale, monkeypatch):
     page = colour(height, width)
+    columns = native(model, tile=tile).upscale(page, outscale)
+    use_windows(monkeypatch)
     whole = native(model).upscale(page, outscale)
+    assert apart(columns, whole) <= 1
     assert apart(native(model, tile=tile).upscale(page, outscale), whole) <= 1
 
 
-def test_the_compact_models_tiles_are_its_whole_page():
+def test_the_compact_models_tiles_are_its_whole_page(monkeypatch):
+    use_windows(monkeypatch)
     page = colour(150, 210)
     assert apart(native(COMPACT, tile=50, batch=3).upscale(page, 4), native(COMPACT).upscale(page, 4)) <= 1
+
+
+@pytest.mark.parametrize("name, least_db", [(COMPACT, 48), (SIX_B, 48)])
+@pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
+def test_bf16_stays_near_fp32(name, least_db, rolls, monkeypatch):
+    if not rolls:
+        use_windows(monkeypatch)
+    page = colour(60, 70)
+    exact = native(name).upscale(page, 2).astype(float)
+    near = native(name, precision="bf16").upscale(page, 2)
+    assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > least_db
 
 
 @pytest.mark.parametrize("name", ["colour", "grey16", "alpha"])
