@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -240,6 +241,11 @@ def tiles(height: int, width: int, tile: int, halo: int, multiple: int = 1) -> I
             yield Box(y0, x0, y1, x1), Box(wy0, wx0, wy1, wx1)
 
 
+def columns(width: int, plan: Plan, multiple: int) -> list[tuple[int, int, int, int]]:
+    """(core x0, core x1, window x0, window x1) of each window as high as the page."""
+    return list(_spans(width, plan.tile, plan.halo_px, multiple))
+
+
 def _spans(size: int, tile: int, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
     # Cores of equal size: a thin last one would cost a whole window.
     core = math.ceil(size / math.ceil(size / tile) / multiple) * multiple
@@ -314,7 +320,7 @@ class NativeEngine:
     def _columns(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
         """The same for windows as high as the page, which come down in strips."""
         height, width = page.shape[:2]
-        for x0, x1, wx0, wx1 in _spans(width, self.plan.tile, self.plan.halo_px, self.model.multiple):
+        for x0, x1, wx0, wx1 in columns(width, self.plan, self.model.multiple):
             column = self._to_input(page[None, :, wx0:wx1])
             held = np.empty((0, (wx1 - wx0) * self.model.scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
@@ -880,3 +886,9 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     Worker(conn, choice, slot).run()
+
+
+if __name__ == "__main__":
+    import cli
+
+    sys.exit(cli.main())

@@ -949,7 +949,7 @@ def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, in
         file.flush()
         os.fsync(file.fileno())
         digest, size_bytes = sha256_file(Path(file.name)), file.tell()
-    _remove_strays(outputs, {REPORT_NAME, *(item["filename"] for item in report["items"])})
+    remove_strays(outputs, {REPORT_NAME, *(item["filename"] for item in report["items"])})
     return digest, size_bytes
 
 
@@ -969,7 +969,7 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
     return info
 
 
-def _remove_strays(outputs: Path, wanted: set[str]) -> None:
+def remove_strays(outputs: Path, wanted: set[str]) -> None:
     """Leave in a job's own folder just what its report lists (a page once carried may
     lie there under its old suffix after a resume)."""
     for folder, _, files in os.walk(outputs):

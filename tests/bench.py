@@ -1,0 +1,320 @@
+"""Measure the worker's pipeline beside the loop that a user of RealESRGANer runs.
+
+    python tests/bench.py [--models NAME ...] [--pages 2] [--size 1170x827] [--pairs 3] [--out bench.json]
+
+Same pages, same JPEG settings, one run: upstream and ours take turns in processes that stay
+warm, so that a machine's moods meet both. Pixels are compared before encoding. Prints a
+table and writes it as JSON. Needs the reference packages (README: engines). Asserts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import upstream_shim  # noqa: E402
+
+import infer  # noqa: E402
+import sample  # noqa: E402
+import storage  # noqa: E402
+from messages import (  # noqa: E402
+    ComputePage,
+    EngineChoice,
+    Limits,
+    PageDone,
+    Params,
+    Plan,
+    Ready,
+)
+from models import Model  # noqa: E402
+
+JPEG = [
+    *(cv2.IMWRITE_JPEG_QUALITY, 95),
+    *(cv2.IMWRITE_JPEG_OPTIMIZE, 1),
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
+]
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+# ---------------------------------------------------------------- what is measured
+def write_pages(folder: Path, count: int, height: int, width: int) -> list[Path]:
+    """The demo's drawn pages, in colour as a scan of paper is, at a given size."""
+    rng = np.random.default_rng(1)
+    paths = []
+    for n in range(count):
+        drawn = cv2.resize(sample.sample_page(1 + n % 3), (width, height), interpolation=cv2.INTER_AREA)
+        colour = drawn if drawn.ndim == 3 else cv2.cvtColor(drawn, cv2.COLOR_GRAY2BGR)
+        scan = np.clip(colour * (0.94, 0.97, 0.99) + rng.normal(0, 2, colour.shape), 0, 255)
+        paths.append(folder / f"{n:03}.png")
+        cv2.imwrite(str(paths[-1]), scan.astype(np.uint8))
+    return paths
+
+
+def upstream_main(conn: Connection, model: Model, plan: Plan) -> None:
+    """Answer each list of (source, target) when all of them are written; ends with the pipe."""
+    upstream_shim.install()
+    upsampler = infer.UpstreamEngine(model, plan, 0).engine
+    while work := conn.recv():
+        for source, target in work:
+            page = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
+            cv2.imwrite(str(target), upsampler.enhance(page, outscale=2)[0], JPEG)
+        conn.send("done")
+
+
+@contextmanager
+def process(main: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connection, BaseProcess]]:
+    """A spawned process and its pipe; ended at the close."""
+    ours, theirs = CONTEXT.Pipe()
+    child = CONTEXT.Process(target=main, args=(theirs, *arguments), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield ours, child
+    finally:
+        ours.send(None)
+        child.join(10)
+        child.kill()
+
+
+class Ours:
+    """The service's worker, fed as the dispatcher feeds it."""
+
+    def __init__(self, conn: Connection, plan: Plan) -> None:
+        self.conn, self.plan = conn, plan
+        self.params = Params(model=plan.model, jpeg_quality=95)
+        self.capacity = next(e for e in self._events() if isinstance(e, Ready)).capacity
+
+    def _events(self) -> Iterator[object]:
+        while True:
+            yield self.conn.recv()
+
+    def run(self, sources: list[Path], folder: Path) -> float:
+        """Seconds from the first page given to the last one durable on disk."""
+        waiting = [
+            ComputePage("bench", 1, n, source, folder / source.stem, self.params, self.plan, Limits())
+            for n, source in enumerate(sources)
+        ]
+        started, done = time.perf_counter(), 0
+        for task in waiting[: self.capacity]:
+            self.conn.send(task)
+        given = min(self.capacity, len(waiting))
+        for event in self._events():
+            if isinstance(event, PageDone):
+                done += 1
+                if given < len(waiting):
+                    self.conn.send(waiting[given])
+                    given += 1
+            elif type(event).__name__ in ("PageFailed", "TaskFailed"):
+                raise SystemExit(f"the worker could not compute a page: {event}")
+            if done == len(waiting):
+                break
+        return time.perf_counter() - started
+
+
+def run_upstream(conn: Connection, sources: list[Path], folder: Path) -> float:
+    """Seconds for the loop over all pages."""
+    started = time.perf_counter()
+    conn.send([(source, folder / f"{source.stem}.jpg") for source in sources])
+    conn.recv()
+    return time.perf_counter() - started
+
+
+# ---------------------------------------------------------------- figures
+def peak_mb(child: BaseProcess) -> float | None:
+    """The most memory a process ever held, where Linux tells it."""
+    try:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+    except OSError:
+        return None
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+def flops_per_pixel(model: Model) -> float:
+    """Floating-point operations of all convolutions, an input pixel, counted on a small page."""
+    total = 0
+
+    def count(layer: Any, _inputs: Any, outputs: tuple[Any, torch.Tensor]) -> None:
+        nonlocal total
+        total += 2 * layer.weight.numel() * outputs[1].shape[2] * outputs[1].shape[3]
+
+    convs = [m for m in model.network.modules() if isinstance(m, torch.nn.Conv2d)]
+    hooks = [conv.register_forward_hook(count) for conv in convs]
+    with torch.inference_mode():
+        model.network(torch.zeros(1, 3, 16, 16))
+    for hook in hooks:
+        hook.remove()
+    return total / 256
+
+
+def matrix_flops(dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product: what the processor can be asked for."""
+    a, b = (torch.rand(2048, 2048).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds)
+
+
+def overlap_share(model: Model, plan: Plan, height: int, width: int) -> float:
+    """Pixels computed more than once, as a share of the page's."""
+    if infer.DEVICES[plan.device].rolls:
+        computed = height * sum(x1 - x0 for *_, x0, x1 in infer.columns(width, plan, model.multiple))
+    else:
+        boxes = infer.tiles(height, width, plan.tile, plan.halo_px, model.multiple)
+        computed = sum((w.y1 - w.y0) * (w.x1 - w.x0) for _, w in boxes)
+    return computed / (height * width) - 1
+
+
+def compare(model: Model, plan: Plan, source: Path) -> tuple[int, float]:
+    """(largest difference, PSNR in dB) of a page's upper third, ours beside upstream's."""
+    upstream_shim.install()
+    page = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
+    page = page[: len(page) // 3]
+    theirs = infer.UpstreamEngine(model, upstream_plan(plan), 0).upscale(page, 2).astype(np.int16)
+    apart = np.abs(infer.NativeEngine(model, plan, 0).upscale(page, 2) - theirs)
+    error = float((apart.astype(np.float64) ** 2).mean())
+    return int(apart.max()), 10 * float(np.log10(255**2 / error)) if error else float("inf")
+
+
+def upstream_plan(plan: Plan) -> Plan:
+    """What RealESRGANer does when nobody sets a tile: whole pages in fp32."""
+    return replace(plan, engine="upstream", precision="fp32", tile=0, halo_px=0)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
+    return {
+        "processor": found[1] if found else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "opencv": cv2.__version__,
+    }
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+# ---------------------------------------------------------------- a comparison
+def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One model in one precision beside upstream."""
+    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    height, width = map(int, arguments.size.split("x"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = write_pages(folder, arguments.pages, height, width)
+        small = folder / "small"
+        small.mkdir()
+        warm = write_pages(small, 1, 64, 48)
+        with (
+            process(infer.worker_main, choice, 0) as (our_pipe, our_process),
+            process(upstream_main, model, upstream_plan(plan)) as (their_pipe, their_process),
+        ):
+            ours = Ours(our_pipe, plan)
+            ours.run(warm, small)
+            run_upstream(their_pipe, warm, small)
+            pairs = []
+            for _ in range(arguments.pairs):
+                pairs.append((run_upstream(their_pipe, sources, folder), ours.run(sources, folder)))
+                print(f"  {model.name}: upstream {pairs[-1][0]:.1f} s, ours {pairs[-1][1]:.1f} s", flush=True)
+            peaks = (peak_mb(their_process), peak_mb(our_process))
+        difference, psnr = compare(model, plan, sources[0])
+    operations = flops_per_pixel(model) * height * width * arguments.pages
+    theirs, mine = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratios = [upstream / own for upstream, own in pairs]
+    return {
+        "model": model.name,
+        "precision": plan.precision,
+        "device": plan.device,
+        "upstream pages/min": 60 * arguments.pages / theirs,
+        "ours pages/min": 60 * arguments.pages / mine,
+        "ratio": statistics.median(ratios),
+        "ratio min": min(ratios),
+        "ratio max": max(ratios),
+        "upstream share of peak": operations / theirs / matrix_flops(torch.float32),
+        "share of peak": operations / mine / matrix_flops(infer.PRECISIONS[plan.precision]),
+        "overlap": overlap_share(model, plan, height, width),
+        "overlap at 1200x1700": overlap_share(model, plan, 1700, 1200),
+        "upstream peak MB": peaks[0],
+        "peak MB": peaks[1],
+        "PSNR dB": psnr,
+        "max difference": difference,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as a Markdown table, two lines a model: upstream, ours."""
+    head = ("engine", "model", "precision", "pages/min", "ratio", "share of peak", "overlap", "peak MB")
+    lines = [[*head, "PSNR dB", "max difference"]]
+    for row in rows:
+        theirs = [f"{row['upstream pages/min']:.2f}", "1", f"{row['upstream share of peak']:.0%}"]
+        ours = [
+            f"{row['ours pages/min']:.2f}",
+            f"{row['ratio']:.2f} ({row['ratio min']:.2f}-{row['ratio max']:.2f})",
+            f"{row['share of peak']:.0%}",
+            f"{row['overlap']:.0%}",
+            f"{row['peak MB'] or 0:.0f}",
+            f"{row['PSNR dB']:.1f}",
+            str(row["max difference"]),
+        ]
+        lines += [
+            ["upstream", row["model"], "fp32", *theirs, "0%", f"{row['upstream peak MB'] or 0:.0f}", "", ""],
+            ["ours", row["model"], row["precision"], *ours],
+        ]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--models", nargs="+", default=["realesr-animevideov3", "RealESRGAN_x4plus_anime_6B"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, fp16, auto")
+    parser.add_argument("--pages", type=int, default=2)
+    parser.add_argument("--size", default="1170x827", help="height x width, input pixels")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
+    arguments = parser.parse_args()
+    rows = []
+    for precision in arguments.precisions:
+        choice = EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")
+        engines = infer.Engines(choice, 0, lambda: None)
+        rows += [measure(engines.model(name), choice, arguments) for name in arguments.models]
+    report = {key: getattr(arguments, key) for key in ("size", "pages", "pairs")}
+    report |= {"machine": machine(), "threads": torch.get_num_threads()}
+    print(json.dumps(report))
+    print(table(rows))
+    if arguments.out:
+        storage.write_whole(arguments.out, json.dumps(report | {"rows": rows}, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
