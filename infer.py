@@ -1,6 +1,6 @@
 """Devices, tiles, the page pipeline, and the worker process that runs them.
 
-Map: devices and plans - tiles - engines - a page - worker
+Map: devices and plans - engines - a page - worker
 Rule: what a page becomes depends on its bytes, its params and its plan, on nothing else.
 Runs in: the worker process only; the main process never imports this file (it loads torch).
 
@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +35,7 @@ from torch import nn
 
 import pages
 import storage
+import windows
 from messages import (
     Beat,
     Cancel,
@@ -62,14 +63,15 @@ from messages import (
 )
 from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model, roll
 from pages import PageError, Pixels
+from windows import RESIZE_REACH, Box
 
 log = logging.getLogger("infer")
 
 SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
 MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
-RESIZE_REACH = 4  # input rows that a resized row may depend on: Lanczos-4 at network scale 1
 GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
 FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compiles kernels
+PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -98,16 +100,21 @@ class Insane(Exception):
 class DeviceKind:
     """One row a kind of device: how many there are, and what to try on them.
 
-    tile: input pixels of a window's core, for (compact, RRDB) networks.
+    tile, batch: input pixels of a window's core and windows at once, for (compact, RRDB)
+    networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
+    its halo costs less the larger the window; out of memory halves them.
     rolls: whether a window is as high as the page and computed a few rows at a time, each
     row once. Caches gain by it; a card would wait for the many small steps.
+    pages: computed at a time, by a thread each: a card takes up the next page while the
+    last one's pixels come back.
     """
 
     count: Callable[[], int]
     fast_precision: str
-    tile: tuple[int, int]
-    batch: int
+    tile: tuple[int, int] = (512, 864)
+    batch: tuple[int, int] = (4, 1)
     rolls: bool = False
+    pages: int = 2
 
 
 def _xpu_count() -> int:
@@ -122,12 +129,10 @@ def _native_bf16() -> bool:
 
 # In the order in which "auto" prefers them. ROCm builds answer as CUDA.
 DEVICES = {
-    "cuda": DeviceKind(
-        lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16", (512, 256), 4
-    ),
-    "xpu": DeviceKind(_xpu_count, "fp16", (512, 256), 4),
-    "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16", (512, 256), 1),
-    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 2560), 1, rolls=True),
+    "cuda": DeviceKind(lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16"),
+    "xpu": DeviceKind(_xpu_count, "fp16"),
+    "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16"),
+    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 2560), (1, 1), rolls=True, pages=1),
 }
 
 
@@ -154,7 +159,7 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> 
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
-    tile = kind.tile[isinstance(model.network, RRDBNet)] if native else 0
+    size = isinstance(model.network, RRDBNet)
     plan = Plan(
         model=model.name,
         weights_sha256=model.weights_sha256,
@@ -162,18 +167,18 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> 
         device=device,
         precision="fp32" if choice.precision == "auto" else choice.precision,
         engine=choice.engine,
-        tile=params.tile_size or tile,
+        tile=params.tile_size or (kind.tile[size] if native else 0),
         halo_px=model.halo_px if params.tile_pad is None else params.tile_pad,
-        batch=params.batch_size or kind.batch,
+        batch=params.batch_size or kind.batch[size],
     )
-    if choice.precision == "auto" and native and faster_and_equal(model, plan, kind.fast_precision, slot):
+    if choice.precision == "auto" and native and faster_and_near(model, plan, kind.fast_precision, slot):
         plan = replace(plan, precision=kind.fast_precision)
     return plan
 
 
-def faster_and_equal(model: Model, plan: Plan, precision: str, slot: int) -> bool:
-    """Whether a reduced precision pays here: native or measured faster, and within 4/255
-    of fp32 on a drawn probe (older cards are slower in fp16, and even gave black)."""
+def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+    """Whether a reduced precision pays here: native or measured faster, and near fp32 on a
+    drawn probe (older cards are slower in fp16, and even gave black)."""
     if plan.device == "cpu" and not _native_bf16():
         return False
     probe = probe_page()
@@ -188,8 +193,9 @@ def faster_and_equal(model: Model, plan: Plan, precision: str, slot: int) -> boo
         except (Insane, RuntimeError) as error:
             log.warning("%s is not usable on %s: %s", kind, plan.device, error)
             return False
-    apart = np.abs(results[0].astype(np.int16) - results[1]).max()
-    return bool(apart <= 4 and (plan.device == "cpu" or seconds[1] < seconds[0]))
+    squared = float(((results[0].astype(np.float64) - results[1]) ** 2).mean())
+    near = squared <= 255**2 / 10 ** (PROBE_PSNR_DB / 10)
+    return near and (plan.device == "cpu" or seconds[1] < seconds[0])
 
 
 def probe_page() -> Pixels:
@@ -202,63 +208,9 @@ def probe_page() -> Pixels:
     return drawn
 
 
-# ---------------------------------------------------------------- tiles
-@dataclass(frozen=True, slots=True)
-class Box:
-    """Half-open, in input pixels."""
-
-    y0: int
-    x0: int
-    y1: int
-    x1: int
-
-    def of(self, pixels: Pixels) -> Pixels:
-        """This part of a page, as a view."""
-        return pixels[self.y0 : self.y1, self.x0 : self.x1]
-
-    def times(self, factor: int) -> Box:
-        """The same part of the page at `factor` times its size."""
-        return Box(self.y0 * factor, self.x0 * factor, self.y1 * factor, self.x1 * factor)
-
-    def within(self, outer: Box) -> Box:
-        """This box in `outer`'s own coordinates."""
-        return Box(self.y0 - outer.y0, self.x0 - outer.x0, self.y1 - outer.y0, self.x1 - outer.x0)
-
-
-def tiles(height: int, width: int, tile: int, halo: int, multiple: int = 1) -> Iterator[tuple[Box, Box]]:
-    """Yield (core, window) boxes, row-major; cores cover the page exactly once.
-
-    Input pixels; boxes are half-open. All windows of a page have one shape and lie inside
-    it: at the page's edge the network then sees the same zero padding as on the whole page.
-    `height` and `width` are multiples of `multiple`, and so are all window edges.
-    Raises ValueError unless tile >= 1 and halo >= 0.
-    """
-    if tile < 1 or halo < 0:
-        raise ValueError(f"tile {tile}, halo {halo}")
-    columns = list(_spans(width, tile, halo, multiple))
-    for y0, y1, wy0, wy1 in _spans(height, tile, halo, multiple):
-        for x0, x1, wx0, wx1 in columns:
-            yield Box(y0, x0, y1, x1), Box(wy0, wx0, wy1, wx1)
-
-
-def columns(width: int, plan: Plan, multiple: int) -> list[tuple[int, int, int, int]]:
-    """(core x0, core x1, window x0, window x1) of each window as high as the page."""
-    return list(_spans(width, plan.tile, plan.halo_px, multiple))
-
-
-def _spans(size: int, tile: int, halo: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
-    # Cores of equal size: a thin last one would cost a whole window.
-    core = math.ceil(size / math.ceil(size / tile) / multiple) * multiple
-    halo = math.ceil(halo / multiple) * multiple
-    window = min(core + 2 * halo, size)
-    for start in range(0, size, core):
-        first = max(0, min(start - halo, size - window))
-        yield start, min(start + core, size), first, first + window
-
-
 # ---------------------------------------------------------------- engines
 class Engine(Protocol):
-    """Upscales whole pages of 1 or 3 channels. Not re-entrant: one thread, the device's."""
+    """Upscales whole pages of 1 or 3 channels, for one or more threads."""
 
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """(H, W[, 3]) uint8 or uint16 -> (H*outscale, W*outscale[, 3]) uint8, grain added.
@@ -280,6 +232,7 @@ class NativeEngine:
         self.plan = plan
         self.device = torch_device(plan.device, slot)
         self.dtype = PRECISIONS[plan.precision]
+        self.rolling = threading.Lock()  # the network holds the rows of one page
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network).to(self.device, self.dtype)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -290,13 +243,62 @@ class NativeEngine:
     @torch.inference_mode()
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine."""
+        padded = windows.pad_to_multiple(pixels, self.model.multiple)
+        if DEVICES[self.plan.device].rolls:
+            with self.rolling:
+                return self._by_columns(padded, pixels.shape[:2], outscale, grain)
         height, width = pixels.shape[:2]
-        result = np.empty((height * outscale, width * outscale, *pixels.shape[2:]), np.uint8)
-        padded = _pad_to_multiple(pixels, self.model.multiple)
-        parts = self._columns(padded) if DEVICES[self.plan.device].rolls else self._tiles(padded)
-        for padded_core, window, computed in parts:
+        result = self._by_windows(padded, outscale)[: height * outscale, : width * outscale]
+        return np.ascontiguousarray(result) if grain is None else add_grain(result, grain)
+
+    # A card: only the page and its 8-bit result cross the bus, each once, and the next batch
+    # of windows is queued while one is computed. (No captured graphs: a batch's few hundred
+    # launches take less time than its arithmetic.)
+    def _by_windows(self, page: Pixels, outscale: int) -> Pixels:
+        height, width = page.shape[:2]
+        white, scale = pages.levels(page), self.model.scale
+        source = windows.upload(page, self.device)
+        size = (height * outscale, width * outscale, *page.shape[2:])
+        result = torch.empty(size, dtype=torch.uint8, device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        queued: deque[torch.Event] = deque()
+        boxes = list(windows.tiles(height, width, self.plan.tile, self.plan.halo_px, self.model.multiple))
+        for i in range(0, len(boxes), self.plan.batch):
+            batch = boxes[i : i + self.plan.batch]
+            stack = torch.stack([window.of(source) for _, window in batch])
+            y = self.network(self._to_input(stack, white))
+            finite &= torch.isfinite(y).all()
+            levels = windows.to_levels(y, white, grey=page.ndim == 2)
+            parts = windows.reduce_on_device(levels, white, scale, outscale)
+            for (core, window), part in zip(batch, parts, strict=True):
+                core.times(outscale).of(result).copy_(core.within(window).times(outscale).of(part))
+            self._keep_one_queued(queued)
+        host = windows.download(result)
+        if not bool(finite):  # waits for the device
+            raise Insane("the result is not finite")
+        pixels: Pixels = host.numpy()
+        return pixels
+
+    def _keep_one_queued(self, queued: deque[torch.Event]) -> None:
+        """Wait for the batch before the last: a cancel must not find minutes of work queued."""
+        if self.device.type == "cpu":
+            return
+        event = torch.Event(self.device)
+        event.record()
+        queued.append(event)
+        if len(queued) > 1:
+            queued.popleft().synchronize()
+
+    # A processor: each column comes down a few rows at a time.
+    def _by_columns(
+        self, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
+    ) -> Pixels:
+        """size: the page's own, without what pads it to a multiple."""
+        height, width = size
+        result = np.empty((height * outscale, width * outscale, *page.shape[2:]), np.uint8)
+        for padded_core, window, computed in self._strips(page):
             core = replace(padded_core, y1=min(padded_core.y1, height), x1=min(padded_core.x1, width))
-            reduced = reduce_to(computed, window, outscale)
+            reduced = windows.reduce_to(computed, window, outscale)
             if grain is not None:
                 # At the padded edge a window reaches past the page, and its grain.
                 reduced = add_grain(
@@ -306,79 +308,33 @@ class NativeEngine:
             core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
         return result
 
-    def _tiles(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
-        """(core, window, the window computed), by batches of windows."""
+    def _strips(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+        """(core, window, the window computed) for strips whose cores cover the page once."""
         height, width = page.shape[:2]
-        boxes = list(tiles(height, width, self.plan.tile, self.plan.halo_px, self.model.multiple))
-        for i in range(0, len(boxes), self.plan.batch):
-            batch = boxes[i : i + self.plan.batch]
-            stack = np.stack([window.of(page) for _, window in batch])
-            computed = _to_pixels(self.network(self._to_input(stack)), page)
-            for (core, window), pixels in zip(batch, computed, strict=True):
-                yield core, window, pixels
-
-    def _columns(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
-        """The same for windows as high as the page, which come down in strips."""
-        height, width = page.shape[:2]
-        for x0, x1, wx0, wx1 in columns(width, self.plan, self.model.multiple):
-            column = self._to_input(page[None, :, wx0:wx1])
-            held = np.empty((0, (wx1 - wx0) * self.model.scale, *page.shape[2:]), page.dtype)
+        white, scale = pages.levels(page), self.model.scale
+        across = windows.spans(width, self.plan.tile, self.plan.halo_px, self.model.multiple)
+        for x0, x1, wx0, wx1 in across:
+            column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
+            held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
             for rows in roll(self.network, column):
-                held = np.concatenate([held, _to_pixels(rows, page)[0]])
-                bottom = top + len(held) // self.model.scale
+                if not bool(torch.isfinite(rows).all()):
+                    raise Insane("the result is not finite")
+                levels = windows.to_levels(rows, white, grey=page.ndim == 2)
+                held = np.concatenate([held, levels[0].numpy().astype(page.dtype)])
+                bottom = top + len(held) // scale
                 end = bottom if bottom == height else bottom - RESIZE_REACH
                 if end <= done:
                     continue
-                whole = held[: (bottom - top) * self.model.scale]  # a row of the page may be halfway
+                whole = held[: (bottom - top) * scale]  # a row of the page may be halfway
                 yield Box(done, x0, end, x1), Box(top, wx0, bottom, wx1), whole
                 done = end
                 kept = max(top, end - RESIZE_REACH)
-                held = held[(kept - top) * self.model.scale :]
+                held = held[(kept - top) * scale :]
                 top = kept
 
-    def _to_input(self, stack: Pixels) -> torch.Tensor:
-        """(B, h, w[, 3]) pixels -> (B, 3, h, w) RGB, 0..1, on the device."""
-        x = torch.from_numpy(stack.astype(np.float32) / pages.levels(stack)).to(self.device)
-        x = x.unsqueeze(1).expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).flip(1)
-        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _to_pixels(y: torch.Tensor, page: Pixels) -> Pixels:
-    """(B, 3, H, W) RGB -> (B, H, W[, 3]) of the page's dtype and channels. Raises Insane."""
-    y = y.float()
-    if not bool(torch.isfinite(y).all()):
-        raise Insane("the result is not finite")
-    y = y.clamp_(0, 1)
-    if page.ndim == 2:
-        red, green, blue = y.unbind(1)
-        y = red * 0.299 + green * 0.587 + blue * 0.114  # (B, H, W), ITU-R BT.601 as cv2
-    else:
-        y = y.flip(1).permute(0, 2, 3, 1)  # (B, H, W, 3) BGR
-    rounded: Pixels = y.mul(pages.levels(page)).round_().cpu().numpy().astype(page.dtype)
-    return rounded
-
-
-def _pad_to_multiple(pixels: Pixels, multiple: int) -> Pixels:
-    """Mirrored at the bottom and right, as upstream pads for networks that unshuffle."""
-    bottom, right = (-side % multiple for side in pixels.shape[:2])
-    if not bottom and not right:
-        return pixels
-    padding = ((0, bottom), (0, right), *((0, 0),) * (pixels.ndim - 2))
-    # A side of one pixel has nothing to mirror.
-    return np.pad(pixels, padding, "reflect" if min(pixels.shape[:2]) > multiple else "edge")
-
-
-def reduce_to(computed: Pixels, window: Box, outscale: int) -> Pixels:
-    """A computed window at the asked scale, 8-bit; Lanczos-4 after rounding, as upstream.
-
-    The page's sampling phase repeats every input pixel, so a window's own resize gives
-    the page's values, but for the outermost pixels, which lie in the halo.
-    """
-    size = ((window.x1 - window.x0) * outscale, (window.y1 - window.y0) * outscale)
-    if size != (computed.shape[1], computed.shape[0]):
-        computed = cv2.resize(computed, size, interpolation=cv2.INTER_LANCZOS4)
-    return pages.to_eight_bit(computed)
+    def _to_input(self, stack: torch.Tensor, white: int) -> torch.Tensor:
+        return windows.to_input(stack, white, self.dtype)
 
 
 def add_grain(page: Pixels, grain: Pixels) -> Pixels:
@@ -400,6 +356,7 @@ class UpstreamEngine:
             raise EngineMissing(
                 f"the reference engine is not installed ({error}): pip install -e '.[upstream]'"
             ) from error
+        self.turn = threading.Lock()  # it keeps the page that it computes in itself
         network = model.network
         if isinstance(network, SRVGGNetCompact):
             theirs = UpstreamCompact(3, 3, *network.shape, "prelu")
@@ -423,7 +380,8 @@ class UpstreamEngine:
 
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine. Takes alpha too, as upstream does."""
-        result = pages.to_eight_bit(self.engine.enhance(pixels, outscale=outscale)[0])
+        with self.turn:
+            result = pages.to_eight_bit(self.engine.enhance(pixels, outscale=outscale)[0])
         return result if grain is None else add_grain(result, grain)
 
 
@@ -465,7 +423,7 @@ def check_sane(source: Pixels, result: Pixels) -> None:
 class Engines:
     """The engines of one worker, by plan; what fitted in memory is remembered here.
 
-    Runs in the device thread.
+    Runs in the device threads.
     """
 
     KEPT = 2  # engines: two jobs that share a worker must not reload at each page
@@ -474,6 +432,7 @@ class Engines:
         self.choice = choice
         self.slot = slot
         self.tick = tick
+        self.lock = threading.RLock()  # guards all below
         self.models: OrderedDict[str, tuple[storage.WeightsFile, tuple[int, int], Model]] = OrderedDict()
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
         # (model, device, precision) -> the largest tile that fitted after one did not
@@ -489,31 +448,35 @@ class Engines:
             )
         stat = file.path.stat()
         stamp = (stat.st_size, stat.st_mtime_ns)
-        held = self.models.get(file.name)
-        if held is None or held[:2] != (file, stamp):
-            self.models[file.name] = (file, stamp, load_model(file))
-        self.models.move_to_end(file.name)
-        while len(self.models) > self.KEPT:
-            self.models.popitem(last=False)
-        return self.models[file.name][2]
+        with self.lock:
+            held = self.models.get(file.name)
+            if held is None or held[:2] != (file, stamp):
+                self.models[file.name] = (file, stamp, load_model(file))
+            self.models.move_to_end(file.name)
+            while len(self.models) > self.KEPT:
+                self.models.popitem(last=False)
+            return self.models[file.name][2]
 
     def engine(self, plan: Plan) -> Engine:
         """The engine for a plan. Raises WeightsRefused, DeviceMissing, EngineMissing."""
-        if plan not in self.ready:
-            model = self.model(plan.model)
-            if model.weights_sha256 != plan.weights_sha256:
-                raise storage.WeightsRefused(
-                    f"the weights of {plan.model} changed while the job ran; resume it to start over"
-                )
-            pick_device(plan.device)
-            while len(self.ready) >= self.KEPT:
-                self.ready.popitem(last=False)
-            if plan.engine == "upstream":
-                self.ready[plan] = UpstreamEngine(model, plan, self.slot)
-            else:
-                self.ready[plan] = NativeEngine(model, plan, self.slot, self.tick)
-        self.ready.move_to_end(plan)
-        return self.ready[plan]
+        with self.lock:
+            if plan not in self.ready:
+                while len(self.ready) >= self.KEPT:
+                    self.ready.popitem(last=False)
+                self.ready[plan] = self._new_engine(plan)
+            self.ready.move_to_end(plan)
+            return self.ready[plan]
+
+    def _new_engine(self, plan: Plan) -> Engine:
+        model = self.model(plan.model)
+        if model.weights_sha256 != plan.weights_sha256:
+            raise storage.WeightsRefused(
+                f"the weights of {plan.model} changed while the job ran; resume it to start over"
+            )
+        pick_device(plan.device)
+        if plan.engine == "upstream":
+            return UpstreamEngine(model, plan, self.slot)
+        return NativeEngine(model, plan, self.slot, self.tick)
 
     def compute(self, pixels: Pixels, params: Params, plan: Plan) -> tuple[Pixels, str | None]:
         """(8-bit page, how its computation differed from the plan).
@@ -539,16 +502,19 @@ class Engines:
         """The plan, on a device that is still here, with a tile that is known to fit."""
         if not DEVICES[plan.device].count():
             plan = replace(plan, device="cpu", precision="fp32")
-        tile = self.fitted.get((plan.model, plan.device, plan.precision))
+        with self.lock:
+            tile = self.fitted.get((plan.model, plan.device, plan.precision))
         return plan if tile is None or tile >= plan.tile else replace(plan, tile=tile)
 
     def _smaller(self, plan: Plan, error: Exception) -> Plan:
-        self.ready.pop(plan, None)
+        with self.lock:
+            self.ready.pop(plan, None)
         if plan.device == "cuda":
             torch.cuda.empty_cache()
         if plan.tile > SMALLEST_TILE:
             tile = max(SMALLEST_TILE, plan.tile // 2)
-            self.fitted[plan.model, plan.device, plan.precision] = tile
+            with self.lock:
+                self.fitted[plan.model, plan.device, plan.precision] = tile
             log.warning("out of memory on %s: tile %d -> %d", plan.device, plan.tile, tile)
             return replace(plan, tile=tile)
         if plan.device != "cpu":
@@ -618,14 +584,16 @@ class Worker:
         self.slot = slot
         self.send_lock = threading.Lock()
         self.cancelled: set[tuple[str, int]] = set()
-        self.now_computing: tuple[str, int] | None = None  # device thread's job and attempt
+        self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = Engines(choice, slot, self._tick)
+        at_once = max(kind.pages for kind in DEVICES.values() if kind.count())
+        # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
-        encoders = max(1, min(8, cores // 2))
-        self.capacity = encoders + 2  # one page decoded, one on the device
+        encoders = max(1, min(16 if at_once > 1 else 2, cores - 1))
+        self.capacity = encoders + at_once + 1  # some in each step, and one decoded
         self.decoders = ThreadPoolExecutor(max(1, encoders // 2), "decode")
-        self.device = ThreadPoolExecutor(1, "device")
+        self.device = ThreadPoolExecutor(at_once, "device")
         self.encoders = ThreadPoolExecutor(encoders, "encode")
         self.files = ThreadPoolExecutor(1, "files")
 
@@ -660,7 +628,7 @@ class Worker:
 
     def _tick(self) -> None:
         self.watch.tick()
-        if self.now_computing in self.cancelled:
+        if self.computing.get(threading.get_ident()) in self.cancelled:
             raise Cancelled
 
     def _start(self, task: Task) -> None:
@@ -712,12 +680,12 @@ class Worker:
 
     def _infer(self, task: ComputePage, pixels: Pixels, spent: float) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
-        self.now_computing = (task.job_id, task.attempt)
+        self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         started = time.perf_counter()
         try:
             result, deviation = self.engines.compute(pixels, task.params, task.plan)
         finally:
-            self.now_computing = None
+            del self.computing[threading.get_ident()]
         spent += time.perf_counter() - started
         self.encoders.submit(self._page_step, task, self._encode, result, deviation, spent)
 
@@ -771,7 +739,7 @@ class Worker:
 
     def _file_step(self, task: Stage | Pack, step: Callable[..., None]) -> None:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
-        self.now_computing = (task.job_id, task.attempt)
+        self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         try:
             step(task)
         except Cancelled:
@@ -786,7 +754,7 @@ class Worker:
             detail = f"{type(error).__name__}: {error}"
             self.send(TaskFailed(task.job_id, task.attempt, 0, "TASK", detail, traceback.format_exc()))
         finally:
-            self.now_computing = None
+            del self.computing[threading.get_ident()]
             self.watch.end()
 
     def _stage(self, task: Stage) -> None:
@@ -883,6 +851,7 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     Worker(conn, choice, slot).run()

@@ -38,6 +38,7 @@ import upstream_shim  # noqa: E402
 import infer  # noqa: E402
 import sample  # noqa: E402
 import storage  # noqa: E402
+import windows  # noqa: E402
 from messages import (  # noqa: E402
     ComputePage,
     EngineChoice,
@@ -181,9 +182,10 @@ def matrix_flops(dtype: torch.dtype) -> float:
 def overlap_share(model: Model, plan: Plan, height: int, width: int) -> float:
     """Pixels computed more than once, as a share of the page's."""
     if infer.DEVICES[plan.device].rolls:
-        computed = height * sum(x1 - x0 for *_, x0, x1 in infer.columns(width, plan, model.multiple))
+        across = windows.spans(width, plan.tile, plan.halo_px, model.multiple)
+        computed = height * sum(x1 - x0 for *_, x0, x1 in across)
     else:
-        boxes = infer.tiles(height, width, plan.tile, plan.halo_px, model.multiple)
+        boxes = windows.tiles(height, width, plan.tile, plan.halo_px, model.multiple)
         computed = sum((w.y1 - w.y0) * (w.x1 - w.x0) for _, w in boxes)
     return computed / (height * width) - 1
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+import infer
 import storage
 from infer import NativeEngine
 from messages import Plan
@@ -47,6 +49,11 @@ def native(name: str, **changes: Any) -> NativeEngine:
     """An engine with a bundled model; see plan_for."""
     model = bundled(name)
     return NativeEngine(model, plan_for(model, **changes), slot=0)
+
+
+def use_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU compute windows at once, as cards do, instead of rolling."""
+    monkeypatch.setitem(infer.DEVICES, "cpu", replace(infer.DEVICES["cpu"], rolls=False))
 
 
 def apart(ours: Pixels, theirs: Pixels) -> float:

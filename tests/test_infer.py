@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from drawn import colour, grainy, grey, sixteen_bit
-from engines import COMPACT, NO_FILES, apart, bundled, native, plan_for
+from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
 
 import infer
 import pages
-from messages import EngineChoice, Params
+import windows
+from messages import EngineChoice, Params, Plan
 from pages import PageError
 
 CHOICE = EngineChoice(model_root=NO_FILES)
+CARD_PIXELS = {0: 10_000}  # of all windows in a batch
 
 
 def engines() -> infer.Engines:
@@ -36,7 +40,7 @@ def engines() -> infer.Engines:
 )
 def test_cores_cover_the_page_once_and_windows_lie_inside(height, width, tile, halo, multiple):
     seen, shapes = np.zeros((height, width), int), set()
-    for core, window in infer.tiles(height, width, tile, halo, multiple):
+    for core, window in windows.tiles(height, width, tile, halo, multiple):
         core.of(seen)[...] += 1
         assert 0 <= window.y0 <= core.y0 and core.y1 <= window.y1 <= height
         assert 0 <= window.x0 <= core.x0 and core.x1 <= window.x1 <= width
@@ -50,7 +54,7 @@ def test_cores_cover_the_page_once_and_windows_lie_inside(height, width, tile, h
 @pytest.mark.parametrize("tile, halo", [(0, 1), (-3, 1), (32, -1)])
 def test_impossible_tiles_are_refused(tile, halo):
     with pytest.raises(ValueError, match="tile"):
-        list(infer.tiles(10, 10, tile, halo))
+        list(windows.tiles(10, 10, tile, halo))
 
 
 def test_noise_falls_from_low_over_medium_to_high():
@@ -89,10 +93,10 @@ def small_memory(monkeypatch):
     """A device that can't hold a window of more than 90 pixels' width."""
     to_input = infer.NativeEngine._to_input
 
-    def limited(self, stack):
+    def limited(self, stack, white):
         if stack.shape[2] > 90:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return to_input(self, stack)
+        return to_input(self, stack, white)
 
     monkeypatch.setattr(infer.NativeEngine, "_to_input", limited)
 
@@ -105,6 +109,59 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
     assert worker.compute(page, Params(model=COMPACT), plan)[1] == deviation
     window = infer.NativeEngine(bundled(COMPACT), replace(plan, tile=32), 0)
     assert apart(pixels, window.upscale(page, 2)) <= 1
+
+
+@pytest.fixture
+def card(monkeypatch) -> list[tuple[str, int]]:
+    """A card that isn't there: a CUDA device with the CPU's arithmetic and memory for 10,000
+    pixels of windows. Gives (device, tile) of each batch that was tried."""
+    monkeypatch.setitem(infer.DEVICES, "cuda", replace(infer.DEVICES["cuda"], count=lambda: 1))
+    monkeypatch.setattr(infer, "torch_device", lambda kind, slot: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    tried = []
+
+    def capped(self, stack, white):
+        tried.append((self.plan.device, self.plan.tile))
+        if self.plan.device == "cuda" and stack.shape[0] * stack.shape[1] * stack.shape[2] > CARD_PIXELS[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return windows.to_input(stack, white, self.dtype)
+
+    monkeypatch.setattr(infer.NativeEngine, "_to_input", capped)
+    return tried
+
+
+def on_card(tile: int) -> Plan:
+    return plan_for(bundled(COMPACT), device="cuda", tile=tile, batch=2)
+
+
+def test_a_card_out_of_memory_halves_the_tile_and_remembers_what_fitted(card):
+    page, worker = grey(150, 150), engines()
+    pixels, deviation = worker.compute(page, Params(model=COMPACT), on_card(128))
+    assert deviation == "tile 32" and [tile for _, tile in card[:3]] == [128, 64, 32]
+    card.clear()
+    assert worker.compute(page, Params(model=COMPACT), on_card(128))[1] == "tile 32"
+    assert {tile for _, tile in card} == {32}
+    assert apart(pixels, native(COMPACT).upscale(page, 2)) <= 1
+
+
+def test_a_page_that_no_card_holds_goes_to_the_cpu(card, monkeypatch):
+    monkeypatch.setitem(CARD_PIXELS, 0, 0)
+    page = grey(100, 90)
+    pixels, deviation = engines().compute(page, Params(model=COMPACT), on_card(64))
+    assert deviation == "device cpu, tile 32" and card[:2] == [("cuda", 64), ("cuda", 32)]
+    assert card[-1][0] == "cpu" and apart(pixels, native(COMPACT).upscale(page, 2)) <= 1
+
+
+@pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
+def test_two_pages_at_a_time_are_what_they_are_one_by_one(rolls, monkeypatch):
+    if not rolls:
+        use_windows(monkeypatch)
+    worker, plan = engines(), plan_for(bundled(COMPACT), tile=64)
+    given = [grey(90, 100), colour(110, 70), grey(60, 60), colour(80, 120)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda page: worker.compute(page, Params(model=COMPACT), plan)[0], given))
+    for page, result in zip(given, together, strict=True):
+        assert np.array_equal(result, native(COMPACT, tile=64).upscale(page, 2))
 
 
 def test_a_page_that_never_fits_fails_with_a_reason(monkeypatch):
@@ -141,6 +198,54 @@ def test_a_page_that_stays_insane_fails(monkeypatch, value):
     break_results(monkeypatch, value)
     with pytest.raises(PageError, match="unusable"):
         engines().compute(grey(40, 40), Params(model=COMPACT), plan_for(bundled(COMPACT)))
+
+
+# The probe: what auto does when the fast path is broken, slow or missing, on purpose.
+AUTO = replace(CHOICE, precision="auto")
+
+
+def test_auto_takes_bf16_where_it_is_native_and_right(monkeypatch):
+    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    for name in (COMPACT, SIX_B):
+        assert infer.make_plan(Params(model=name), AUTO, bundled(name), 0).precision == "bf16"
+
+
+def test_auto_stays_with_fp32_where_bf16_is_emulated(monkeypatch):
+    monkeypatch.setattr(infer, "_native_bf16", lambda: False)
+    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, 0.5])
+def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
+    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    break_results(monkeypatch, value, only=torch.bfloat16)
+    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+
+
+def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
+    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    forward = infer.SRVGGNetCompact.forward
+
+    def refused(self, x, last=True):
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16' (injected)")
+        return forward(self, x, last)
+
+    monkeypatch.setattr(infer.SRVGGNetCompact, "forward", refused)
+    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+
+
+@pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
+def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chosen):
+    forward = infer.SRVGGNetCompact.forward
+
+    def dragged(self, x, last=True):
+        time.sleep(0.5 if x.dtype == slow else 0)
+        return forward(self, x, last)
+
+    monkeypatch.setattr(infer.SRVGGNetCompact, "forward", dragged)
+    params = Params(model=COMPACT, device="cuda")
+    assert infer.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):

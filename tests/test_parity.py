@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from drawn import PAGES, colour
-from engines import COMPACT, SIX_B, apart, bundled, native, plan_for
+from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_windows
 from helpers import require
 from reference import CASES, Case, compute
 
 import infer
 from messages import Params
-
-
-def use_windows(monkeypatch) -> None:
-    """Let the CPU compute windows at once, as cards do, instead of rolling."""
-    monkeypatch.setitem(infer.DEVICES, "cpu", replace(infer.DEVICES["cpu"], rolls=False))
 
 
 @pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])

@@ -1,0 +1,45 @@
+"""What a card does to pixels, beside what OpenCV does to them on the processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from drawn import colour, grey, sixteen_bit
+from engines import apart
+
+import pages
+import windows
+
+SIZES = [(1, 1), (3, 40), (17, 9), (60, 33)]
+
+
+@pytest.mark.parametrize("scale, outscale", [(4, 1), (4, 2), (4, 3), (2, 1), (2, 3), (1, 4), (3, 2), (2, 2)])
+@pytest.mark.parametrize("height, width", SIZES)
+def test_lanczos_on_a_device_is_opencvs_to_the_last_bit(scale, outscale, height, width):
+    rng = np.random.default_rng(height)
+    for shape in ((height * scale, width * scale), (height * scale, width * scale, 3)):
+        noise = rng.integers(0, 256, shape, dtype=np.uint8)
+        wanted = windows.reduce_to(noise, windows.Box(0, 0, height, width), outscale)
+        ours = windows.reduce_on_device(torch.from_numpy(noise)[None].float(), 255, scale, outscale)[0]
+        assert np.array_equal(ours.numpy(), wanted)
+
+
+def test_a_16_bit_page_is_reduced_within_one_level():
+    page = sixteen_bit(colour(40, 48))
+    wanted = windows.reduce_to(page, windows.Box(0, 0, 10, 12), 2)
+    ours = windows.reduce_on_device(torch.from_numpy(page.astype(np.float32))[None], 65_535, 4, 2)[0]
+    assert apart(ours.numpy(), wanted) <= 1
+
+
+PAGES = [grey(8, 9), colour(8, 9), sixteen_bit(grey(8, 9)), sixteen_bit(colour(8, 9))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=["grey", "colour", "grey16", "colour16"])
+def test_pixels_survive_the_way_to_a_tensor_and_back(page):
+    white = pages.levels(page)
+    sent = windows.upload(page, torch.device("cpu"))
+    x = windows.to_input(sent[None], white, torch.float32)
+    assert x.shape == (1, 3, 8, 9) and 0 <= float(x.min()) and float(x.max()) <= 1
+    back = windows.to_levels(x, white, grey=page.ndim == 2)[0]
+    assert np.array_equal(windows.download(back).numpy().astype(page.dtype), page)
