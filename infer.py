@@ -674,11 +674,11 @@ class Worker:
 
     def _decode(self, task: ComputePage) -> None:
         started = time.perf_counter()
-        pixels = pages.decode(task.source.read_bytes(), task.params.scale, task.limits)
+        pixels, spread = pages.decode_scored(task.source.read_bytes(), task.params.scale, task.limits)
         spent = time.perf_counter() - started
-        self.device.submit(self._page_step, task, self._infer, pixels, spent)
+        self.device.submit(self._page_step, task, self._infer, pixels, spread, spent)
 
-    def _infer(self, task: ComputePage, pixels: Pixels, spent: float) -> None:
+    def _infer(self, task: ComputePage, pixels: Pixels, spread: float, spent: float) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         started = time.perf_counter()
@@ -687,9 +687,11 @@ class Worker:
         finally:
             del self.computing[threading.get_ident()]
         spent += time.perf_counter() - started
-        self.encoders.submit(self._page_step, task, self._encode, result, deviation, spent)
+        self.encoders.submit(self._page_step, task, self._encode, result, deviation, spread, spent)
 
-    def _encode(self, task: ComputePage, pixels: Pixels, deviation: str | None, spent: float) -> None:
+    def _encode(
+        self, task: ComputePage, pixels: Pixels, deviation: str | None, spread: float, spent: float
+    ) -> None:
         started = time.perf_counter()
         data, suffix, other = pages.encode(pixels, task.params)
         height, width = pixels.shape[:2]
@@ -697,7 +699,7 @@ class Worker:
         deviation = "; ".join(filter(None, (deviation, other))) or None
         size = (width, height, pages.MODES[channels])
         spent += time.perf_counter() - started
-        self._finish(task, data, suffix, size, spent, None, deviation)
+        self._finish(task, data, suffix, size, spent, None, deviation, round(spread, 2))
 
     def _carry(self, task: ComputePage) -> None:
         """Take the original over, so that a reader finds the page where it belongs."""
@@ -718,6 +720,7 @@ class Worker:
         spent: float,
         error: str | None,
         deviation: str | None,
+        spread: float | None = None,
     ) -> None:
         """Make the page durable, then say so: never the other way round."""
         target = task.target_stem.with_name(task.target_stem.name + suffix)
@@ -734,6 +737,7 @@ class Worker:
                 round(spent, 3),
                 error,
                 deviation,
+                spread,
             )
         )
 

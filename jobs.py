@@ -43,7 +43,8 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MIGRATIONS = {1: "ALTER TABLE pages ADD COLUMN color_spread REAL"}  # version -> what makes the next
 
 
 # ---------------------------------------------------------------- errors
@@ -195,6 +196,7 @@ class Page:
     mode: str | None = None
     error: str | None = None
     deviation: str | None = None
+    color_spread: float | None = None
     seconds: float | None = None
     tries: int = 0
     alone: bool = False  # was in flight when a worker died: no company until it is done
@@ -223,8 +225,8 @@ CREATE TABLE pages (
     name TEXT NOT NULL, staged TEXT NOT NULL, source_sha256 TEXT NOT NULL,
     source_bytes INTEGER NOT NULL, source_error TEXT, stem TEXT NOT NULL, status TEXT NOT NULL,
     output TEXT, sha256 TEXT, bytes INTEGER, width INTEGER, height INTEGER, mode TEXT,
-    error TEXT, deviation TEXT, seconds REAL, tries INTEGER NOT NULL, alone INTEGER NOT NULL,
-    deaths INTEGER NOT NULL, PRIMARY KEY (job_id, n)
+    error TEXT, deviation TEXT, color_spread REAL, seconds REAL, tries INTEGER NOT NULL,
+    alone INTEGER NOT NULL, deaths INTEGER NOT NULL, PRIMARY KEY (job_id, n)
 ) WITHOUT ROWID;
 CREATE TABLE counter (seq INTEGER NOT NULL);
 INSERT INTO counter VALUES (0);
@@ -450,7 +452,8 @@ class JobTable:
             db.execute("UPDATE pages SET tries = 0, alone = 0, deaths = 0 WHERE job_id = ?", (job_id,))
             return db.execute(
                 "UPDATE pages SET status = 'pending', output = NULL, sha256 = NULL, bytes = NULL,"
-                " width = NULL, height = NULL, mode = NULL, error = NULL, deviation = NULL"
+                " width = NULL, height = NULL, mode = NULL, error = NULL, deviation = NULL,"
+                " color_spread = NULL"
                 " WHERE job_id = ? AND status = 'carried'",
                 (job_id,),
             ).rowcount
@@ -473,6 +476,9 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA foreign_keys = ON")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        while version in MIGRATIONS:
+            db.executescript(f"BEGIN; {MIGRATIONS[version]}; PRAGMA user_version = {version + 1}; COMMIT;")
+            version += 1
         if version == 0 and tables == 0:
             db.executescript("BEGIN;" + SCHEMA + "COMMIT;")
         elif version != SCHEMA_VERSION:
@@ -548,6 +554,7 @@ def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values
             mode=event.mode,
             error=event.error,
             deviation=event.deviation,
+            color_spread=event.color_spread,
             seconds=event.seconds,
         )
         table.change(
@@ -885,6 +892,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
                 "status": page.status,
                 "error": page.error,
                 "deviation": page.deviation,
+                "colorSpread": page.color_spread,
             }
             for page in pages
         ],

@@ -228,6 +228,7 @@ class PageDone:
     seconds: float
     error: str | None = None
     deviation: str | None = None  # how its computation differed from the plan
+    color_spread: float | None = None  # see pages.colour_spread; None for a carried page
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ def schemas() -> dict[str, Any]:
             "mode": _nullable("string"),
             "error": _nullable("string"),
             "deviation": _nullable("string"),
+            "colorSpread": _nullable("number"),
             "seconds": _nullable("number"),
         }
     )

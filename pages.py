@@ -27,6 +27,10 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # The most that a format's own fields can say, in pixels of one side.
 # OpenCV refuses JPEG over 65,500 although the format itself has 65,535.
 SIDE_LIMITS = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}
+# A lossy WebP or a colour conversion leaves a grey page's channels one level apart here and
+# there, and 0.05 in the mean (measured); the faintest tint moves some pixel by two.
+GREY_SPREAD = 1.0  # 8-bit levels
+GREY_CAST = 0.25  # 8-bit levels
 GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a scan has
 ALPHA_CHANNELS = 4
 
@@ -133,9 +137,19 @@ def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
     """A page's pixels, upright, as few channels as they need.
 
     EXIF orientation is applied once; of animations the first frame counts; opaque alpha
-    and equal colour channels are dropped. Raises PageError, also for a page that ends
-    early: half a page is no page.
+    and the colour of grey pages (see fewest_channels) are dropped. Raises PageError, also
+    for a page that ends early: half a page is no page.
     """
+    return decode_scored(data, scale, limits)[0]
+
+
+def decode_scored(data: bytes, scale: int, limits: Limits) -> tuple[Pixels, float]:
+    """decode()'s pixels, and how far the page's channels were apart: see colour_spread."""
+    pixels = _decode_upright(data, scale, limits)
+    return fewest_channels(pixels), colour_spread(pixels)
+
+
+def _decode_upright(data: bytes, scale: int, limits: Limits) -> Pixels:
     check_size(data, scale, limits)
     try:
         pixels, kinds, blocks = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -147,7 +161,7 @@ def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
     for kind, block in zip(kinds, blocks, strict=False):
         if kind == cv2.IMAGE_METADATA_EXIF:
             pixels = orient(pixels, exif_orientation(bytes(block.reshape(-1).view(np.uint8))))
-    return fewest_channels(pixels)
+    return pixels
 
 
 def _with_transparent_grey(pixels: Pixels, data: bytes) -> Pixels:
@@ -210,16 +224,31 @@ def levels(pixels: Pixels) -> int:
     return 65_535 if pixels.dtype == np.uint16 else 255
 
 
+def colour_spread(pixels: Pixels) -> float:
+    """The largest difference between two channels of one pixel, in 8-bit levels; 0 for grey."""
+    if channels(pixels) < 3:
+        return 0.0
+    blue, green, red = cv2.split(pixels)[:3]
+    apart = cv2.max(cv2.max(cv2.absdiff(blue, green), cv2.absdiff(green, red)), cv2.absdiff(blue, red))
+    return float(apart.max()) * 255 / levels(pixels)
+
+
+def is_grey(pixels: Pixels) -> bool:
+    """Whether (H, W, 3+) channels are equal but for roundings, without a cast of any colour."""
+    if colour_spread(pixels) > GREY_SPREAD:
+        return False
+    means = np.array(cv2.mean(pixels)[:3]) * 255 / levels(pixels)
+    return float(means.max() - means.min()) <= GREY_CAST
+
+
 def fewest_channels(pixels: Pixels) -> Pixels:
-    """Drop alpha that is opaque everywhere, and colour whose channels are equal."""
+    """Drop alpha that is opaque everywhere, and the colour of a page that is_grey()."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if channels(pixels) == ALPHA_CHANNELS and bool((pixels[..., 3] == levels(pixels)).all()):
         pixels = pixels[..., :3]
-    if channels(pixels) == 3:
-        blue, green, red = (pixels[..., i] for i in range(3))
-        if np.array_equal(blue, green) and np.array_equal(green, red):
-            pixels = green
+    if channels(pixels) == 3 and is_grey(pixels):
+        pixels = pixels[..., 1]
     return np.ascontiguousarray(pixels)
 
 

@@ -890,6 +890,7 @@ def _page_json(page: jobs.Page) -> dict[str, Any]:
         "mode": page.mode,
         "error": page.error or page.source_error,
         "deviation": page.deviation,
+        "colorSpread": page.color_spread,
         "seconds": page.seconds,
     }
 

@@ -1,5 +1,6 @@
 """Measure the worker's pipeline beside the loop that a user of RealESRGANer runs.
 
+    python tests/bench.py --encoders
     python tests/bench.py [--models NAME ...] [--pages 2] [--size 1170x827] [--pairs 3] [--out bench.json]
 
 Same pages, same JPEG settings, one run: upstream and ours take turns in processes that stay
@@ -36,6 +37,7 @@ import torch  # noqa: E402
 import upstream_shim  # noqa: E402
 
 import infer  # noqa: E402
+import pages  # noqa: E402
 import sample  # noqa: E402
 import storage  # noqa: E402
 import windows  # noqa: E402
@@ -225,6 +227,23 @@ def _cpuinfo() -> str:
     return path.read_text() if path.exists() else ""
 
 
+def encoders(height: int = 2340, width: int = 1654, turns: int = 5) -> str:
+    """What a page costs in each format, grey and in colour: a Markdown table."""
+    grey = cv2.resize(sample.sample_page(1), (width, height), interpolation=cv2.INTER_CUBIC)
+    grey = grey if grey.ndim == 2 else cv2.cvtColor(grey, cv2.COLOR_BGR2GRAY)
+    rows = ["| format | channels | ms | MB |", "| --- | --- | --- | --- |"]
+    for form, quality in (("jpg", 95), ("png", 95), ("webp", 95), ("webp", 100)):
+        for pixels in (grey, cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)):
+            params, seconds = Params(output_format=form, jpeg_quality=quality), []
+            for _ in range(turns):
+                started = time.perf_counter()
+                data = pages.encode(pixels, params)[0]
+                seconds.append(time.perf_counter() - started)
+            ms = 1000 * statistics.median(seconds)
+            rows.append(f"| {form} {quality} | {pages.channels(pixels)} | {ms:.0f} | {len(data) / 1e6:.2f} |")
+    return "\n".join(rows)
+
+
 # ---------------------------------------------------------------- a comparison
 def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in one precision beside upstream."""
@@ -304,7 +323,11 @@ def main() -> None:
     parser.add_argument("--size", default="1170x827", help="height x width, input pixels")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
+    parser.add_argument("--encoders", action="store_true", help="only what each format costs")
     arguments = parser.parse_args()
+    if arguments.encoders:
+        print(encoders())
+        return
     rows = []
     for precision in arguments.precisions:
         choice = EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")

@@ -300,6 +300,56 @@ def test_a_page_is_known_by_content_whatever_its_channels_say():
     assert np.array_equal(decode(coded(np.dstack([colour, opaque]))), colour)
 
 
+def tinted(paper: tuple[float, float, float]) -> pages.Pixels:
+    """A grey page scanned on coloured paper."""
+    tint: pages.Pixels = np.rint(np.dstack([gradient(64, 80)] * 3) * paper).astype(np.uint8)
+    return tint
+
+
+def stained(level: int) -> pages.Pixels:
+    """A grey page with one pixel that is `level` levels off."""
+    page = np.dstack([np.minimum(gradient(64, 80), 250)] * 3)
+    page[40, 40, 2] += level
+    return page
+
+
+GREY = np.dstack([gradient(64, 80)] * 3)
+GREYISH = {
+    "jpeg 30": lambda: coded(GREY, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 30),
+    "webp 60": lambda: coded(GREY, ".webp", cv2.IMWRITE_WEBP_QUALITY, 60),
+    "by way of Lab": lambda: coded(
+        cv2.cvtColor(cv2.cvtColor(GREY, cv2.COLOR_BGR2LAB), cv2.COLOR_LAB2BGR), ".png"
+    ),
+    "one level off once": lambda: coded(stained(1)),
+}
+COLOURED = {
+    "ivory": lambda: tinted((0.97, 0.99, 1)),
+    "the faintest ivory": lambda: tinted((0.99, 0.995, 1)),
+    "one level everywhere": lambda: np.dstack([GREY[..., 0] // 2, GREY[..., 0] // 2 + 1, GREY[..., 0] // 2]),
+    "one pixel of two levels": lambda: stained(2),
+}
+
+
+@pytest.mark.parametrize("make", GREYISH.values(), ids=list(GREYISH))
+def test_a_grey_page_that_was_saved_in_colour_is_grey(make):
+    page, spread = pages.decode_scored(make(), 1, Limits())
+    assert page.ndim == 2 and spread <= pages.GREY_SPREAD
+    assert np.abs(page.astype(int) - GREY[..., 0]).mean() < 6
+
+
+@pytest.mark.parametrize("make", COLOURED.values(), ids=list(COLOURED))
+def test_a_tinted_page_is_never_called_grey(make):
+    page, spread = pages.decode_scored(coded(make()), 1, Limits())
+    assert np.array_equal(page, make()) and spread >= 1
+
+
+def test_the_spread_is_told_in_8_bit_levels_at_any_depth():
+    assert pages.colour_spread(stained(7)) == pages.colour_spread(stained(7).astype(np.uint16) * 257) == 7
+    assert pages.colour_spread(gradient(8, 8)) == 0
+    assert pages.is_grey(stained(1).astype(np.uint16) * 257)
+    assert not pages.is_grey(stained(2).astype(np.uint16) * 257)
+
+
 def test_alpha_that_is_clear_anywhere_is_kept():
     pixels = np.dstack([gradient(30, 40, 3), np.full((30, 40), 255, np.uint8)])
     pixels[29, 39, 3] = 254

@@ -5,12 +5,14 @@ The client below is written from the contract alone, as strictly as the real one
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import io
 import json
 import os
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -21,10 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
+import jobs
 import server
 
 ROOT = Path(server.__file__).parent
@@ -199,6 +204,32 @@ def test_every_format_and_scale_comes_out_as_asked(client, scale, form, mode):
     item = check_artifact(data, state)["items"][0]
     assert (item["filename"], item["width"], item["height"]) == (f"第1話/表紙.{form}", 32 * scale, 48 * scale)
     assert zipfile.ZipFile(io.BytesIO(data)).read(item["filename"]).startswith(mode)
+
+
+def test_a_grey_page_saved_in_colour_comes_out_grey_and_the_report_says_how_grey_it_was(client):
+    grey = np.arange(32 * 48, dtype=np.uint32).reshape(48, 32) % 251
+    pages = {"grey.webp": np.dstack([grey] * 3), "ivory.png": np.dstack([grey * 0.97, grey * 0.99, grey])}
+    files = {
+        name: cv2.imencode(Path(name).suffix, page.astype(np.uint8), [cv2.IMWRITE_WEBP_QUALITY, 90])[1]
+        for name, page in pages.items()
+    }
+    client.call("PUT", "/incoming/g.zip", volume({name: data.tobytes() for name, data in files.items()}))
+    state = client.wait(job := client.submit("g.zip"))
+    grey_item, ivory = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)["items"]
+    assert grey_item["mode"] == "L" and grey_item["colorSpread"] <= 1
+    assert ivory["mode"] == "RGB" and 6 <= ivory["colorSpread"] <= 8
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
+    table = jobs.JobTable(tmp_path / "jobs.db")
+    table.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
+        db.executescript("ALTER TABLE pages DROP COLUMN color_spread; PRAGMA user_version = 1;")
+    table = jobs.JobTable(tmp_path / "jobs.db")
+    try:
+        assert table.set_aside is None and table.pages("none") == []
+    finally:
+        table.close()
 
 
 def test_a_folder_is_an_input_and_a_manifest_is_reconciled(client, service):
