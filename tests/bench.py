@@ -1,6 +1,7 @@
 """Measure the worker's pipeline beside the loop that a user of RealESRGANer runs.
 
     python tests/bench.py --encoders
+    python tests/bench.py --openvino 400 800 [--models NAME ...]
     python tests/bench.py [--models NAME ...] [--pages 2] [--size 1170x827] [--pairs 3] [--out bench.json]
 
 Same pages, same JPEG settings, one run: upstream and ours take turns in processes that stay
@@ -51,12 +52,14 @@ from messages import (  # noqa: E402
     Ready,
 )
 from models import Model  # noqa: E402
+from pages import Pixels  # noqa: E402
 
 JPEG = [
     *(cv2.IMWRITE_JPEG_QUALITY, 95),
     *(cv2.IMWRITE_JPEG_OPTIMIZE, 1),
     *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
 ]
+OPENVINO = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -244,6 +247,61 @@ def encoders(height: int = 2340, width: int = 1654, turns: int = 5) -> str:
     return "\n".join(rows)
 
 
+class OpenVINOEngine(infer.NativeEngine):
+    """Our windows through OpenVINO (pip install openvino), which compiles a network for a shape."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        super().__init__(model, plan, 0)
+        self.compiled: dict[tuple[int, ...], Any] = {}
+        self.network = self._compute  # type: ignore[assignment]
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        import openvino
+
+        shape = tuple(x.shape)
+        if shape not in self.compiled:
+            converted = openvino.convert_model(self.model.network, example_input=x, input=[list(shape)])
+            hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": OPENVINO[self.plan.precision]}
+            self.compiled[shape] = openvino.Core().compile_model(converted, "CPU", hints)
+        return torch.from_numpy(self.compiled[shape](x.contiguous().numpy())[0])
+
+    @torch.inference_mode()
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """See infer.Engine; for networks that need no padding."""
+        return self._by_windows(pixels, outscale)
+
+
+def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[str]]:
+    """Rows (engine, model, precision, pages/min, ratio, overlap, max difference): engines alone,
+    one page, taking turns; OpenVINO with each of some window sizes."""
+    choice = EngineChoice(model_root=ROOT / "no-such-folder")
+    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    height, width = map(int, arguments.size.split("x"))
+    with tempfile.TemporaryDirectory() as name:
+        page = cv2.imread(str(write_pages(Path(name), 1, height, width)[0]), cv2.IMREAD_UNCHANGED)
+    plans = {f"OpenVINO, windows of {tile}": replace(plan, tile=tile) for tile in arguments.openvino}
+    engines: dict[str, infer.Engine] = {"ours": infer.NativeEngine(model, plan, 0)}
+    engines |= {key: OpenVINOEngine(model, theirs) for key, theirs in plans.items()}
+    seconds: dict[str, list[float]] = {key: [] for key in engines}
+    for turn in range(arguments.pairs + 1):
+        results = {}
+        for key, engine in engines.items():
+            started = time.perf_counter()
+            results[key] = engine.upscale(page, 2).astype(np.int16)
+            if turn:  # the first one compiles
+                seconds[key].append(time.perf_counter() - started)
+    rows = []
+    for key, spent in seconds.items():
+        ratios = [own / theirs for own, theirs in zip(seconds["ours"], spent, strict=True)]
+        boxes = windows.tiles(height, width, plans.get(key, plan).tile, plan.halo_px, model.multiple)
+        computed = sum((w.y1 - w.y0) * (w.x1 - w.x0) for _, w in boxes) if key in plans else height * width
+        rows.append([key, model.name, plan.precision, f"{60 / statistics.median(spent):.2f}"])
+        rows[-1].append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        rows[-1].append(f"{computed / (height * width) - 1:.0%}")
+        rows[-1].append(str(int(np.abs(results[key] - results["ours"]).max())))
+    return rows
+
+
 # ---------------------------------------------------------------- a comparison
 def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in one precision beside upstream."""
@@ -323,10 +381,17 @@ def main() -> None:
     parser.add_argument("--size", default="1170x827", help="height x width, input pixels")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
+    parser.add_argument("--openvino", type=int, nargs="+", metavar="TILE", help="only beside OpenVINO's")
     parser.add_argument("--encoders", action="store_true", help="only what each format costs")
     arguments = parser.parse_args()
     if arguments.encoders:
         print(encoders())
+        return
+    if arguments.openvino:
+        head = ["engine", "model", "precision", "pages/min", "ratio to ours", "overlap", "max difference"]
+        loaded = infer.Engines(EngineChoice(model_root=ROOT / "no-such-folder"), 0, lambda: None)
+        lines = [row for name in arguments.models for row in beside_openvino(loaded.model(name), arguments)]
+        print("\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]))
         return
     rows = []
     for precision in arguments.precisions:
