@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 import pages
+import sandbox
 import storage
 import windows
 from messages import (
@@ -858,6 +859,10 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if choice.sandbox:
+        for kind in DEVICES.values():
+            kind.count()  # a driver's first use may need rights that are about to go
+        sandbox.drop_rights()
     Worker(conn, choice, slot).run()
 
 

@@ -68,6 +68,7 @@ class EngineChoice:
     precision: str = "auto"
     engine: str = "native"
     model_root: Path = Path("models")
+    sandbox: bool = True  # whether workers give up rights they don't need
 
 
 # ---------------------------------------------------------------- tasks

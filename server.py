@@ -95,6 +95,7 @@ class Config:
     device: str = "auto"
     precision: str = "auto"
     engine: str = "native"
+    sandbox: bool = True
     limits: Limits = field(default_factory=Limits)
     worker_idle_s: float = 120.0
     connections: int = 256
@@ -122,6 +123,7 @@ CHOICES = {
     "device": ("auto", "cuda", "xpu", "mps", "cpu"),
     "precision": ("auto", "fp32", "fp16", "bf16"),
     "engine": ("native", "upstream"),
+    "sandbox": ("on", "off"),
 }
 
 
@@ -167,6 +169,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         device=choice("device"),
         precision=choice("precision"),
         engine=choice("engine"),
+        sandbox=choice("sandbox") == "on",
     )
 
 
@@ -950,7 +953,9 @@ class Service:
             self.table = JobTable(layout.database)
             self._ending.callback(self.table.close)
             jobs.recover(self.table, layout, self.table.clock())
-            choice = EngineChoice(config.device, config.precision, config.engine, layout.models)
+            choice = EngineChoice(
+                config.device, config.precision, config.engine, layout.models, config.sandbox
+            )
             slots, limits = config.max_concurrency, config.limits
             self.dispatcher = dispatch.Dispatcher(
                 self.table, layout, choice, slots, limits, config.worker_idle_s, worker
