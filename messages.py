@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an input may hold; checked before a byte of it is written."""
+    """What an input may hold; checked before a byte of it is written. See setting_name."""
 
     entries: int = 20_000
     pages: int = 20_000
@@ -58,6 +58,11 @@ class Limits:
     path_bytes: int = 4096
     page_pixels: int = 100_000_000
     output_pixels: int = 1_200_000_000
+
+
+def setting_name(limit: str) -> str:
+    """The environment variable that sets a field of Limits, for people to raise it."""
+    return f"REICHAN_MAX_{limit.upper()}"
 
 
 @dataclass(frozen=True, slots=True)

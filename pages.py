@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import storage
-from messages import Limits, Params
+from messages import Limits, Params, setting_name
 
 Pixels = npt.NDArray[Any]  # uint8 or uint16, see above
 
@@ -124,11 +124,14 @@ def check_size(data: bytes, scale: int, limits: Limits) -> None:
     width, height = header_size(data)
     pixels = width * height
     if pixels > limits.page_pixels:
-        raise PageError(f"{width}x{height} pixels are over the limit of {limits.page_pixels} a page")
+        raise PageError(
+            f"{width}x{height} are {pixels} pixels, over the limit of {limits.page_pixels} a page "
+            f"({setting_name('page_pixels')})"
+        )
     if pixels * scale * scale > limits.output_pixels:
         raise PageError(
-            f"{width}x{height} at scale {scale} is over the limit of {limits.output_pixels} output pixels; "
-            "use a smaller scale"
+            f"{width}x{height} at scale {scale} would be {pixels * scale * scale} pixels, over the limit of "
+            f"{limits.output_pixels} ({setting_name('output_pixels')}); use a smaller scale"
         )
 
 

@@ -39,7 +39,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ import storage
 import wire
 from jobs import Job, JobTable
 from live import Live, Watcher
-from messages import EngineChoice, Limits, Params, Preview, Probe, Probed
+from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
 from openapi import Route
 from storage import Layout
 from wire import Answer, Refused, Request, json_answer
@@ -127,6 +127,26 @@ CHOICES = {
 }
 
 
+# Fields of Limits that have a setting; ratio_from_bytes only says where ratio begins to matter.
+LIMIT_SETTINGS = tuple(item.name for item in fields(Limits) if item.name != "ratio_from_bytes")
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def whole(name: str, text: str, least: int = 1, most: int = 1 << 53) -> int:
+    """A setting's whole number, with K, M, G or T of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"([0-9]{1,16})([KMGT]?)", text.upper())
+    value = int(match[1]) * UNITS[match[2]] if match else -1
+    if not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least}, like 20000 or 512M, not {text!r}")
+    return value
+
+
+def read_limits(setting: Callable[[str, str], str]) -> Limits:
+    """Limits from REICHAN_MAX_*. Raises ConfigError."""
+    given = {name: setting(f"MAX_{name.upper()}", "") for name in LIMIT_SETTINGS}
+    return Limits(**{name: whole(setting_name(name), text) for name, text in given.items() if text})
+
+
 def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
     """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
 
@@ -170,6 +190,8 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         precision=choice("precision"),
         engine=choice("engine"),
         sandbox=choice("sandbox") == "on",
+        limits=read_limits(setting),
+        upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
     )
 
 
@@ -627,7 +649,7 @@ class Api:
         existed = target.exists()
         digest, size = hashlib.sha256(), 0
         with storage.replacing(target) as file:
-            for piece in request.body.pieces(self.config.upload_bytes):
+            for piece in request.body.pieces(self.config.upload_bytes, setting_name("upload_bytes")):
                 digest.update(piece)
                 file.write(piece)
                 size += len(piece)

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from messages import Limits, SourcePage
+from messages import Limits, SourcePage, setting_name
 
 PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz"})
@@ -90,10 +90,11 @@ class NoPages(InputUnusable):
 
 
 class LimitExceeded(InputUnusable):
-    """The input is larger than a limit; the code names which one."""
+    """The input is larger than a limit; code and detail name which one, a field of Limits."""
 
     def __init__(self, limit: str, value: int, allowed: int, what: str) -> None:
-        super().__init__(f"{what}: {value}, the limit is {allowed}")
+        self.fact = f"{what}: {value}, the limit is {allowed}"
+        super().__init__(f"{self.fact} ({setting_name(limit)})")
         self.code = f"LIMIT_{limit.upper()}"
 
 
@@ -594,6 +595,8 @@ def resolve_incoming(layout: Layout, path: str) -> Path:
     trimmed = path.replace("\\", "/")
     try:
         parts = member_parts(trimmed, Limits())
+    except LimitExceeded as error:  # no setting: this is a request's path, not an archive's
+        raise OutsideIncoming(f"{path[:80]!a} is not a path inside incoming/: {error.fact}") from error
     except InputUnusable as error:
         raise OutsideIncoming(f"{path[:80]!a} is not a path inside incoming/: {error.detail}") from error
     if parts[0] == "incoming":

@@ -265,10 +265,13 @@ class Body:
         self.progress: Callable[[int], None] = lambda _count: None
         self.done = not chunked and not length  # read to its end
 
-    def pieces(self, limit_bytes: int) -> Iterator[bytes]:
-        """The body in order. Raises Refused (413 over the limit, 400 damaged), EOFError cut off."""
+    def pieces(self, limit_bytes: int, setting: str = "") -> Iterator[bytes]:
+        """The body in order. Raises Refused (413 over the limit, 400 damaged), EOFError cut off.
+
+        setting: the environment variable that holds the limit, for the refusal.
+        """
         if (self.length or 0) > limit_bytes:
-            raise self._too_large(limit_bytes)
+            raise self._too_large(limit_bytes, self.length or 0, setting)
         if self.done:
             return
         self.before_read()
@@ -276,7 +279,7 @@ class Body:
         for piece in self._chunks() if self.chunked else self._plain(self.length or 0):
             seen += len(piece)
             if seen > limit_bytes:
-                raise self._too_large(limit_bytes)
+                raise self._too_large(limit_bytes, seen, setting)
             self.progress(seen)
             yield piece
         self.done = True
@@ -285,8 +288,12 @@ class Body:
         """The whole body. Raises as pieces() does."""
         return b"".join(self.pieces(limit_bytes))
 
-    def _too_large(self, limit_bytes: int) -> Refused:
-        return Refused(413, "TOO_LARGE", f"the body is over {limit_bytes} bytes", close=True)
+    def _too_large(self, limit_bytes: int, size_bytes: int, setting: str) -> Refused:
+        known = f"{size_bytes} bytes" if self.length else f"at least {size_bytes} bytes"
+        named = f" ({setting})" if setting else ""
+        return Refused(
+            413, "TOO_LARGE", f"the body has {known}, the limit is {limit_bytes}{named}", close=True
+        )
 
     def _plain(self, left: int) -> Iterator[bytes]:
         while left:

@@ -250,10 +250,10 @@ NAME_LIMITS = [
     (
         "漫" * 10 + "a",
         Limits(path_bytes=30),
-        "LIMIT_PATH_BYTES: bytes in an entry's name: 31, the limit is 30",
+        "LIMIT_PATH_BYTES: bytes in an entry's name: 31, the limit is 30 (REICHAN_MAX_PATH_BYTES)",
     ),
     ("a/b/c", Limits(depth=3), None),
-    ("a/b/c/d", Limits(depth=3), "LIMIT_DEPTH: nested folders: 4, the limit is 3"),
+    ("a/b/c/d", Limits(depth=3), "LIMIT_DEPTH: nested folders: 4, the limit is 3 (REICHAN_MAX_DEPTH)"),
 ]
 
 
@@ -757,7 +757,8 @@ def test_a_limit_has_its_own_code_and_nothing_is_written_before(tmp_path, kind, 
     with pytest.raises(storage.LimitExceeded) as caught:
         stage(source, tmp_path / "staging", limits)
     assert caught.value.code == code
-    assert caught.value.detail.endswith(f": {value}, the limit is {allowed}")
+    setting = code.replace("LIMIT", "REICHAN_MAX")
+    assert caught.value.detail.endswith(f": {value}, the limit is {allowed} ({setting})")
     assert not (tmp_path / "staging").exists()
 
 
@@ -787,7 +788,8 @@ def test_a_file_over_the_limit_is_refused_by_its_size_and_not_copied_up_to_it(tm
 def test_a_ratio_over_the_limit_refuses_the_archive_but_only_where_it_can_hurt(tmp_path):
     source = make_zip(tmp_path / "v.zip", {"1.png": bytes(100_000)}, zipfile.ZIP_DEFLATED)
     ratio = 100_000 // source.stat().st_size
-    with pytest.raises(storage.LimitExceeded, match=rf"{ratio}, the limit is {ratio - 1}$") as caught:
+    told = rf"{ratio}, the limit is {ratio - 1} \(REICHAN_MAX_RATIO\)$"
+    with pytest.raises(storage.LimitExceeded, match=told) as caught:
         stage(source, tmp_path / "staging", Limits(ratio=ratio - 1, ratio_from_bytes=99_999))
     assert caught.value.code == "LIMIT_RATIO" and not (tmp_path / "staging").exists()
     stage(source, tmp_path / "staging", Limits(ratio=ratio, ratio_from_bytes=99_999))
