@@ -29,17 +29,20 @@ from typing import Any
 import storage
 from jobs import (
     RUNNING,
+    SUCCESS,
     Job,
     JobError,
     JobTable,
     Page,
     StaleAttempt,
+    UnknownJob,
     advance,
     claim,
     closing_message,
     finish_page,
     lose_worker,
     record_stage,
+    reopen_page,
     to_report,
 )
 from messages import (
@@ -79,7 +82,6 @@ PAGE_DEATHS = 2  # of workers that had this page alone
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
 
-
 # ---------------------------------------------------------------- runs and workers
 TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
 
@@ -101,6 +103,7 @@ class Run:
     pack_tries: int = 0
     started_s: float = 0.0  # monotonic, when the first page was dealt
     finished: int = 0  # pages in this attempt
+    left: int = 0  # pages that are not finished
 
     def key(self, n: int) -> TaskKey:
         """The key of this attempt's page n, or of its stage or pack (0)."""
@@ -108,10 +111,9 @@ class Run:
 
     def eta_s(self, now_s: float) -> float | None:
         """Seconds until the last page, from this attempt's own rate."""
-        left = len(self.pages) - sum(page.status != "pending" for page in self.pages.values())
-        if not self.finished or not left:
+        if not self.finished or not self.left:
             return None
-        return round((now_s - self.started_s) / self.finished * left, 1)
+        return round((now_s - self.started_s) / self.finished * self.left, 1)
 
 
 class WorkerSlot:
@@ -214,6 +216,7 @@ class Dispatcher:
         self.entry = entry or run_worker
         self.workers: dict[int, WorkerSlot] = {}  # by slot
         self.runs: dict[str, Run] = {}  # by job id
+        self.untidy: set[str] = set()  # jobs that ended, until no worker holds a task of them
         self.careless_deaths: dict[str, int] = {}  # by job id, see CARELESS_DEATHS
         self.not_before_s = 0.0  # no new worker before this moment: one could not start
         self.boot_failures = 0  # in a row
@@ -259,13 +262,17 @@ class Dispatcher:
         return future
 
     def wait_released(self, job_id: str, timeout_s: float) -> bool:
-        """Wait until no worker holds a task of this job any more."""
+        """Wait until no worker holds a task of this job any more, nor will get one."""
         deadline_s = time.monotonic() + timeout_s
-        while any(key[0] == job_id for slot in list(self.workers.values()) for key in list(slot.tasks)):
+        while job_id in self.runs or job_id in self.untidy or self._is_held(job_id):
             if time.monotonic() > deadline_s:
                 return False
             time.sleep(0.02)
         return True
+
+    def _is_held(self, job_id: str) -> bool:
+        """Whether a worker has a task of this job, of any attempt."""
+        return any(key[0] == job_id for slot in list(self.workers.values()) for key in list(slot.tasks))
 
     # -- the thread
     def _loop(self) -> None:
@@ -289,6 +296,7 @@ class Dispatcher:
 
     def _turn(self) -> None:
         self._drop_ended_runs()
+        self._tidy()
         self._claim()
         self._deal()
         self._wait()
@@ -334,22 +342,41 @@ class Dispatcher:
     def _drop_ended_runs(self) -> None:
         """Stop working on jobs that were cancelled (or otherwise moved) behind our back."""
         for run in list(self.runs.values()):
-            job = self.table.get(run.job.id)
-            if (job.state, job.attempt) != (RUNNING, run.job.attempt):
+            try:
+                job = self.table.get(run.job.id)
+                ended = (job.state, job.attempt) != (RUNNING, run.job.attempt)
+            except UnknownJob:  # cancelled and deleted between two turns
+                ended = True
+            if ended:
                 self._abandon(run)
-                if job.is_over:
-                    self._tidy(job)
 
     def _abandon(self, run: Run) -> None:
+        self.untidy.add(run.job.id)
         self.runs.pop(run.job.id, None)
         for slot in self.workers.values():
             for key in list(slot.tasks):
                 if key[:2] == (run.job.id, run.job.attempt) and not isinstance(key, str):
                     slot.cancel(key, time.monotonic())
 
-    def _tidy(self, job: Job) -> None:
+    def _tidy(self) -> None:
+        """Remove what jobs that are over leave, once no worker can add to it any more."""
+        for job_id in [one for one in self.untidy if not self._is_held(one)]:
+            try:
+                job = self.table.get(job_id)
+            except UnknownJob:
+                self.careless_deaths.pop(job_id, None)
+                storage.remove_tree(self.layout.staging / job_id)
+            else:
+                if job.is_over:
+                    self._tidy_job(job)
+            self.untidy.discard(job_id)
+
+    def _tidy_job(self, job: Job) -> None:
         self.careless_deaths.pop(job.id, None)
         storage.remove_tree(self.layout.staging / job.id)
+        if job.state != SUCCESS:  # packed at the very moment of the cancel
+            with contextlib.suppress(OSError):
+                storage.remove_file(self.layout.artifact(job.title, job.volume, job.id))
 
     # -- dealing
     def _deal(self) -> None:
@@ -443,6 +470,8 @@ class Dispatcher:
         slot.give(run.key(n), task)
 
     def _deal_file_task(self, run: Run) -> bool:
+        if run.file_task == "stage" and self._is_held(run.job.id):
+            return False  # an attempt that ended may still write where this one will
         slot = self._idlest()
         if slot is None:
             return False
@@ -538,6 +567,7 @@ class Dispatcher:
                 run.carry.append((event.n, event.error))
             return
         run.finished += 1
+        run.left -= 1
         run.pages[event.n] = replace(page, status="upscaled")
         underway = min(run.in_flight, default=None)
         with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: the next turn drops the run
@@ -549,7 +579,7 @@ class Dispatcher:
                 current_page=run.pages[underway].name if underway else None,
                 eta_s=run.eta_s(time.monotonic()),
             )
-        self._maybe_pack(run)
+            self._maybe_pack(run)
 
     def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
         with contextlib.suppress(StaleAttempt):
@@ -571,6 +601,7 @@ class Dispatcher:
             run.pages[page.n] = page
             if page.status != "pending":
                 continue
+            run.left += 1
             if page.source_error:
                 run.carry.append((page.n, page.source_error))
             elif page.deaths >= PAGE_DEATHS:
@@ -599,25 +630,14 @@ class Dispatcher:
         log.warning("job %s: %s; computing that page again", run.job.id, event.detail)
         run.pack_tries += 1
         page = run.pages[event.page]
-        carried = self.table.page(run.job.id, page.n)
-        job = self.table.get(run.job.id)
-        with self.table.transaction():
-            self.table.change_page(run.job.id, page.n, status="pending", output=None, sha256=None)
-            self.table.change(
-                job,
-                RUNNING,
-                phase="inferring",
-                processed=job.processed - 1,
-                failed_pages=job.failed_pages - bool(carried and carried.status == "carried"),
-                current_page=page.name,
-            )
+        reopen_page(self.table, run.job, page.n)
+        run.left += 1
         run.pages[page.n] = replace(page, status="pending")
         run.todo.append(page.n)
 
     def _finish(self, run: Run, event: Packed) -> None:
         pages = self.table.pages(run.job.id)
-        self.runs.pop(run.job.id)
-        job = advance(
+        advance(
             self.table,
             run.job,
             "finish",
@@ -626,13 +646,14 @@ class Dispatcher:
             artifact_bytes=event.size_bytes,
             message=closing_message(run.job, pages),
         )
-        self._tidy(job)
+        self.untidy.add(run.job.id)
+        self.runs.pop(run.job.id)
 
     def _fail(self, run: Run, code: str, detail: str) -> None:
         self._abandon(run)
-        job = advance(self.table, run.job, "fail", self.table.clock(), **_failure(code, detail))
-        log.error("job %s failed: %s", job.id, detail)
-        self._tidy(job)
+        log.error("job %s failed: %s", run.job.id, detail)
+        with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: that stands
+            advance(self.table, run.job, "fail", self.table.clock(), **_failure(code, detail))
 
     # -- deaths and deadlines
     def _check_deadlines(self) -> None:

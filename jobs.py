@@ -507,12 +507,14 @@ def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -
         raise IllegalMove(job.id, job.state, move)
     if after in (SUCCESS, FAILED):
         values |= {"phase": "done", "finished_s": now_s, "current_page": None, "eta_s": None}
-    # Guarding on the attempt, not just the state, stops a worker that outlived
-    # its time from finishing its successor's work.
-    if not table.change(job, after, **values):
-        raise StaleAttempt(job.id, job.attempt)
+    with table.transaction():
+        # Guarding on the attempt, not just the state, stops a worker that outlived
+        # its time from finishing its successor's work.
+        if not table.change(job, after, **values):
+            raise StaleAttempt(job.id, job.attempt)
+        moved = table.get(job.id)
     log.info("job %s: %s -> %s (%s)", job.id, job.state, after, move)
-    return table.get(job.id)
+    return moved
 
 
 def claim(table: JobTable, now_s: float) -> Job | None:
@@ -535,13 +537,22 @@ def cancel(table: JobTable, job_id: str, now_s: float) -> Job:
             return advance(table, job, "cancel", now_s, cancelled=True, message=CANCEL_MESSAGE)
 
 
+def _still_running(table: JobTable, job: Job) -> Job:
+    """The job as it is now, in the attempt that the caller works on. Raises StaleAttempt."""
+    try:
+        fresh = table.get(job.id)
+    except UnknownJob:  # cancelled, and deleted since
+        raise StaleAttempt(job.id, job.attempt) from None
+    if (fresh.state, fresh.attempt) != (RUNNING, job.attempt):
+        raise StaleAttempt(job.id, job.attempt)
+    return fresh
+
+
 def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values: Any) -> None:
     """Record a page that is on disk, and the job's progress with it. Raises StaleAttempt."""
     folder = page.stem.rpartition("/")[0]
     with table.transaction():
-        fresh = table.get(job.id)
-        if (fresh.state, fresh.attempt) != (RUNNING, job.attempt):
-            raise StaleAttempt(job.id, job.attempt)
+        fresh = _still_running(table, job)
         table.change_page(
             job.id,
             event.n,
@@ -563,6 +574,24 @@ def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values
             processed=fresh.processed + 1,
             failed_pages=fresh.failed_pages + bool(event.error),
             **values,
+        )
+
+
+def reopen_page(table: JobTable, job: Job, n: int) -> None:
+    """A finished page is no longer on disk as recorded: it is pending again. Raises StaleAttempt."""
+    with table.transaction():
+        fresh = _still_running(table, job)
+        page = table.page(job.id, n)
+        if page is None or page.status == "pending":
+            return
+        table.change_page(job.id, n, status="pending", output=None, sha256=None)
+        table.change(
+            fresh,
+            RUNNING,
+            phase="inferring",
+            processed=fresh.processed - 1,
+            failed_pages=fresh.failed_pages - (page.status == "carried"),
+            current_page=page.name,
         )
 
 
@@ -598,7 +627,7 @@ def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPag
         if not changed:
             raise StaleAttempt(job.id, job.attempt)
         table.replace_pages(job.id, pages)
-    return table.get(job.id)
+        return table.get(job.id)
 
 
 def recover(table: JobTable, layout: Layout, now_s: float) -> None:
@@ -772,8 +801,9 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
         if remains:
             storage.check_input(place, kind)
         redone = table.reset_failed_pages(job_id)
-        artifact = layout.artifact(job.title, job.volume, job.id)
-        job = advance(
+        # The artifact stays on disk, unseen, until the next one replaces it: removed from here, it
+        # could be the next one already.
+        return advance(
             table,
             job,
             "resume",
@@ -792,9 +822,6 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
             phase="queued",
             finished_s=None,
         )
-    # It holds the pages that are about to be redone.
-    storage.remove_file(artifact)
-    return job
 
 
 def delete(table: JobTable, layout: Layout, job_id: str) -> None:
@@ -811,6 +838,7 @@ def delete(table: JobTable, layout: Layout, job_id: str) -> None:
     storage.remove_tree(layout.staging / job.id)
     storage.remove_tree(layout.previews / job.id)
     if not table.delete(job):
+        table.get(job_id)  # unknown: another request was quicker
         raise JobIsRunning(f"job {job_id} has just started; cancel it first")
 
 

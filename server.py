@@ -485,7 +485,7 @@ class Api:
     def delete(self, _request: Request, id: str) -> Answer:
         """DELETE /jobs/{id}."""
         # A cancelled job's worker may still be writing for a moment.
-        if self.table.get(id).is_over:
+        if self.table.get(id).state != jobs.RUNNING:
             self.dispatcher.wait_released(id, timeout_s=5)
         jobs.delete(self.table, self.layout, id)
         return Answer(204)
