@@ -156,6 +156,11 @@ class Live:
         with self.watchers_lock:
             self.watchers.add(watcher)
 
+    def forget(self, watcher: Watcher) -> None:
+        """It gets nothing any more."""
+        with self.watchers_lock:
+            self.watchers.discard(watcher)
+
     def publish(self, job: Job) -> None:
         """A job changed: listener of the job table. Never blocks."""
         with self.watchers_lock:
@@ -201,8 +206,7 @@ class Live:
         except OSError:
             pass  # the peer is gone
         finally:
-            with self.watchers_lock:
-                self.watchers.discard(watcher)
+            self.forget(watcher)
             writer.transport.abort()
 
 

@@ -788,8 +788,18 @@ class Api:
         # Listening starts before the present state is read: no change falls between.
         self.live.add(watcher)
         try:
+            self._offer_present(watcher, after is not None)
+            self.live.adopt(*handler.hand_over(), protocol, watcher)
+        except BaseException:
+            self.live.forget(watcher)
+            raise
+        return None
+
+    def _offer_present(self, watcher: Watcher, returns: bool) -> None:
+        """What a new watcher is told first; `returns`: it says what it knows already."""
+        try:
             if watcher.job_id is None:
-                known = self.table.changed_since(watcher.after, 200) if after is not None else []
+                known = self.table.changed_since(watcher.after, 200) if returns else []
                 for job in known or self.table.in_state(jobs.RUNNING):
                     watcher.offer(job, self.live.frame(job))
             else:
@@ -797,8 +807,6 @@ class Api:
                 watcher.offer(job, self.live.frame(job))
         except jobs.UnknownJob:
             watcher.unknown = True
-        self.live.adopt(*handler.hand_over(), protocol, watcher)
-        return None
 
 
 def _same(given: str, expected: str) -> bool:

@@ -274,14 +274,17 @@ class Body:
             raise self._too_large(limit_bytes, self.length or 0, setting)
         if self.done:
             return
-        self.before_read()
         seen = 0
-        for piece in self._chunks() if self.chunked else self._plain(self.length or 0):
-            seen += len(piece)
-            if seen > limit_bytes:
-                raise self._too_large(limit_bytes, seen, setting)
-            self.progress(seen)
-            yield piece
+        try:
+            self.before_read()
+            for piece in self._chunks() if self.chunked else self._plain(self.length or 0):
+                seen += len(piece)
+                if seen > limit_bytes:
+                    raise self._too_large(limit_bytes, seen, setting)
+                self.progress(seen)
+                yield piece
+        except OSError as error:  # a reset is a cut-off too: nobody is left to be told of it
+            raise EOFError from error
         self.done = True
 
     def read(self, limit_bytes: int) -> bytes:
@@ -559,7 +562,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.peer.phase != "head":
             self.peer.enter("idle", IDLE_S)
         try:
-            if not self.rfile.peek(1):
+            if not (start := self.rfile.peek(1)):
                 return False
             self.peer.enter("head", HEAD_S)
             request = parse_head(*read_head(self.rfile), self.rfile)
@@ -567,7 +570,8 @@ class Handler(BaseHTTPRequestHandler):
             return False
         except Refused as refusal:
             log.info("refused before routing: %d %s", refusal.status, refusal.detail)
-            self._send(refusal.answer(), head_only=False, close=True)
+            # Whatever else is wrong with it: after HEAD a body would be read as another answer.
+            self._send(refusal.answer(), head_only=start.startswith(b"HEAD "), close=True)
             self._linger()
             return False
         request.body.before_read = lambda: self._begin_body(request)
@@ -652,7 +656,13 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
     def hand_over(self) -> tuple[socket.socket, bytes]:
-        """(the socket, bytes already read off it) for another owner; this thread lets go."""
+        """(the socket, bytes already read off it) for another owner; this thread lets go.
+
+        Raises EOFError when the peer is gone already.
+        """
         self.connection.setblocking(False)  # or peek would wait for bytes when there are none
-        buffered = self.rfile.peek() or b""
+        try:
+            buffered = self.rfile.peek() or b""
+        except OSError as error:
+            raise EOFError from error
         return socket.socket(fileno=self.connection.detach()), buffered
