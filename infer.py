@@ -103,7 +103,8 @@ class DeviceKind:
 
     tile, batch: input pixels of a window's core and windows at once, for (compact, RRDB)
     networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
-    its halo costs less the larger the window; out of memory halves them.
+    its halo costs less the larger the window; out of memory halves them. On a processor the
+    rows of a 6B window that all layers keep take 1 MB a pixel of its width.
     rolls: whether a window is as high as the page and computed a few rows at a time, each
     row once. Caches gain by it; a card would wait for the many small steps.
     pages: computed at a time, by a thread each: a card takes up the next page while the
@@ -133,7 +134,7 @@ DEVICES = {
     "cuda": DeviceKind(lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16"),
     "xpu": DeviceKind(_xpu_count, "fp16"),
     "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16"),
-    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 2560), (1, 1), rolls=True, pages=1),
+    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 1280), (1, 1), rolls=True, pages=1),
 }
 
 
