@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params = params_of(given)
         choice = EngineChoice(given.device, given.precision, "native", given.model_root)
         engines = infer.Engines(choice, 0, lambda: None)
-        model = engines.model(params.model)
-        plan = infer.make_plan(params, choice, model, 0)
+        plan = engines.plan(params)
         if is_image(given.source):
             upscale_image(given.source, given.target, params, plan, engines)
             return 0
@@ -124,9 +123,9 @@ def params_of(given: argparse.Namespace) -> Params:
 # ---------------------------------------------------------------- one image
 def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engines: infer.Engines) -> None:
     """Raises PageError; nothing is written then."""
-    pixels = pages.decode(source.read_bytes(), params.scale, LIMITS)
-    result, _ = engines.compute(pixels, params, plan)
-    data, suffix, why = pages.encode(result, params)
+    page = pages.decode_page(source.read_bytes(), params, LIMITS)
+    result, _ = engines.compute(page.pixels, params, infer.plan_for(plan, page.pixels))
+    data, suffix, why = pages.encode(result, params, page.profile)
     if why:
         raise pages.PageError(f"{why}; call OUT {target.stem}{suffix}")
     storage.write_whole(target, data)
@@ -176,13 +175,15 @@ class Volume:
         self._finish()
         return int(any(item["error"] for item in self.items))
 
-    def _compute(self, path: Path, page: SourcePage) -> tuple[pages.Pixels | None, str | None, str | None]:
-        """(pixels, deviation, error)."""
+    def _compute(self, path: Path, page: SourcePage) -> tuple[pages.Decoded | None, str | None, str | None]:
+        """(the page upscaled, deviation, error)."""
         try:
             if page.error:
                 raise pages.PageError(page.error)
-            pixels = pages.decode(path.read_bytes(), self.params.scale, LIMITS)
-            return *self.engines.compute(pixels, self.params, self.plan), None
+            read = pages.decode_page(path.read_bytes(), self.params, LIMITS)
+            plan = infer.plan_for(self.plan, read.pixels)
+            result, deviation = self.engines.compute(read.pixels, self.params, plan)
+            return replace(read, pixels=result), deviation, None
         except pages.PageError as error:
             return None, None, str(error)
 
@@ -191,14 +192,14 @@ class Volume:
         page: SourcePage,
         path: Path,
         stem: str,
-        pixels: pages.Pixels | None,
+        done: pages.Decoded | None,
         deviation: str | None,
         error: str | None,
     ) -> dict[str, Any]:
         data, suffix = path.read_bytes(), path.suffix
-        if pixels is not None:
+        if done is not None:
             try:
-                data, suffix, other = pages.encode(pixels, self.params)
+                data, suffix, other = pages.encode(done.pixels, self.params, done.profile)
                 deviation = "; ".join(filter(None, (deviation, other))) or None
             except pages.PageError as problem:
                 error = str(problem)
@@ -214,7 +215,8 @@ class Volume:
 
     # ------------------------------------------------------------ its record
     def _report(self) -> dict[str, Any]:
-        return {"params": asdict(self.params), "plan": asdict(self.plan), "items": self.items}
+        plan = asdict(self.plan) | {"choices": list(map(asdict, self.plan.choices))}  # as JSON has it
+        return {"params": asdict(self.params), "plan": plan, "items": self.items}
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Source name -> item of an earlier run with the same settings."""

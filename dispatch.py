@@ -616,7 +616,7 @@ class Dispatcher:
         if run.in_flight or run.todo or run.alone or run.carry:
             return
         pages = self.table.pages(run.job.id)
-        if all(page.status == "carried" for page in pages):
+        if all(page.failed for page in pages):
             detail = f"none of the {len(pages)} pages could be upscaled; {pages[0].name}: {pages[0].error}"
             self._fail(run, "ALL_PAGES_FAILED", detail)
             return

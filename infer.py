@@ -1,6 +1,6 @@
 """Devices, tiles, the page pipeline, and the worker process that runs them.
 
-Map: devices and plans - engines - a page - worker
+Map: devices and plans - model "auto" - engines - a page - worker
 Rule: what a page becomes depends on its bytes, its params and its plan, on nothing else.
 Runs in: the worker process only; the main process never imports this file (it loads torch).
 
@@ -12,9 +12,12 @@ Runs in: the worker process only; the main process never imports this file (it l
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -22,7 +25,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
@@ -38,6 +41,7 @@ import sandbox
 import storage
 import windows
 from messages import (
+    AUTO_MODEL,
     Beat,
     Cancel,
     ComputePage,
@@ -72,6 +76,8 @@ SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
 MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
 GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
 FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compiles kernels
+LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animevideov3"
+LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -157,7 +163,7 @@ def torch_device(kind: str, slot: int) -> torch.device:
 
 
 def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> Plan:
-    """Settle how a job's pages are computed. Raises DeviceMissing."""
+    """Settle how pages are computed with one model. Raises DeviceMissing."""
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
@@ -210,9 +216,48 @@ def probe_page() -> Pixels:
     return drawn
 
 
+# ---------------------------------------------------------------- model "auto"
+def auto_candidates(names: Sequence[str]) -> list[str]:
+    """The models among these that "auto" chooses from: the MangaJaNai and IllustrationJaNai
+    families where there are any, else the two bundled anime models."""
+    janai = sorted(name for name in names if "janai" in name.lower())
+    return janai or [name for name in (LINE_ART_MODEL, SCREENTONE_MODEL) if name in names]
+
+
+def choose_model(names: Sequence[str], height: int, grey: bool) -> str:
+    """The model for a page of this height, in pixels, of a plan's candidates.
+
+    MangaJaNai's models were each trained for pages of one height, which stands in the name
+    ("1300p"): the nearest by ratio is taken. IllustrationJaNai's are for colour. Of the
+    bundled two, the compact one keeps screentone, and large pages need no restoring.
+    """
+    family = [name for name in names if ("mangajanai" if grey else "illustrationjanai") in name.lower()]
+    if family:
+        return min(family, key=lambda name: (_height_gap(name, height), name))
+    if LINE_ART_MODEL in names and not grey and height < LARGE_PAGE_PX:
+        return LINE_ART_MODEL
+    return SCREENTONE_MODEL if SCREENTONE_MODEL in names else names[0]
+
+
+def _height_gap(name: str, height: int) -> float:
+    trained = re.search(r"(\d{3,5})p", name)
+    return abs(math.log(height / int(trained[1]))) if trained else 0.0
+
+
+def plan_for(plan: Plan, pixels: Pixels) -> Plan:
+    """What this page of a job is computed by."""
+    if not plan.choices:
+        return plan
+    names = [one.model for one in plan.choices]
+    name = choose_model(names, pixels.shape[0], grey=pixels.ndim == 2)
+    return plan.choices[names.index(name)]
+
+
 # ---------------------------------------------------------------- engines
 class Engine(Protocol):
     """Upscales whole pages of 1 or 3 channels, for one or more threads."""
+
+    scale: int  # the network's own
 
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """(H, W[, 3]) uint8 or uint16 -> (H*outscale, W*outscale[, 3]) uint8, grain added.
@@ -231,6 +276,7 @@ class NativeEngine:
 
     def __init__(self, model: Model, plan: Plan, slot: int, tick: Callable[[], None] = lambda: None) -> None:
         self.model = model
+        self.scale = model.scale
         self.plan = plan
         self.device = torch_device(plan.device, slot)
         self.dtype = PRECISIONS[plan.precision]
@@ -292,9 +338,7 @@ class NativeEngine:
             queued.popleft().synchronize()
 
     # A processor: each column comes down a few rows at a time.
-    def _by_columns(
-        self, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
-    ) -> Pixels:
+    def _by_columns(self, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None) -> Pixels:
         """size: the page's own, without what pads it to a multiple."""
         height, width = size
         result = np.empty((height * outscale, width * outscale, *page.shape[2:]), np.uint8)
@@ -358,6 +402,7 @@ class UpstreamEngine:
             raise EngineMissing(
                 f"the reference engine is not installed ({error}): pip install -e '.[upstream]'"
             ) from error
+        self.scale = model.scale
         self.turn = threading.Lock()  # it keeps the page that it computes in itself
         network = model.network
         if isinstance(network, SRVGGNetCompact):
@@ -389,7 +434,7 @@ class UpstreamEngine:
 
 # ---------------------------------------------------------------- a page
 def upscale_page(engine: Engine, pixels: Pixels, params: Params) -> Pixels:
-    """One page in any of its forms -> 8-bit pixels at the asked scale.
+    """One page in any of its forms -> 8-bit pixels at the asked size.
 
     Alpha passes through the network like a grey page, as upstream does; for formats
     without it, it is laid over white first. Raises Insane.
@@ -403,15 +448,23 @@ def upscale_page(engine: Engine, pixels: Pixels, params: Params) -> Pixels:
             pixels = pages.clean(pixels)
         else:
             grain = pages.grain(pixels)
+    # What is reduced otherwise than upstream does starts from all that the network gives.
+    whole = params.has_target or params.reduces_in_light
+    result = _through(engine, pixels, engine.scale if whole else params.scale, grain)
+    height, width = pixels.shape[:2]
+    return pages.resize(result, pages.target_size(width, height, params), params.reduces_in_light)
+
+
+def _through(engine: Engine, pixels: Pixels, outscale: int, grain: Pixels | None) -> Pixels:
     if pages.channels(pixels) != pages.ALPHA_CHANNELS:
-        result = engine.upscale(pixels, params.scale, grain)
+        result = engine.upscale(pixels, outscale, grain)
         check_sane(pixels, result)
         return result
     colour, alpha = np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
     grain = None if grain is None else np.ascontiguousarray(grain[..., :3])
-    result = engine.upscale(colour, params.scale, grain)
+    result = engine.upscale(colour, outscale, grain)
     check_sane(colour, result)
-    return np.dstack([result, engine.upscale(alpha, params.scale)])
+    return np.dstack([result, engine.upscale(alpha, outscale)])
 
 
 def check_sane(source: Pixels, result: Pixels) -> None:
@@ -458,6 +511,32 @@ class Engines:
             while len(self.models) > self.KEPT:
                 self.models.popitem(last=False)
             return self.models[file.name][2]
+
+    def plan(self, params: Params) -> Plan:
+        """Settle how a job's pages are computed. Raises WeightsRefused, DeviceMissing."""
+        if params.model != AUTO_MODEL:
+            return make_plan(params, self.choice, self.model(params.model), self.slot)
+        here = [file.name for file in storage.find_weights(self.choice.model_root).values()]
+        names = auto_candidates(here)
+        if not names:
+            raise storage.WeightsRefused(
+                "model auto finds none of the models that it chooses among; name one"
+            )
+        settled = [make_plan(params, self.choice, self.model(name), self.slot) for name in names]
+        together = hashlib.sha256("".join(plan.weights_sha256 for plan in settled).encode()).hexdigest()
+        return replace(
+            settled[0],
+            model=AUTO_MODEL,
+            weights_sha256=together,
+            weights_source=AUTO_MODEL,
+            choices=tuple(settled),
+        )
+
+    def is_current(self, plan: Plan) -> bool:
+        """Whether the weights that this plan was made for are those that are here."""
+        return all(
+            self.model(one.model).weights_sha256 == one.weights_sha256 for one in plan.choices or (plan,)
+        )
 
     def engine(self, plan: Plan) -> Engine:
         """The engine for a plan. Raises WeightsRefused, DeviceMissing, EngineMissing."""
@@ -676,71 +755,74 @@ class Worker:
 
     def _decode(self, task: ComputePage) -> None:
         started = time.perf_counter()
-        pixels, spread = pages.decode_scored(task.source.read_bytes(), task.params.scale, task.limits)
+        data, params = task.source.read_bytes(), task.params
+        page = pages.decode_page(data, params, task.limits)
+        height, width = page.pixels.shape[:2]
+        wanted = pages.target_size(width, height, params)
+        if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
+            self.encoders.submit(self._page_step, task, self._carry)
+            return
         spent = time.perf_counter() - started
-        self.device.submit(self._page_step, task, self._infer, pixels, spread, spent)
+        self.device.submit(self._page_step, task, self._infer, page, spent)
 
-    def _infer(self, task: ComputePage, pixels: Pixels, spread: float, spent: float) -> None:
+    def _infer(self, task: ComputePage, page: pages.Decoded, spent: float) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         started = time.perf_counter()
+        plan = plan_for(task.plan, page.pixels)
         try:
-            result, deviation = self.engines.compute(pixels, task.params, task.plan)
+            result, deviation = self.engines.compute(page.pixels, task.params, plan)
         finally:
             del self.computing[threading.get_ident()]
         spent += time.perf_counter() - started
-        self.encoders.submit(self._page_step, task, self._encode, result, deviation, spread, spent)
+        done = replace(page, pixels=result)
+        self.encoders.submit(self._page_step, task, self._encode, done, plan.model, deviation, spent)
 
     def _encode(
-        self, task: ComputePage, pixels: Pixels, deviation: str | None, spread: float, spent: float
+        self, task: ComputePage, page: pages.Decoded, model: str, deviation: str | None, spent: float
     ) -> None:
         started = time.perf_counter()
-        data, suffix, other = pages.encode(pixels, task.params)
-        height, width = pixels.shape[:2]
-        channels = pages.channels(pages.flatten(pixels) if suffix == ".jpg" else pixels)
-        deviation = "; ".join(filter(None, (deviation, other))) or None
-        size = (width, height, pages.MODES[channels])
-        spent += time.perf_counter() - started
-        self._finish(task, data, suffix, size, spent, None, deviation, round(spread, 2))
+        data, suffix, other = pages.encode(page.pixels, task.params, page.profile)
+        height, width = page.pixels.shape[:2]
+        channels = pages.channels(pages.flatten(page.pixels) if suffix == ".jpg" else page.pixels)
+        self._finish(
+            task,
+            data,
+            suffix,
+            width=width,
+            height=height,
+            mode=pages.MODES[channels],
+            seconds=round(spent + time.perf_counter() - started, 3),
+            deviation="; ".join(filter(None, (deviation, other))) or None,
+            color_spread=round(page.spread, 2),
+            model=model,
+        )
 
     def _carry(self, task: ComputePage) -> None:
         """Take the original over, so that a reader finds the page where it belongs."""
         data = task.source.read_bytes()
-        try:
+        width, height, mode = 0, 0, ""
+        with contextlib.suppress(PageError):
             pixels = pages.decode(data, 1, task.limits)
-            size = (pixels.shape[1], pixels.shape[0], pages.MODES[pages.channels(pixels)])
-        except PageError:
-            size = (0, 0, "")
-        self._finish(task, data, task.source.suffix, size, 0.0, task.carry, None)
+            (height, width), mode = pixels.shape[:2], pages.MODES[pages.channels(pixels)]
+        self._finish(
+            task,
+            data,
+            task.source.suffix,
+            width=width,
+            height=height,
+            mode=mode,
+            seconds=0.0,
+            error=task.carry,
+            carried=True,
+        )
 
-    def _finish(
-        self,
-        task: ComputePage,
-        data: bytes,
-        suffix: str,
-        size: tuple[int, int, str],
-        spent: float,
-        error: str | None,
-        deviation: str | None,
-        spread: float | None = None,
-    ) -> None:
+    def _finish(self, task: ComputePage, data: bytes, suffix: str, **facts: Any) -> None:
         """Make the page durable, then say so: never the other way round."""
         target = task.target_stem.with_name(task.target_stem.name + suffix)
         digest = storage.write_whole(target, data)
         self.send(
-            PageDone(
-                task.job_id,
-                task.attempt,
-                task.n,
-                target.name,
-                digest,
-                len(data),
-                *size,
-                round(spent, 3),
-                error,
-                deviation,
-                spread,
-            )
+            PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
         )
 
     def _file_step(self, task: Stage | Pack, step: Callable[..., None]) -> None:
@@ -765,10 +847,9 @@ class Worker:
 
     def _stage(self, task: Stage) -> None:
         storage.sweep_temporaries(task.outputs)
-        model = self.engines.model(task.params.model)
         plan = task.plan
-        if plan is None or plan.weights_sha256 != model.weights_sha256:
-            plan = make_plan(task.params, self.choice, model, self.slot)
+        if plan is None or not self.engines.is_current(plan):
+            plan = self.engines.plan(task.params)
         elif task.params.device != "auto":
             pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
         # Other weights make other pages: nothing of the old plan may stay among the new.

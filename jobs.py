@@ -30,6 +30,7 @@ from typing import Any
 
 import storage
 from messages import (
+    AUTO_MODEL,
     PageDone,
     Params,
     Plan,
@@ -43,8 +44,11 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-SCHEMA_VERSION = 2
-MIGRATIONS = {1: "ALTER TABLE pages ADD COLUMN color_spread REAL"}  # version -> what makes the next
+SCHEMA_VERSION = 3
+MIGRATIONS = {  # version -> what makes the next
+    1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
+    2: "ALTER TABLE pages ADD COLUMN model TEXT",
+}
 
 
 # ---------------------------------------------------------------- errors
@@ -177,7 +181,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One row of pages. Status: pending, upscaled, or carried (the original, with error)."""
+    """One row of pages. Status: pending, upscaled, or carried: the original, because it could
+    not be upscaled (then error says why) or was large enough."""
 
     job_id: str
     n: int  # from 1, in natural order
@@ -197,10 +202,16 @@ class Page:
     error: str | None = None
     deviation: str | None = None
     color_spread: float | None = None
+    model: str | None = None
     seconds: float | None = None
     tries: int = 0
     alone: bool = False  # was in flight when a worker died: no company until it is done
     deaths: int = 0  # of workers that computed this page alone
+
+    @property
+    def failed(self) -> bool:
+        """Whether the original stands in for what could not be computed."""
+        return self.status == "carried" and self.error is not None
 
 
 JOB_COLUMNS = tuple(Job.__slots__)
@@ -225,7 +236,7 @@ CREATE TABLE pages (
     name TEXT NOT NULL, staged TEXT NOT NULL, source_sha256 TEXT NOT NULL,
     source_bytes INTEGER NOT NULL, source_error TEXT, stem TEXT NOT NULL, status TEXT NOT NULL,
     output TEXT, sha256 TEXT, bytes INTEGER, width INTEGER, height INTEGER, mode TEXT,
-    error TEXT, deviation TEXT, color_spread REAL, seconds REAL, tries INTEGER NOT NULL,
+    error TEXT, deviation TEXT, color_spread REAL, model TEXT, seconds REAL, tries INTEGER NOT NULL,
     alone INTEGER NOT NULL, deaths INTEGER NOT NULL, PRIMARY KEY (job_id, n)
 ) WITHOUT ROWID;
 CREATE TABLE counter (seq INTEGER NOT NULL);
@@ -241,7 +252,7 @@ def _job_from_row(row: sqlite3.Row) -> Job:
     for column in JSON_COLUMNS:
         values[column] = json.loads(values[column]) if values[column] else None
     values["params"] = Params(**values["params"])
-    values["plan"] = Plan(**values["plan"]) if values["plan"] else None
+    values["plan"] = Plan.of(values["plan"]) if values["plan"] else None
     values["cancelled"] = bool(values["cancelled"])
     return Job(**values)
 
@@ -347,9 +358,7 @@ class JobTable:
     def in_state(self, state: str) -> list[Job]:
         """All jobs in a state, oldest first."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT * FROM jobs WHERE state = ? ORDER BY number", (state,)
-            ).fetchall()
+            rows = self._db.execute("SELECT * FROM jobs WHERE state = ? ORDER BY number", (state,)).fetchall()
         return [_job_from_row(row) for row in rows]
 
     def changed_since(self, seq: int, limit: int) -> list[Job]:
@@ -447,14 +456,14 @@ class JobTable:
             )
 
     def reset_failed_pages(self, job_id: str) -> int:
-        """Make carried pages pending again, with a clean record; returns how many."""
+        """Make pages that failed pending again, with a clean record; returns how many."""
         with self.transaction() as db:
             db.execute("UPDATE pages SET tries = 0, alone = 0, deaths = 0 WHERE job_id = ?", (job_id,))
             return db.execute(
                 "UPDATE pages SET status = 'pending', output = NULL, sha256 = NULL, bytes = NULL,"
                 " width = NULL, height = NULL, mode = NULL, error = NULL, deviation = NULL,"
-                " color_spread = NULL"
-                " WHERE job_id = ? AND status = 'carried'",
+                " color_spread = NULL, model = NULL"
+                " WHERE job_id = ? AND status = 'carried' AND error IS NOT NULL",
                 (job_id,),
             ).rowcount
 
@@ -556,7 +565,7 @@ def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values
         table.change_page(
             job.id,
             event.n,
-            status="carried" if event.error else "upscaled",
+            status="carried" if event.carried else "upscaled",
             output=f"{folder}/{event.output}" if folder else event.output,
             sha256=event.sha256,
             bytes=event.size_bytes,
@@ -566,6 +575,7 @@ def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values
             error=event.error,
             deviation=event.deviation,
             color_spread=event.color_spread,
+            model=event.model,
             seconds=event.seconds,
         )
         table.change(
@@ -590,7 +600,7 @@ def reopen_page(table: JobTable, job: Job, n: int) -> None:
             RUNNING,
             phase="inferring",
             processed=fresh.processed - 1,
-            failed_pages=fresh.failed_pages - (page.status == "carried"),
+            failed_pages=fresh.failed_pages - page.failed,
             current_page=page.name,
         )
 
@@ -619,7 +629,7 @@ def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPag
             plan=event.plan,
             total=len(pages),
             processed=sum(page.status != "pending" for page in pages),
-            failed_pages=sum(page.status == "carried" for page in pages),
+            failed_pages=sum(page.failed for page in pages),
             left_out=job.left_out if event.left_out is None else event.left_out,
             reconciliation=event.reconciliation or job.reconciliation,
             current_page=next((page.name for page in pages if page.status == "pending"), None),
@@ -657,6 +667,8 @@ CHOICES = {
     "denoise": ("low", "medium", "high"),
     "output_format": ("jpg", "png", "webp"),
     "device": ("auto", "cuda", "cpu"),
+    "color": ("auto", "gray", "keep"),
+    "reduction": ("auto", "lanczos", "area"),
 }
 RANGES = {  # name: (least, most, may be null)
     "scale": (1, 4, False),
@@ -664,6 +676,8 @@ RANGES = {  # name: (least, most, may be null)
     "tile_size": (32, 1024, True),
     "tile_pad": (0, 128, True),
     "batch_size": (1, 16, True),
+    "target_width": (16, 65_500, True),
+    "target_height": (16, 65_500, True),
 }
 TITLE_CHARACTERS = 300
 
@@ -727,11 +741,13 @@ def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tup
         elif value is not None or name in given or camel(name) in given:
             errors.append((f"params.{camel(name)}", f"must be one of {', '.join(allowed)}"))
     model = given.get("model", Params().model)
-    if isinstance(model, str) and storage.model_key(model) in models:
+    if isinstance(model, str) and model.lower() == AUTO_MODEL:
+        values["model"] = AUTO_MODEL
+    elif isinstance(model, str) and storage.model_key(model) in models:
         values["model"] = models[storage.model_key(model)]
     else:
         known = ", ".join(sorted(set(models.values())))
-        errors.append(("params.model", f"is not a model here; there are {known}"))
+        errors.append(("params.model", f"is not a model here; there are {known}, and {AUTO_MODEL}"))
     return Params(**values)
 
 
@@ -795,7 +811,7 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
         if not job.is_over or (job.state == SUCCESS and not job.failed_pages):
             return job
         pages = table.pages(job_id)
-        remains = not pages or any(page.status != "upscaled" for page in pages)
+        remains = not pages or any(page.status == "pending" or page.failed for page in pages)
         path, kind = given or (job.input_path, job.input_type)
         place = storage.resolve_incoming(layout, path)
         if remains:
@@ -883,7 +899,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
     """artifact-report.json: nothing in it but the input, the plan and the results."""
     assert job.plan is not None
     plan = job.plan
-    failed = sum(page.status == "carried" for page in pages)
+    failed = sum(page.failed for page in pages)
     return {
         "schemaVersion": 1,
         "jobId": job.id,
@@ -901,6 +917,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
         "tile": plan.tile,
         "haloPx": plan.halo_px,
         "batch": plan.batch,
+        "choices": [{"model": one.model, "weightsSha256": one.weights_sha256} for one in plan.choices],
         "params": {camel(key): value for key, value in asdict(job.params).items()},
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,
@@ -921,6 +938,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
                 "error": page.error,
                 "deviation": page.deviation,
                 "colorSpread": page.color_spread,
+                "model": page.model,
             }
             for page in pages
         ],
@@ -932,7 +950,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
 def closing_message(job: Job, pages: list[Page]) -> str | None:
     """What a person should know of a finished job; None when all is well."""
     parts = []
-    failed = [page for page in pages if page.status == "carried"]
+    failed = [page for page in pages if page.failed]
     if failed:
         named = "; ".join(f"{page.name}: {page.error}" for page in failed[:3])
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
@@ -950,5 +968,3 @@ def request_hash(body: Any) -> str:
     """Equal for equal JSON values, whatever their spelling."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
-
-

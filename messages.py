@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 # ---------------------------------------------------------------- settings
+AUTO_MODEL = "auto"  # in place of a model's name: the page decides (infer.choose_model)
+
+
 @dataclass(frozen=True, slots=True)
 class Params:
-    """The nine settings of a job, as accepted (see contract: POST /jobs)."""
+    """The settings of a job, as accepted (README: POST /jobs)."""
 
     scale: int = 2
     model: str = "RealESRGAN_x4plus_anime_6B"
@@ -27,6 +29,20 @@ class Params:
     tile_pad: int | None = None  # input pixels of halo
     batch_size: int | None = None  # windows computed at once, at most
     device: str = "auto"
+    color: str = "auto"  # "gray": one channel always; "keep": as many as the file has
+    target_width: int | None = None  # output pixels, in place of scale; with both the page fits in
+    target_height: int | None = None
+    reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the page's size is asked for in pixels, not as a factor."""
+        return self.target_width is not None or self.target_height is not None
+
+    @property
+    def reduces_in_light(self) -> bool:
+        """Whether the network's result is averaged in linear light: "area", and targets' default."""
+        return self.reduction == "area" or (self.reduction == "auto" and self.has_target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,12 @@ class Plan:
     tile: int  # input pixels
     halo_px: int
     batch: int
+    choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (infer.choose_model)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Plan:
+        """From asdict()'s values."""
+        return cls(**values | {"choices": tuple(map(cls.of, values.get("choices", ())))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +242,10 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class PageDone:
-    """Event: the page is on disk under its final name. error says why it was carried."""
+    """Event: the page is on disk under its final name, upscaled or carried as it was.
+
+    error says why it had to be carried; without one it was large enough already.
+    """
 
     job_id: str
     attempt: int
@@ -234,7 +259,9 @@ class PageDone:
     seconds: float
     error: str | None = None
     deviation: str | None = None  # how its computation differed from the plan
-    color_spread: float | None = None  # see pages.colour_spread; None for a carried page
+    color_spread: float | None = None  # see pages.colour_spread; None where nothing decoded it
+    carried: bool = False
+    model: str | None = None  # that computed it
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,7 @@ def schemas() -> dict[str, Any]:
             "error": _nullable("string"),
             "deviation": _nullable("string"),
             "colorSpread": _nullable("number"),
+            "model": _nullable("string"),
             "seconds": _nullable("number"),
         }
     )

@@ -1,6 +1,7 @@
 """A page's bytes to pixels and back: codecs, orientation, channels, grain.
 
-Map: errors - header checks - decode - colour and depth - grain - encode - previews
+Map: errors - header checks - decode - colour profiles - colour and depth - size - grain -
+     encode - previews
 Rule: the header decides whether a page may be decoded at all; nothing of networks here.
 Runs in: the worker's decode and encode threads; the command line.
 
@@ -9,8 +10,10 @@ Pixels are numpy arrays: (H, W) grey, (H, W, 3) BGR or (H, W, 4) BGRA, uint8 or 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import storage
 from messages import Limits, Params, setting_name
 
 Pixels = npt.NDArray[Any]  # uint8 or uint16, see above
+Curve = npt.NDArray[np.float64]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # The most that a format's own fields can say, in pixels of one side.
@@ -33,6 +37,7 @@ GREY_SPREAD = 1.0  # 8-bit levels
 GREY_CAST = 0.25  # 8-bit levels
 GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a scan has
 ALPHA_CHANNELS = 4
+NETWORK_SCALE = 4  # the largest; what a page may need before it is reduced to its target
 
 
 class PageError(Exception):
@@ -136,6 +141,15 @@ def check_size(data: bytes, scale: int, limits: Limits) -> None:
 
 
 # ---------------------------------------------------------------- decode
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A page ready for a network, and what its file says of its colours."""
+
+    pixels: Pixels
+    spread: float  # see colour_spread; of the file, before any conversion
+    profile: bytes | None = None  # ICC, to be embedded in what is written
+
+
 def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
     """A page's pixels, upright, as few channels as they need.
 
@@ -143,17 +157,30 @@ def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
     and the colour of grey pages (see fewest_channels) are dropped. Raises PageError, also
     for a page that ends early: half a page is no page.
     """
-    return decode_scored(data, scale, limits)[0]
+    return decode_page(data, Params(scale=scale), limits).pixels
 
 
-def decode_scored(data: bytes, scale: int, limits: Limits) -> tuple[Pixels, float]:
-    """decode()'s pixels, and how far the page's channels were apart: see colour_spread."""
-    pixels = _decode_upright(data, scale, limits)
-    return fewest_channels(pixels), colour_spread(pixels)
+def decode_page(data: bytes, params: Params, limits: Limits) -> Decoded:
+    """decode() with the job's wishes for colour, and the profile that its colours are in."""
+    check_size(data, NETWORK_SCALE if params.has_target or params.reduces_in_light else params.scale, limits)
+    pixels, profile = _decode_upright(data)
+    spread = colour_spread(pixels)
+    if params.color == "keep":
+        return Decoded(drop_opaque_alpha(pixels), spread, fitting_profile(profile, pixels))
+    fewest = to_grey(pixels) if params.color == "gray" else fewest_channels(pixels)
+    if profile is None or fitting_profile(profile, fewest):
+        return Decoded(fewest, spread, profile)
+    # The profile speaks of three colours, or of one, and the page has another number now.
+    curve = tone_curve(profile)
+    if curve is not None:
+        return Decoded(through_curve(fewest, curve), spread)
+    if params.color == "gray":
+        return Decoded(fewest, spread)
+    return Decoded(drop_opaque_alpha(pixels), spread, fitting_profile(profile, pixels))
 
 
-def _decode_upright(data: bytes, scale: int, limits: Limits) -> Pixels:
-    check_size(data, scale, limits)
+def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
+    """(pixels, the embedded ICC profile)."""
     try:
         pixels, kinds, blocks = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -161,10 +188,12 @@ def _decode_upright(data: bytes, scale: int, limits: Limits) -> Pixels:
     if pixels is None:
         raise PageError(f"the {image_kind(data).upper()} data is damaged or cut off")
     pixels = _with_transparent_grey(pixels, data)
-    for kind, block in zip(kinds, blocks, strict=False):
-        if kind == cv2.IMAGE_METADATA_EXIF:
-            pixels = orient(pixels, exif_orientation(bytes(block.reshape(-1).view(np.uint8))))
-    return pixels
+    found = {
+        kind: bytes(block.reshape(-1).view(np.uint8)) for kind, block in zip(kinds, blocks, strict=False)
+    }
+    if cv2.IMAGE_METADATA_EXIF in found:
+        pixels = orient(pixels, exif_orientation(found[cv2.IMAGE_METADATA_EXIF]))
+    return pixels, found.get(cv2.IMAGE_METADATA_ICCP)
 
 
 def _with_transparent_grey(pixels: Pixels, data: bytes) -> Pixels:
@@ -216,6 +245,86 @@ def orient(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
+# ---------------------------------------------------------------- colour profiles
+def fitting_profile(profile: bytes | None, pixels: Pixels) -> bytes | None:
+    """The profile, if it describes an image of as many colours as these pixels have.
+
+    ICC.1:2022, 7.2.6: the data colour space stands at byte 16. A CMYK profile never fits:
+    the decoder made RGB of such a page.
+    """
+    wanted = b"GRAY" if pixels.ndim == 2 else b"RGB "
+    return profile if profile is not None and profile[16:20] == wanted and len(profile) >= 132 else None
+
+
+def tone_curve(profile: bytes) -> Curve | None:
+    """(256,) what each 8-bit grey of this profile is in sRGB, 0..1; None if it can't be told.
+
+    On the grey axis of a matrix profile, as of a grey one, all colours share one curve.
+    """
+    try:
+        tags = [struct.unpack_from(">4sII", profile, 132 + 12 * i) for i in range(_u32(profile, 128))]
+        places = {name: profile[at : at + size] for name, at, size in tags if name in TONE_TAGS}
+        curves = [_light_of(place) for place in places.values()]
+    except (struct.error, IndexError, ValueError, OverflowError):
+        return None
+    if profile[16:20] not in (b"GRAY", b"RGB ") or len(curves) not in (1, 3):
+        return None
+    if any(np.abs(curve - curves[0]).max() > 1e-3 for curve in curves):
+        return None
+    return to_srgb(np.clip(curves[0], 0, 1))
+
+
+PARAMETERS = (1, 3, 4, 5, 7)  # of a parametric curve, by its kind
+TONE_TAGS = (b"kTRC", b"rTRC", b"gTRC", b"bTRC")
+
+
+def _u32(data: bytes, at: int) -> int:
+    return min(int.from_bytes(data[at : at + 4]), 256)  # a garbled count reads no further
+
+
+def _light_of(tag: bytes) -> Curve:
+    """(256,) linear light of each grey, from a curveType or parametricCurveType (10.6, 10.18)."""
+    x: Curve = np.arange(256) / 255
+    if tag[:4] == b"curv":
+        count = struct.unpack_from(">I", tag, 8)[0]
+        table = np.frombuffer(tag, ">u2", count, 12)
+        if count < 2:
+            return np.power(x, float(table[0]) / 256 if count else 1.0)
+        return np.interp(x, np.linspace(0, 1, count), table / 65_535)
+    kind = struct.unpack_from(">H", tag, 8)[0]
+    if tag[:4] != b"para" or kind > 4:
+        raise ValueError("neither a curve nor a function of a known kind")
+    given = np.frombuffer(tag, ">i4", PARAMETERS[kind], 12) / 65_536
+    gamma, a, b, c, d, e, f = map(float, np.pad(given, (0, 7 - len(given))))
+    if kind == 0:
+        a = 1.0
+    if kind < 3:  # no straight part: below where the power begins it is constant
+        return np.power(np.maximum(a * x + b, 0), gamma) + c
+    power = np.power(np.maximum(a * x + b, 0), gamma) + e
+    return np.where(x >= d, power, c * x + f)
+
+
+def through_curve(pixels: Pixels, curve: Curve) -> Pixels:
+    """The colours of a page through a curve of 0..1; alpha stays. Rounded to the page's levels."""
+    white = levels(pixels)
+    steps = np.interp(np.linspace(0, 1, white + 1), np.linspace(0, 1, 256), curve)
+    table = np.rint(steps * white).astype(pixels.dtype)
+    if channels(pixels) == ALPHA_CHANNELS:
+        return np.dstack([table[pixels[..., :3]], pixels[..., 3]])
+    changed: Pixels = table[pixels]
+    return changed
+
+
+def to_srgb(light: Curve) -> Curve:
+    """Linear light 0..1 -> sRGB 0..1 (IEC 61966-2-1)."""
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 0) ** (1 / 2.4) - 0.055)
+
+
+def to_light(srgb: Curve) -> Curve:
+    """sRGB 0..1 -> linear light 0..1."""
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((np.maximum(srgb, 0) + 0.055) / 1.055) ** 2.4)
+
+
 # ---------------------------------------------------------------- colour and depth
 def channels(pixels: Pixels) -> int:
     """1, 3 or 4."""
@@ -246,13 +355,28 @@ def is_grey(pixels: Pixels) -> bool:
 
 def fewest_channels(pixels: Pixels) -> Pixels:
     """Drop alpha that is opaque everywhere, and the colour of a page that is_grey()."""
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if channels(pixels) == ALPHA_CHANNELS and bool((pixels[..., 3] == levels(pixels)).all()):
-        pixels = pixels[..., :3]
+    pixels = drop_opaque_alpha(pixels)
     if channels(pixels) == 3 and is_grey(pixels):
         pixels = pixels[..., 1]
     return np.ascontiguousarray(pixels)
+
+
+def drop_opaque_alpha(pixels: Pixels) -> Pixels:
+    """The page without alpha, if that is opaque everywhere."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        return np.ascontiguousarray(pixels[..., 0])
+    if channels(pixels) == ALPHA_CHANNELS and bool((pixels[..., 3] == levels(pixels)).all()):
+        return np.ascontiguousarray(pixels[..., :3])
+    return pixels
+
+
+def to_grey(pixels: Pixels) -> Pixels:
+    """Luma (Rec. 601, as OpenCV weighs it) in one channel; in three where alpha stays."""
+    pixels = fewest_channels(pixels)
+    if pixels.ndim == 2:
+        return pixels
+    grey = cv2.cvtColor(np.ascontiguousarray(pixels[..., :3]), cv2.COLOR_BGR2GRAY)
+    return grey if channels(pixels) == 3 else np.dstack([grey, grey, grey, pixels[..., 3]])
 
 
 def flatten(pixels: Pixels) -> Pixels:
@@ -270,6 +394,42 @@ def to_eight_bit(pixels: Pixels) -> Pixels:
     if pixels.dtype == np.uint8:
         return pixels
     return ((pixels.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
+
+
+# ---------------------------------------------------------------- size
+def target_size(width: int, height: int, params: Params) -> tuple[int, int]:
+    """(width, height) that a page of this size shall get; its proportions stay."""
+    if not params.has_target:
+        return width * params.scale, height * params.scale
+    factor = min(
+        (params.target_width or math.inf) / width,
+        (params.target_height or math.inf) / height,
+    )
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def resize(pixels: Pixels, size: tuple[int, int], in_light: bool) -> Pixels:
+    """An 8-bit page at another size, (width, height).
+
+    in_light: reduced by averaging areas in linear light. A screentone's dots then keep their
+    share of ink and fade into grey; Lanczos of a fixed reach drops some of them, which
+    shows as moire, and an average of sRGB values darkens them. Enlarged by Lanczos.
+    """
+    if size == (pixels.shape[1], pixels.shape[0]):
+        return pixels
+    smaller = size[0] <= pixels.shape[1] and size[1] <= pixels.shape[0]
+    if not (in_light and smaller):
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4)
+    if channels(pixels) == ALPHA_CHANNELS:
+        alpha = cv2.resize(np.ascontiguousarray(pixels[..., 3]), size, interpolation=cv2.INTER_AREA)
+        return np.dstack([resize(np.ascontiguousarray(pixels[..., :3]), size, in_light), alpha])
+    light = cv2.resize(cv2.LUT(pixels, LIGHT), size, interpolation=cv2.INTER_AREA)
+    reduced: Pixels = SRGB[light]
+    return reduced
+
+
+LIGHT = np.rint(to_light(np.arange(256) / 255) * 65_535).astype(np.uint16)
+SRGB = np.rint(to_srgb(np.arange(65_536) / 65_535) * 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- grain
@@ -294,8 +454,8 @@ def grain(pixels: Pixels) -> npt.NDArray[np.int16]:
 
 
 # ---------------------------------------------------------------- encode
-def encode(pixels: Pixels, params: Params) -> tuple[bytes, str, str | None]:
-    """(bytes, suffix, deviation): an 8-bit page in the asked format.
+def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tuple[bytes, str, str | None]:
+    """(bytes, suffix, deviation): an 8-bit page in the asked format, with its ICC profile.
 
     A side over the format's limit falls back to PNG, and deviation says so.
     JPEG is 4:4:4 from quality 90 on, since chroma subsampling smears coloured line art;
@@ -320,7 +480,12 @@ def encode(pixels: Pixels, params: Params) -> tuple[bytes, str, str | None]:
         "webp": [cv2.IMWRITE_WEBP_QUALITY, 101 if params.jpeg_quality == 100 else params.jpeg_quality],
     }[actual]
     try:
-        done, data = cv2.imencode(f".{actual}", pixels, settings)
+        fitting = fitting_profile(profile, pixels)
+        if fitting:
+            kinds, blocks = [cv2.IMAGE_METADATA_ICCP], [np.frombuffer(fitting, np.uint8)]
+            done, data = cv2.imencodeWithMetadata(f".{actual}", pixels, kinds, blocks, settings)
+        else:
+            done, data = cv2.imencode(f".{actual}", pixels, settings)
     except cv2.error as error:
         raise PageError(f"the {actual} encoder refused it: {error.err}") from error
     if not done or not data.size:

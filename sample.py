@@ -1,6 +1,6 @@
 """A short manga volume drawn by code: a demo needs pages that nobody else holds the rights to.
 
-    python sample.py OUT.cbz
+python sample.py OUT.cbz
 """
 
 import sys
@@ -17,10 +17,28 @@ Points = Sequence | np.ndarray
 SAMPLE_PAGES = 4
 W, H, S = 560, 800, 3  # page size, and how much larger it is drawn so that the reduced lines come out smooth
 INK, PAPER, GLOW = (26, 20, 22), (250, 250, 250), (130, 226, 255)
-TONED = dict(ink=INK, paper=PAPER, hair=PAPER, skin=PAPER, eye=PAPER, iris=(120, 120, 120),
-             shade=0.3, coat=0.55, scarf=0.1)
-COLOUR = dict(ink=INK, paper=PAPER, hair=(150, 214, 250), skin=(222, 236, 255), eye=GLOW, iris=(176, 140, 40),
-              shade=(96, 148, 222), coat=(124, 70, 52), scarf=(84, 72, 226))
+TONED = dict(
+    ink=INK,
+    paper=PAPER,
+    hair=PAPER,
+    skin=PAPER,
+    eye=PAPER,
+    iris=(120, 120, 120),
+    shade=0.3,
+    coat=0.55,
+    scarf=0.1,
+)
+COLOUR = dict(
+    ink=INK,
+    paper=PAPER,
+    hair=(150, 214, 250),
+    skin=(222, 236, 255),
+    eye=GLOW,
+    iris=(176, 140, 40),
+    shade=(96, 148, 222),
+    coat=(124, 70, 52),
+    scarf=(84, 72, 226),
+)
 
 # Figures in hundredths of a head: outlines after their palette key, pen strokes after their width. They are
 # right halves; what starts on the axis is not repeated on the left. A point given twice makes a corner.
@@ -45,8 +63,12 @@ def curve(points: np.ndarray, closed: bool = False) -> np.ndarray:
     """A Catmull-Rom curve through the points."""
     p = np.vstack([points[-1:], points, points[:2]] if closed else [points[:1], points, points[-1:]])
     t = np.linspace(0, 1, 12)[:, None]
-    return np.vstack([b + ((c - a) + (2*a - 5*b + 4*c - d + (3*b - a - 3*c + d) * t) * t) * t / 2
-                      for a, b, c, d in zip(p, p[1:], p[2:], p[3:])])
+    return np.vstack(
+        [
+            b + ((c - a) + (2 * a - 5 * b + 4 * c - d + (3 * b - a - 3 * c + d) * t) * t) * t / 2
+            for a, b, c, d in zip(p, p[1:], p[2:], p[3:])
+        ]
+    )
 
 
 def box(x: float, y: float, w: float, h: float) -> np.ndarray:
@@ -73,8 +95,9 @@ def shape(img: np.ndarray, points: Points, fill: Fill, pen: float = 0) -> None:
         cv2.polylines(img, [fixed], True, INK, max(1, round(pen * S * 0.5)), cv2.LINE_AA, 4)
 
 
-def screentone(img: np.ndarray, points: Points, top: float, bottom: float, ink: Fill = INK,
-               hatched: bool = False) -> None:
+def screentone(
+    img: np.ndarray, points: Points, top: float, bottom: float, ink: Fill = INK, hatched: bool = False
+) -> None:
     """Dots or a crosshatch, from one density at the top of an outline to another at its bottom."""
     shape(mask := np.zeros(img.shape[:2], np.uint8), points, 255)
     y, x = np.nonzero(mask)
@@ -101,8 +124,16 @@ def speed_lines(img: np.ndarray, x: float, y: float, inner: float) -> None:
         shape(img, np.c_[x + reach * np.cos([a, a - w, a + w]), y + reach * np.sin([a, a - w, a + w])], INK)
 
 
-def lettering(img: np.ndarray, text: str, x: float, y: float, size: float, ink: Fill = INK, edge: int = 0,
-              tilt: float = 0) -> None:
+def lettering(
+    img: np.ndarray,
+    text: str,
+    x: float,
+    y: float,
+    size: float,
+    ink: Fill = INK,
+    edge: int = 0,
+    tilt: float = 0,
+) -> None:
     """Centred capitals of a given height, with a paper edge where they lie on a drawing."""
     for i, line in enumerate(text.split("\n")):
         mask = np.zeros((200, 2400), np.uint8)
@@ -135,8 +166,15 @@ def panel(page: np.ndarray, corners: Points) -> Iterator[np.ndarray]:
     cv2.polylines(page, [np.int32(corners) * S], True, INK, 7, cv2.LINE_AA)
 
 
-def figure(img: np.ndarray, parts: str, x: float, y: float, r: float, tilt: float = 0,
-           palette: dict[str, Fill] = TONED) -> None:
+def figure(
+    img: np.ndarray,
+    parts: str,
+    x: float,
+    y: float,
+    r: float,
+    tilt: float = 0,
+    palette: dict[str, Fill] = TONED,
+) -> None:
     """Draws a figure's parts and their mirror images, with its head at x, y."""
     turn = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))]) * r / 100
     for kind, *numbers in map(str.split, parts.split(";")):
@@ -157,7 +195,7 @@ def skyline(img: np.ndarray, base: float, tall: float, fill: Fill, lit: Fill, se
     while x < W:
         w, top = rng.uniform(45, 85), base - tall * rng.uniform(0.5, 1)
         shape(img, [(x, H), (x, top), (x + w / 2, top - w * 0.4), (x + w, top), (x + w, H)], fill, 1.2)
-        for wx, wy in np.mgrid[x + 10:x + w - 14:16, top + 14:base:26].reshape(2, -1).T:
+        for wx, wy in np.mgrid[x + 10 : x + w - 14 : 16, top + 14 : base : 26].reshape(2, -1).T:
             if rng.random() < 0.45:
                 shape(img, box(wx, wy, 8, 12), lit, 0.8)
         x += w - 2
@@ -167,7 +205,7 @@ def cover(page: np.ndarray) -> None:
     """Night falls on the roofs, in colour."""
     sky = [np.interp(np.arange(H), (0, 370, 650), c) for c in ((92, 128, 150), (34, 62, 150), (40, 92, 250))]
     page[:] = np.repeat(np.transpose(sky), S, 0)[:, None]
-    for x, y, r in np.random.default_rng(3).uniform((0, 0, .6), (W, 420, 2.2), (90, 3)):
+    for x, y, r in np.random.default_rng(3).uniform((0, 0, 0.6), (W, 420, 2.2), (90, 3)):
         shape(page, ring(x, y, r, r), PAPER)
     shape(page, moon := ring(370, 320, 150, 150), (190, 236, 255))
     screentone(page, moon, 0.02, 0.5, (130, 200, 250))

@@ -205,9 +205,7 @@ def safe_component(name: str) -> str:
     """`name` as one path component that every file system here can hold."""
     name = unicodedata.normalize("NFC", name)
     # Cc, Cf, Cs, Co, Cn: controls, bidi marks, surrogates, unassigned: nothing people type.
-    name = "".join(
-        "_" if c in '<>:"/\\|?*' or unicodedata.category(c).startswith("C") else c for c in name
-    )
+    name = "".join("_" if c in '<>:"/\\|?*' or unicodedata.category(c).startswith("C") else c for c in name)
     stem, dot, suffix = name.rpartition(".")
     if dot and len(suffix) <= 5:
         name = cut_bytes(stem, COMPONENT_BYTES - len((dot + suffix).encode())) + dot + suffix
@@ -301,8 +299,7 @@ def decode_names(raw: Sequence[bytes]) -> list[str]:
     foreign = [name for name in raw if not _decodes(name, "utf-8")]
     order = sorted(("cp932", "gbk"), key=lambda enc: -sum(_plausible(n, enc) for n in foreign))
     return [
-        next(name.decode(enc) for enc in ("utf-8", *order, "cp437") if _decodes(name, enc))
-        for name in raw
+        next(name.decode(enc) for enc in ("utf-8", *order, "cp437") if _decodes(name, enc)) for name in raw
     ]
 
 
@@ -1058,4 +1055,3 @@ else:
 
     def _lock_file(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-

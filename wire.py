@@ -378,9 +378,7 @@ def wanted_range(headers: Headers, etag: str, modified_s: int, size: int) -> tup
     else:
         start, end = max(0, size - int(last)), size
     if start >= size or (not first and not int(last)):
-        raise Refused(
-            416, "RANGE", f"the file has {size} bytes", {"Content-Range": f"bytes */{size}"}
-        )
+        raise Refused(416, "RANGE", f"the file has {size} bytes", {"Content-Range": f"bytes */{size}"})
     return start, end
 
 
@@ -521,10 +519,7 @@ class HttpServer(ThreadingHTTPServer):
                 _shut(peer.sock)  # its thread wakes up with an error or an end of file
 
 
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    b"Content-Length: 0\r\n\r\n"
-)
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 def _shut(sock: socket.socket) -> None:

@@ -1,6 +1,7 @@
 """Measure the worker's pipeline beside the loop that a user of RealESRGANer runs.
 
     python tests/bench.py --encoders
+    python tests/bench.py --memory --models NAME --size 3000x2000 [--pages 1]
     python tests/bench.py --openvino 400 800 [--models NAME ...]
     python tests/bench.py [--models NAME ...] [--pages 2] [--size 1170x827] [--pairs 3] [--out bench.json]
 
@@ -349,7 +350,31 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def memory(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> list[str]:
+    """Peaks of a worker: before, after its first page, after all of them."""
+    height, width = map(int, arguments.size.split("x"))
+    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        process(infer.worker_main, choice, 0) as (pipe, child),
+    ):
+        ours = Ours(pipe, plan)
+        peaks = [peak_mb(child)]
+        sources = write_pages(Path(name), arguments.pages, height, width)
+        for part in (sources[:1], sources[1:]):
+            if part:
+                ours.run(part, Path(name))
+            peaks.append(peak_mb(child))
+    return [model.name, arguments.size, str(arguments.pages), *(f"{peak or 0:.0f}" for peak in peaks)]
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Markdown; the first line is the head."""
+    lines.insert(1, ["---"] * len(lines[0]))
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The figures as a Markdown table, two lines a model: upstream, ours."""
     head = ("engine", "model", "precision", "pages/min", "ratio", "share of peak", "overlap", "peak MB")
     lines = [[*head, "PSNR dB", "max difference"]]
@@ -368,8 +393,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ["upstream", row["model"], "fp32", *theirs, "0%", f"{row['upstream peak MB'] or 0:.0f}", "", ""],
             ["ours", row["model"], row["precision"], *ours],
         ]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return lines
 
 
 def main() -> None:
@@ -382,16 +406,22 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
     parser.add_argument("--openvino", type=int, nargs="+", metavar="TILE", help="only beside OpenVINO's")
+    parser.add_argument("--memory", action="store_true", help="only the worker's peaks")
     parser.add_argument("--encoders", action="store_true", help="only what each format costs")
     arguments = parser.parse_args()
     if arguments.encoders:
         print(encoders())
         return
-    if arguments.openvino:
+    if arguments.openvino or arguments.memory:
+        choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
+        loaded = infer.Engines(choice, 0, lambda: None)
+        models = [loaded.model(name) for name in arguments.models]
+        if arguments.memory:
+            head = ["model", "height x width", "pages", "idle MB", "peak MB after one", "after all"]
+            print_table([head, *(memory(model, choice, arguments) for model in models)])
+            return
         head = ["engine", "model", "precision", "pages/min", "ratio to ours", "overlap", "max difference"]
-        loaded = infer.Engines(EngineChoice(model_root=ROOT / "no-such-folder"), 0, lambda: None)
-        lines = [row for name in arguments.models for row in beside_openvino(loaded.model(name), arguments)]
-        print("\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]))
+        print_table([head, *(row for model in models for row in beside_openvino(model, arguments))])
         return
     rows = []
     for precision in arguments.precisions:
@@ -401,7 +431,7 @@ def main() -> None:
     report = {key: getattr(arguments, key) for key in ("size", "pages", "pairs")}
     report |= {"machine": machine(), "threads": torch.get_num_threads()}
     print(json.dumps(report))
-    print(table(rows))
+    print_table(table(rows))
     if arguments.out:
         storage.write_whole(arguments.out, json.dumps(report | {"rows": rows}, indent=1).encode())
 

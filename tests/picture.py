@@ -1,6 +1,6 @@
 """Draw the README's picture: parts of two sample pages, enlarged plainly and upscaled.
 
-    python tests/picture.py docs/before-after.jpg
+python tests/picture.py docs/before-after.jpg
 """
 
 from __future__ import annotations

@@ -40,6 +40,11 @@ def decode(data: bytes) -> pages.Pixels:
     return pages.decode(data, 1, LIMITS)
 
 
+def scored(data: bytes) -> tuple[pages.Pixels, float]:
+    page = pages.decode_page(data, Params(scale=1), LIMITS)
+    return page.pixels, page.spread
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -333,14 +338,14 @@ COLOURED = {
 
 @pytest.mark.parametrize("make", GREYISH.values(), ids=list(GREYISH))
 def test_a_grey_page_that_was_saved_in_colour_is_grey(make):
-    page, spread = pages.decode_scored(make(), 1, Limits())
+    page, spread = scored(make())
     assert page.ndim == 2 and spread <= pages.GREY_SPREAD
     assert np.abs(page.astype(int) - GREY[..., 0]).mean() < 6
 
 
 @pytest.mark.parametrize("make", COLOURED.values(), ids=list(COLOURED))
 def test_a_tinted_page_is_never_called_grey(make):
-    page, spread = pages.decode_scored(coded(make()), 1, Limits())
+    page, spread = scored(coded(make()))
     assert np.array_equal(page, make()) and spread >= 1
 
 

@@ -224,7 +224,9 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
     table = jobs.JobTable(tmp_path / "jobs.db")
     table.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
-        db.executescript("ALTER TABLE pages DROP COLUMN color_spread; PRAGMA user_version = 1;")
+        for column in ("color_spread", "model"):
+            db.execute(f"ALTER TABLE pages DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
     table = jobs.JobTable(tmp_path / "jobs.db")
     try:
         assert table.set_aside is None and table.pages("none") == []
