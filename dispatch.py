@@ -70,6 +70,7 @@ from messages import (
     Task,
     TaskFailed,
 )
+from retention import Keep, Retention
 from storage import Layout
 
 log = logging.getLogger("dispatch")
@@ -206,6 +207,7 @@ class Dispatcher:
         limits: Limits | None = None,
         idle_s: float = 120.0,
         entry: Callable[..., None] | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self.table = table
         self.layout = layout
@@ -214,6 +216,7 @@ class Dispatcher:
         self.limits = limits or Limits()
         self.idle_s = idle_s
         self.entry = entry or run_worker
+        self.retention = Retention(table, layout, keep or Keep())
         self.workers: dict[int, WorkerSlot] = {}  # by slot
         self.runs: dict[str, Run] = {}  # by job id
         self.untidy: set[str] = set()  # jobs that ended, until no worker holds a task of them
@@ -297,6 +300,7 @@ class Dispatcher:
     def _turn(self) -> None:
         self._drop_ended_runs()
         self._tidy()
+        self.retention.turn()
         self._claim()
         self._deal()
         self._wait()

@@ -44,10 +44,16 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MIGRATIONS = {  # version -> what makes the next
     1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
     2: "ALTER TABLE pages ADD COLUMN model TEXT",
+    3: "ALTER TABLE jobs ADD COLUMN outputs_removed_s REAL;"
+    " ALTER TABLE jobs ADD COLUMN artifact_removed_s REAL",
+}
+REMOVED = {  # by age: field of Keep -> column that says when, and what in words
+    "outputs_days": ("outputs_removed_s", "the pages were"),
+    "artifacts_days": ("artifact_removed_s", "the artifact was"),
 }
 
 
@@ -172,6 +178,8 @@ class Job:
     finished_s: float | None
     idempotency_key: str | None
     request_hash: str | None
+    outputs_removed_s: float | None  # by age, see retention.py
+    artifact_removed_s: float | None
 
     @property
     def is_over(self) -> bool:
@@ -228,7 +236,8 @@ CREATE TABLE jobs (
     left_out INTEGER NOT NULL DEFAULT 0, reconciliation TEXT, retries INTEGER NOT NULL DEFAULT 0,
     message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
     artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
-    started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT
+    started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT,
+    outputs_removed_s REAL, artifact_removed_s REAL
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
 CREATE TABLE pages (
@@ -375,6 +384,16 @@ class JobTable:
             rows = self._db.execute("SELECT id FROM jobs WHERE state IN (?, ?)", (SUCCESS, FAILED))
             return {row[0] for row in rows}
 
+    def ids_to_clear(self, what: str, before_s: float) -> list[str]:
+        """Jobs that ended before this moment and still have `what` (a field of retention.Keep)."""
+        still = f"AND {REMOVED[what][0]} IS NULL" if what in REMOVED else ""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT id FROM jobs WHERE state IN (?, ?) AND finished_s < ? {still} ORDER BY number",
+                (SUCCESS, FAILED, before_s),
+            )
+            return [row[0] for row in rows]
+
     def counts(self) -> dict[str, int]:
         """Number of jobs by state."""
         with self._lock:
@@ -467,12 +486,15 @@ class JobTable:
                 (job_id,),
             ).rowcount
 
-    def delete(self, job: Job) -> bool:
-        """Remove a job that is not running; False if it runs after all."""
+    def delete(self, job: Job, as_read: bool = False) -> bool:
+        """Remove a job that is not running; False if it runs after all, or if it is no longer
+        in the state and attempt in which it was read, where that is asked for."""
         with self.transaction() as db:
-            return bool(
-                db.execute("DELETE FROM jobs WHERE id = ? AND state != ?", (job.id, RUNNING)).rowcount
+            done = db.execute(
+                "DELETE FROM jobs WHERE id = ? AND state != ? AND (NOT ? OR (state = ? AND attempt = ?))",
+                (job.id, RUNNING, as_read, job.state, job.attempt),
             )
+            return bool(done.rowcount)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -811,7 +833,9 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
         if not job.is_over or (job.state == SUCCESS and not job.failed_pages):
             return job
         pages = table.pages(job_id)
-        remains = not pages or any(page.status == "pending" or page.failed for page in pages)
+        # Without their files the pages must be computed again, and for that the input must be there.
+        lost = job.outputs_removed_s is not None
+        remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
         path, kind = given or (job.input_path, job.input_type)
         place = storage.resolve_incoming(layout, path)
         if remains:
@@ -833,6 +857,8 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
             error_code=None,
             artifact_hash=None,
             artifact_bytes=None,
+            outputs_removed_s=None,
+            artifact_removed_s=None,
             failed_pages=0,
             processed=job.processed - redone,
             phase="queued",
@@ -849,18 +875,36 @@ def delete(table: JobTable, layout: Layout, job_id: str) -> None:
     job = table.get(job_id)
     if job.state == RUNNING:
         raise JobIsRunning(f"job {job_id} is running; cancel it first")
-    storage.remove_file(layout.artifact(job.title, job.volume, job.id))
-    storage.remove_tree(layout.output_dir(job.title, job.volume, job.id))
-    storage.remove_tree(layout.staging / job.id)
-    storage.remove_tree(layout.previews / job.id)
+    remove_files(layout, job)
     if not table.delete(job):
         table.get(job_id)  # unknown: another request was quicker
         raise JobIsRunning(f"job {job_id} has just started; cancel it first")
 
 
+def remove_files(layout: Layout, job: Job, outputs: bool = True, artifact: bool = True) -> None:
+    """Remove a job's pages (with previews and working copy), its artifact, or both."""
+    if artifact:
+        storage.remove_file(layout.artifact(job.title, job.volume, job.id))
+    if outputs:
+        storage.remove_tree(layout.output_dir(job.title, job.volume, job.id))
+        storage.remove_tree(layout.staging / job.id)
+        storage.remove_tree(layout.previews / job.id)
+
+
+def note_removed(table: JobTable, job: Job, what: str, days: int) -> bool:
+    """Record what age removed, if the job still is as it was read; `what`: see REMOVED, else the row."""
+    if what not in REMOVED:
+        return table.delete(job, as_read=True)
+    column, words = REMOVED[what]
+    note = f"{words} removed after {days} days (REICHAN_KEEP_{what.upper()})"
+    message = f"{job.message}. {note}" if job.message else note
+    return table.change(job, job.state, message=message, **{column: table.clock()})
+
+
 def to_state(job: Job, layout: Layout) -> dict[str, Any]:
     """JobState, as REST and WebSocket send it."""
-    artifact = layout.artifact(job.title, job.volume, job.id) if job.artifact_hash else None
+    there = job.artifact_hash and not job.artifact_removed_s
+    artifact = layout.artifact(job.title, job.volume, job.id) if there else None
     return {
         "jobId": job.id,
         "status": job.state,

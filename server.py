@@ -55,6 +55,7 @@ from jobs import Job, JobTable
 from live import Live, Watcher
 from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
 from openapi import Route
+from retention import Keep
 from storage import Layout
 from wire import Answer, Refused, Request, json_answer
 
@@ -97,6 +98,7 @@ class Config:
     engine: str = "native"
     sandbox: bool = True
     limits: Limits = field(default_factory=Limits)
+    keep: Keep = field(default_factory=Keep)
     worker_idle_s: float = 120.0
     connections: int = 256
     watchers: int = 2000
@@ -147,6 +149,18 @@ def read_limits(setting: Callable[[str, str], str]) -> Limits:
     return Limits(**{name: whole(setting_name(name), text) for name, text in given.items() if text})
 
 
+def read_keep(setting: Callable[[str, str], str]) -> Keep:
+    """Keep from REICHAN_KEEP_*. Raises ConfigError."""
+    given = {item.name: setting(f"KEEP_{item.name.upper()}", "") for item in fields(Keep)}
+    return Keep(
+        **{
+            name: whole(f"REICHAN_KEEP_{name.upper()}", text, most=36_500)
+            for name, text in given.items()
+            if text
+        }
+    )
+
+
 def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
     """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
 
@@ -191,6 +205,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         engine=choice("engine"),
         sandbox=choice("sandbox") == "on",
         limits=read_limits(setting),
+        keep=read_keep(setting),
         upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
     )
 
@@ -623,7 +638,8 @@ class Api:
             return self._image(request, preview)
         path = self.layout.output_dir(job.title, job.volume, job.id) / page.output
         if not path.is_file():
-            raise Refused(410, "PAGE_GONE", f"the file of page {n} is no longer on disk; resume the job")
+            why = "was removed by age" if job.outputs_removed_s else "is no longer on disk"
+            raise Refused(410, "PAGE_GONE", f"the file of page {n} {why}; {_remedy(job)}")
         return self._image(request, self._preview(path, preview, width) if preview else path)
 
     def _preview_path(self, page: jobs.Page, side: str, sha256: str, width: int | None) -> Path | None:
@@ -661,7 +677,9 @@ class Api:
         try:
             file = storage.open_regular(path)
         except OSError as error:
-            raise Refused(410, "ARTIFACT_GONE", "the artifact is no longer on disk") from error
+            why = "was removed by age" if job.artifact_removed_s else "is no longer on disk"
+            detail = f"the artifact {why}; {_remedy(job)}"
+            raise Refused(410, "ARTIFACT_GONE", detail) from error
         size = os.fstat(file.fileno()).st_size
         if size != job.artifact_bytes:
             file.close()
@@ -869,6 +887,12 @@ class Api:
             watcher.unknown = True
 
 
+def _remedy(job: Job) -> str:
+    """What brings a job's lost files back: a job without failed pages can't be resumed."""
+    whole = job.state == jobs.SUCCESS and not job.failed_pages
+    return "submit the volume again" if whole else "resume the job"
+
+
 def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
 
@@ -1049,7 +1073,7 @@ class Service:
             )
             slots, limits = config.max_concurrency, config.limits
             self.dispatcher = dispatch.Dispatcher(
-                self.table, layout, choice, slots, limits, config.worker_idle_s, worker
+                self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep
             )
             self.live = Live(layout)
             self.table.listeners.append(self.live.publish)

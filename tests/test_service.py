@@ -226,6 +226,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
         for column in ("color_spread", "model"):
             db.execute(f"ALTER TABLE pages DROP COLUMN {column}")
+        for column in ("outputs_removed_s", "artifact_removed_s"):
+            db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         db.execute("PRAGMA user_version = 1")
     table = jobs.JobTable(tmp_path / "jobs.db")
     try:
