@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import queue
+import sqlite3
 import threading
 import time
 import traceback
@@ -208,6 +209,7 @@ class Dispatcher:
         idle_s: float = 120.0,
         entry: Callable[..., None] | None = None,
         keep: Keep | None = None,
+        reserve_bytes: int | None = None,
     ) -> None:
         self.table = table
         self.layout = layout
@@ -216,6 +218,8 @@ class Dispatcher:
         self.limits = limits or Limits()
         self.idle_s = idle_s
         self.entry = entry or run_worker
+        self.reserve_bytes = reserve_bytes  # see Stage
+        self.unrecorded: dict[str, tuple[Job, dict[str, Any]]] = {}  # failures that a full disk kept out
         self.retention = Retention(table, layout, keep or Keep())
         self.workers: dict[int, WorkerSlot] = {}  # by slot
         self.runs: dict[str, Run] = {}  # by job id
@@ -300,6 +304,7 @@ class Dispatcher:
     def _turn(self) -> None:
         self._drop_ended_runs()
         self._tidy()
+        self._record_failures()
         self.retention.turn()
         self._claim()
         self._deal()
@@ -327,7 +332,14 @@ class Dispatcher:
             while slot.conn.poll():
                 event = slot.conn.recv()
                 slot.heard_s = time.monotonic()
-                self._on_event(slot, event)
+                try:
+                    self._on_event(slot, event)
+                except sqlite3.OperationalError as error:
+                    run = self._run_of(event) if hasattr(event, "attempt") else None
+                    if run is None:
+                        raise
+                    detail = f"the job table can't be written ({error}); make room and resume the job"
+                    self._fail(run, "DISK", detail)
         except (EOFError, OSError):
             pass  # dead: its sentinel follows
 
@@ -371,7 +383,7 @@ class Dispatcher:
                 self.careless_deaths.pop(job_id, None)
                 storage.remove_tree(self.layout.staging / job_id)
             else:
-                if job.is_over:
+                if job.is_over or job_id in self.unrecorded:  # its working copy may be what fills the disk
                     self._tidy_job(job)
             self.untidy.discard(job_id)
 
@@ -500,6 +512,7 @@ class Dispatcher:
                 tuple(_known(page) for page in self.table.pages(job.id)),
                 job.manifest,
                 self.limits,
+                self.reserve_bytes,
             )
         else:
             report = to_report(job, self.table.pages(job.id), self.layout)
@@ -656,8 +669,20 @@ class Dispatcher:
     def _fail(self, run: Run, code: str, detail: str) -> None:
         self._abandon(run)
         log.error("job %s failed: %s", run.job.id, detail)
-        with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: that stands
-            advance(self.table, run.job, "fail", self.table.clock(), **_failure(code, detail))
+        self.unrecorded[run.job.id] = (run.job, _failure(code, detail))
+        self._record_failures()
+
+    def _record_failures(self) -> None:
+        """Write failures into the table; on a full disk that is tried again every turn."""
+        for job_id, (job, values) in list(self.unrecorded.items()):
+            try:
+                advance(self.table, job, "fail", self.table.clock(), **values)
+            except StaleAttempt:  # cancelled meanwhile: that stands
+                pass
+            except sqlite3.OperationalError as error:
+                log.warning("job %s failed, and the table can't say so yet: %s", job_id, error)
+                continue
+            del self.unrecorded[job_id]
 
     # -- deaths and deadlines
     def _check_deadlines(self) -> None:

@@ -839,8 +839,12 @@ class Worker:
         # Around an attempt: the job fails with the reason, the worker stays.
         except Exception as error:
             log.exception("%s of job %s", type(task).__name__, task.job_id)
-            detail = f"{type(error).__name__}: {error}"
-            self.send(TaskFailed(task.job_id, task.attempt, 0, "TASK", detail, traceback.format_exc()))
+            if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
+                detail = f"the disk refused: {error.strerror}; make room and resume the job"
+                self.send(TaskFailed(task.job_id, task.attempt, 0, "DISK", detail))
+            else:
+                detail = f"{type(error).__name__}: {error}"
+                self.send(TaskFailed(task.job_id, task.attempt, 0, "TASK", detail, traceback.format_exc()))
         finally:
             del self.computing[threading.get_ident()]
             self.watch.end()
@@ -879,7 +883,13 @@ class Worker:
         if sources and (complete or storage.staged_pages_intact(task.staging, sources)):
             yield from sources
         else:
-            yield from storage.stage_input(task.source, task.staging, task.limits)
+            done = {name for name, page in known.items() if _still_done(task, page, page.source)}
+
+            def check(sizes: list[tuple[str, int]]) -> None:
+                if task.reserve_bytes is not None:
+                    storage.check_room(task.staging.parent, sizes, done, task.params, task.reserve_bytes)
+
+            yield from storage.stage_input(task.source, task.staging, task.limits, check)
 
     def _pack(self, task: Pack) -> None:
         digest, size_bytes = storage.pack(task.outputs, task.artifact, task.report)

@@ -326,7 +326,8 @@ class JobTable:
                 changed = [self.get(job_id) for job_id in sorted(self._changed)]
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has rolled back already
+                    self._db.execute("ROLLBACK")
                 raise
             # Under the lock, so that listeners see changes in the order of their seq.
             for job in sorted(changed, key=lambda job: job.seq):
@@ -445,6 +446,9 @@ class JobTable:
     def take_oldest(self, now_s: float) -> Job | None:
         """The oldest PENDING job, now RUNNING in a new attempt. One statement: claimed once."""
         with self.transaction() as db:
+            # Without one, nothing is written: a turn on a full disk must get past this.
+            if not db.execute("SELECT 1 FROM jobs WHERE state = ? LIMIT 1", (PENDING,)).fetchone():
+                return None
             row = db.execute(
                 "UPDATE jobs SET state = ?, attempt = attempt + 1, phase = 'staging',"
                 " started_s = coalesce(started_s, ?), eta_s = NULL, seq = ?"
@@ -787,10 +791,18 @@ def _encodable(text: str) -> bool:
     return not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
 
 
-def submit(table: JobTable, layout: Layout, wanted: Submission, key: str | None, body_hash: str) -> Job:
+def submit(
+    table: JobTable,
+    layout: Layout,
+    wanted: Submission,
+    key: str | None,
+    body_hash: str,
+    reserve_bytes: int | None = None,
+) -> Job:
     """A new job, or the one that this Idempotency-Key made before.
 
-    Raises KeyReused, storage.OutsideIncoming, storage.InputMissing.
+    reserve_bytes: what must stay free on the disk beside the job's own; None: unchecked.
+    Raises KeyReused, storage.OutsideIncoming, storage.InputMissing, storage.NoRoom.
     """
     with table.transaction():
         before = table.by_key(key) if key else None
@@ -799,6 +811,9 @@ def submit(table: JobTable, layout: Layout, wanted: Submission, key: str | None,
                 raise KeyReused("this Idempotency-Key came with another body before; use a new one")
             return before
         place = _checked_input(layout, wanted.input_path, wanted.input_type)
+        if reserve_bytes is not None:
+            sizes = storage.input_sizes(layout.incoming / place)
+            storage.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
         job_id = str(uuid.uuid4())
         table.insert(
             {

@@ -138,6 +138,7 @@ class Stage:
     known: tuple[KnownPage, ...]
     manifest: dict[str, Any] | None
     limits: Limits
+    reserve_bytes: int | None = None  # that must stay free beside what the job needs; None: unchecked
 
 
 @dataclass(frozen=True, slots=True)

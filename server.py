@@ -64,7 +64,6 @@ log = logging.getLogger("server")
 VERSION = "0.1.0"
 BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
 JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
-SPARE_BYTES = 64 << 20  # free space below which nothing new is taken in
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
 COOKIE = "reichan_session"
 TAURI_ORIGINS = (
@@ -103,6 +102,8 @@ class Config:
     connections: int = 256
     watchers: int = 2000
     upload_bytes: int = 16 << 30
+    reserve_bytes: int = 64 << 20  # of free space, which no upload and no job may be expected to use
+    checks_room: bool = True
 
     @property
     def layout(self) -> Layout:
@@ -126,6 +127,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "fp16", "bf16"),
     "engine": ("native", "upstream"),
     "sandbox": ("on", "off"),
+    "check_room": ("on", "off"),
 }
 
 
@@ -206,6 +208,8 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         sandbox=choice("sandbox") == "on",
         limits=read_limits(setting),
         keep=read_keep(setting),
+        reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
+        checks_room=choice("check_room") == "on",
         upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
     )
 
@@ -231,6 +235,7 @@ STATUS_OF: dict[type[Exception], int] = {
     storage.InputMissing: 422,
     storage.InputUnusable: 422,
     storage.NameTaken: 409,
+    storage.NoRoom: 507,
 }
 DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
 
@@ -532,7 +537,8 @@ class Api:
         wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
         self._check_room(0)
         with _blaming("input.path"):
-            job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body))
+            reserve = self.dispatcher.reserve_bytes
+            job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body), reserve)
         self.dispatcher.wake()
         answer = json_answer({"jobId": job.id}, 202)
         answer.headers["Location"] = f"/jobs/{job.id}"
@@ -742,7 +748,7 @@ class Api:
         return answer
 
     def _check_room(self, size_bytes: int) -> None:
-        if storage.free_bytes(self.layout) < size_bytes + SPARE_BYTES:
+        if storage.free_bytes(self.layout) < size_bytes + self.config.reserve_bytes:
             raise Refused(507, "DISK_FULL", "the service's disk is nearly full; make room and try again")
 
     # -- the service itself
@@ -1073,7 +1079,8 @@ class Service:
             )
             slots, limits = config.max_concurrency, config.limits
             self.dispatcher = dispatch.Dispatcher(
-                self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep
+                self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep,
+                config.reserve_bytes if config.checks_room else None,
             )
             self.live = Live(layout)
             self.table.listeners.append(self.live.publish)

@@ -26,12 +26,12 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from messages import Limits, SourcePage, setting_name
+from messages import Limits, Params, SourcePage, setting_name
 
 PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz"})
@@ -96,6 +96,18 @@ class LimitExceeded(InputUnusable):
         self.fact = f"{what}: {value}, the limit is {allowed}"
         super().__init__(f"{self.fact} ({setting_name(limit)})")
         self.code = f"LIMIT_{limit.upper()}"
+
+
+class NoRoom(StorageError):
+    """The disk can't hold what a job is expected to write."""
+
+    code = "NO_ROOM"
+
+    def __init__(self, needed: int, free: int, reserve: int) -> None:
+        super().__init__(
+            f"the job needs about {needed} bytes (working copy, pages, artifact); {free} are free, of which "
+            f"{reserve} stay free (REICHAN_RESERVE_BYTES); make room and try again"
+        )
 
 
 class NameTaken(StorageError):
@@ -759,8 +771,51 @@ def _check_overlap(infos: Sequence[zipfile.ZipInfo]) -> None:
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
 
 
-def stage_input(source: Path, staging: Path, limits: Limits) -> Iterator[SourcePage | Listing]:
+# Bytes a pixel takes on disk: sources rather low and results rather high, so that an estimate
+# from file sizes errs to the safe side. An archive counts as PNG until it is listed.
+SOURCE_DENSITY = {".jpg": 0.15, ".jpeg": 0.15, ".webp": 0.1, ".gif": 0.2, ".png": 0.3, ".bmp": 1.0}
+OUTPUT_DENSITY = {"jpg": 0.25, "webp": 0.25, "png": 0.6}
+
+
+def output_bytes(name: str, size_bytes: int, params: Params) -> float:
+    """What a page of this name and size is expected to become. A target size counts as scale 2."""
+    density = SOURCE_DENSITY.get(os.path.splitext(name)[1].lower(), SOURCE_DENSITY[".png"])
+    scale = 2 if params.has_target else params.scale
+    lossless = params.output_format == "webp" and params.jpeg_quality == 100
+    return size_bytes / density * scale**2 * OUTPUT_DENSITY["png" if lossless else params.output_format]
+
+
+def check_room(
+    folder: Path, sizes: Iterable[tuple[str, int]], done: Container[str], params: Params, reserve: int
+) -> None:
+    """Raises NoRoom unless the disk of `folder` holds a working copy, the pages that are not
+    `done`, and the artifact. sizes: names and bytes of the input's pages."""
+    needed = 0.0
+    for name, size_bytes in sizes:
+        page = output_bytes(name, size_bytes, params)
+        needed += size_bytes + page * (1 if name in done else 2)
+    free = shutil.disk_usage(folder).free
+    if needed + reserve > free:
+        raise NoRoom(round(needed), free, reserve)
+
+
+def input_sizes(place: Path) -> list[tuple[str, int]]:
+    """Names and sizes of an input's files before it is listed: an archive counts as a whole."""
+    if place.is_file():
+        return [(place.name, place.stat().st_size)]
+    found = (Path(folder, name) for folder, _, files in os.walk(place) for name in files)
+    return [(path.name, path.lstat().st_size) for path in found if is_page_name([path.name])]
+
+
+def stage_input(
+    source: Path,
+    staging: Path,
+    limits: Limits,
+    check: Callable[[list[tuple[str, int]]], None] = lambda _: None,
+) -> Iterator[SourcePage | Listing]:
     """Copy the input's pages to `staging`; yields each page, then the Listing.
+
+    check: gets the pages' names and sizes before anything is written, and may raise.
 
     Staged files are called by their number: no name from an archive touches the disk.
     Raises InputUnusable's family before anything is written, OSError when the disk is full.
@@ -768,12 +823,17 @@ def stage_input(source: Path, staging: Path, limits: Limits) -> Iterator[SourceP
     with opened(source) as archive:
         listing = list_input(source, limits, archive)
         shutil.rmtree(staging, ignore_errors=True)
+        check([(page.name, _entry_bytes(page)) for page in listing.pages])
         staging.mkdir(parents=True)
         for n, entry in enumerate(listing.pages, 1):
             staged = f"{n:05d}{os.path.splitext(entry.name)[1].lower()}"
             yield _stage_page(entry, archive, staging / staged, limits)
         sync_dir(staging)
     yield listing
+
+
+def _entry_bytes(entry: Entry) -> int:
+    return entry.member.file_size if entry.member else entry.path.lstat().st_size
 
 
 def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, limits: Limits) -> SourcePage:

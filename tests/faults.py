@@ -92,3 +92,27 @@ def prying(conn: Any, choice: Any, slot: int) -> None:
 
     infer.NativeEngine.upscale = prying  # type: ignore[method-assign]
     infer.worker_main(conn, choice, slot)
+
+
+def filling(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, whose disk something fills to the last byte, once, just before a step."""
+    import infer
+    import storage
+
+    step = os.environ["FILL"]  # a function of storage
+    real = getattr(storage, step)
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        if not Path(os.environ["FAULTS"], "filled").exists():
+            note("filled")
+            with open(os.environ["FILLER"], "wb", buffering=0) as filler:
+                for size in (65536, 4096, 1):
+                    try:
+                        while filler.write(bytes(size)) == size:
+                            pass
+                    except OSError:
+                        continue
+        return real(*arguments, **named)
+
+    setattr(storage, step, late)
+    infer.worker_main(conn, choice, slot)
