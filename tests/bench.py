@@ -69,8 +69,11 @@ def write_pages(folder: Path, count: int, height: int, width: int) -> list[Path]
     """The demo's drawn pages, in colour as a scan of paper is, at a given size."""
     rng = np.random.default_rng(1)
     paths = []
+    samples = [
+        cv2.resize(sample.sample_page(n), (width, height), interpolation=cv2.INTER_AREA) for n in (1, 2, 3)
+    ]
     for n in range(count):
-        drawn = cv2.resize(sample.sample_page(1 + n % 3), (width, height), interpolation=cv2.INTER_AREA)
+        drawn = samples[n % 3]
         colour = drawn if drawn.ndim == 3 else cv2.cvtColor(drawn, cv2.COLOR_GRAY2BGR)
         scan = np.clip(colour * (0.94, 0.97, 0.99) + rng.normal(0, 2, colour.shape), 0, 255)
         paths.append(folder / f"{n:03}.png")
