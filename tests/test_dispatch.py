@@ -127,7 +127,7 @@ def test_a_resume_after_the_input_changed_never_mixes_pages(tmp_path):
 
 def test_two_slots_run_two_jobs_and_share_one(tmp_path):
     with serving(tmp_path, None, max_concurrency=2) as (service, client):
-        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 120, 160) for n in range(30)}))
+        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 120, 160) for n in range(12)}))
         first, second = client.submit("v.zip"), client.submit("v.zip")
         client.wait(second, lambda state: state["status"] == "RUNNING")
         assert client.state(first)["status"] == "RUNNING"

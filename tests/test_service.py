@@ -104,7 +104,7 @@ class Client:
 
     def wait(self, job: str, until: Any = lambda s: s["status"] in ("SUCCESS", "FAILED")) -> dict[str, Any]:
         """Poll until the state is as wanted."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not until(state := self.state(job)):
             assert time.monotonic() < deadline, state
             time.sleep(0.05)
