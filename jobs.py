@@ -31,6 +31,7 @@ from typing import Any
 import storage
 from messages import (
     AUTO_MODEL,
+    Limits,
     PageDone,
     Params,
     Plan,
@@ -797,6 +798,7 @@ def submit(
     wanted: Submission,
     key: str | None,
     body_hash: str,
+    limits: Limits,
     reserve_bytes: int | None = None,
 ) -> Job:
     """A new job, or the one that this Idempotency-Key made before.
@@ -812,7 +814,7 @@ def submit(
             return before
         place = _checked_input(layout, wanted.input_path, wanted.input_type)
         if reserve_bytes is not None:
-            sizes = storage.input_sizes(layout.incoming / place)
+            sizes = storage.input_sizes(layout.incoming / place, limits)
             storage.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
         job_id = str(uuid.uuid4())
         table.insert(

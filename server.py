@@ -537,8 +537,10 @@ class Api:
         wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
         self._check_room(0)
         with _blaming("input.path"):
-            reserve = self.dispatcher.reserve_bytes
-            job = jobs.submit(self.table, self.layout, wanted, key, jobs.request_hash(body), reserve)
+            limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
+            job = jobs.submit(
+                self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve
+            )
         self.dispatcher.wake()
         answer = json_answer({"jobId": job.id}, 202)
         answer.headers["Location"] = f"/jobs/{job.id}"

@@ -799,12 +799,14 @@ def check_room(
         raise NoRoom(round(needed), free, reserve)
 
 
-def input_sizes(place: Path) -> list[tuple[str, int]]:
-    """Names and sizes of an input's files before it is listed: an archive counts as a whole."""
+def input_sizes(place: Path, limits: Limits) -> list[tuple[str, int]]:
+    """Names and sizes of an input's files before it is listed: an archive counts as a whole,
+    a file too large to be taken as a page counts for nothing."""
     if place.is_file():
         return [(place.name, place.stat().st_size)]
     found = (Path(folder, name) for folder, _, files in os.walk(place) for name in files)
-    return [(path.name, path.lstat().st_size) for path in found if is_page_name([path.name])]
+    sizes = [(path.name, path.lstat().st_size) for path in found if is_page_name([path.name])]
+    return [(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes]
 
 
 def stage_input(
@@ -823,7 +825,8 @@ def stage_input(
     with opened(source) as archive:
         listing = list_input(source, limits, archive)
         shutil.rmtree(staging, ignore_errors=True)
-        check([(page.name, _entry_bytes(page)) for page in listing.pages])
+        sizes = [(page.name, _entry_bytes(page)) for page in listing.pages]
+        check([(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes])
         staging.mkdir(parents=True)
         for n, entry in enumerate(listing.pages, 1):
             staged = f"{n:05d}{os.path.splitext(entry.name)[1].lower()}"

@@ -59,7 +59,7 @@ def queued(service: server.Service, title: str = "t") -> jobs.Job:
     layout = service.config.layout
     (layout.incoming / "one.zip").write_bytes(volume({"1.png": png()}))
     wanted = jobs.Submission(title, "1", "zip", "one.zip", jobs.Params(), None)
-    return jobs.submit(service.table, layout, wanted, None, "")
+    return jobs.submit(service.table, layout, wanted, None, "", service.config.limits)
 
 
 def running(service: server.Service, title: str = "t") -> jobs.Job:
