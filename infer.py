@@ -66,8 +66,9 @@ from messages import (
     Task,
     TaskFailed,
 )
-from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model, roll
+from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
 from pages import PageError, Pixels
+from rolling import roll
 from windows import RESIZE_REACH, Box
 
 log = logging.getLogger("infer")
@@ -280,12 +281,12 @@ class NativeEngine:
         self.plan = plan
         self.device = torch_device(plan.device, slot)
         self.dtype = PRECISIONS[plan.precision]
-        self.rolling = threading.Lock()  # the network holds the rows of one page
+        self.tick = tick
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network).to(self.device, self.dtype)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.network.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d):  # roll() calls none of them, and ticks itself
                 module.register_forward_pre_hook(lambda _module, _inputs: tick())
 
     @torch.inference_mode()
@@ -293,8 +294,7 @@ class NativeEngine:
         """See Engine."""
         padded = windows.pad_to_multiple(pixels, self.model.multiple)
         if DEVICES[self.plan.device].rolls:
-            with self.rolling:
-                return self._by_columns(padded, pixels.shape[:2], outscale, grain)
+            return self._by_columns(padded, pixels.shape[:2], outscale, grain)
         height, width = pixels.shape[:2]
         result = self._by_windows(padded, outscale)[: height * outscale, : width * outscale]
         return np.ascontiguousarray(result) if grain is None else add_grain(result, grain)
@@ -315,7 +315,7 @@ class NativeEngine:
             batch = boxes[i : i + self.plan.batch]
             stack = torch.stack([window.of(source) for _, window in batch])
             y = self.network(self._to_input(stack, white))
-            finite &= torch.isfinite(y).all()
+            finite &= windows.is_finite(y)
             levels = windows.to_levels(y, white, grey=page.ndim == 2)
             parts = windows.reduce_on_device(levels, white, scale, outscale)
             for (core, window), part in zip(batch, parts, strict=True):
@@ -363,11 +363,13 @@ class NativeEngine:
             column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
             held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
-            for rows in roll(self.network, column):
-                if not bool(torch.isfinite(rows).all()):
+            for rows in roll(self.network, column, self.tick):
+                if not bool(windows.is_finite(rows)):
                     raise Insane("the result is not finite")
-                levels = windows.to_levels(rows, white, grey=page.ndim == 2)
-                held = np.concatenate([held, levels[0].numpy().astype(page.dtype)])
+                levels = windows.to_levels(rows, white, grey=page.ndim == 2)[0]
+                if page.dtype == np.uint8:
+                    levels = levels.to(torch.uint8)  # by all cores, as numpy would not
+                held = np.concatenate([held, levels.numpy().astype(page.dtype, copy=False)])
                 bottom = top + len(held) // scale
                 end = bottom if bottom == height else bottom - RESIZE_REACH
                 if end <= done:

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,71 +24,16 @@ from torch.nn import functional as F
 
 import storage
 
-
 # ---------------------------------------------------------------- networks
-# Module names are those of the published checkpoints, so that their keys fit one to one.
-#
-# Every network runs in two ways with the same code. Whole: forward(x), as anywhere. Rolling:
-# the page comes a few rows at a time, and each convolution keeps the last two rows that it
-# saw, so that nothing is ever computed twice and memory depends on the page's width only.
-# Rolling, a convolution's result lags its input by a row; whatever is added to a result or
-# laid beside it has to wait as long. (Fused-layer evaluation: Alwani et al., MICRO 2016.)
-class Conv3x3(nn.Conv2d):
-    """The only convolution that either network has; pads with zeros at the page's edges only."""
-
-    def __init__(self, cin: int, cout: int) -> None:
-        super().__init__(cin, cout, 3, padding=1)
-        self.kept: Tensor | None = None  # rows that the next result still needs
-
-    def forward(self, x: Tensor, last: bool = True) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(B, cin, H, W) -> (x's rows that the result belongs to, the result).
-
-        last: the page ends with x. Both results have H rows when x is the whole page,
-        one less for its first rows, one more for its last; none as long as x is too short.
-        """
-        if self.kept is None and last:
-            return x, super().forward(x)
-        above = x.new_zeros(_row_of(x)) if self.kept is None else self.kept
-        padded = stack_rows(above, x, *([x.new_zeros(_row_of(x))] if last else []))
-        self.kept = None if last else padded[:, :, -2:].clone()
-        if padded.shape[2] < 3:
-            return x[:, :, :0], x.new_empty(x.shape[0], self.out_channels, 0, x.shape[3])
-        return padded[:, :, 1:-1], F.conv2d(padded, self.weight, self.bias, padding=(0, 1))
+# Module names are those of the published checkpoints, so that their keys fit one to one. How a
+# processor runs them, a few rows at a time, is rolling.py's.
+LEAK = 0.2  # slope of the leaky ReLUs
+RDB_SHARE = 0.2  # of a residual that is added (ESRGAN: residual scaling)
 
 
-class Delay(nn.Module):
-    """Rows that wait for a result which lags behind them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: Tensor | None = None
-
-    def forward(self, x: Tensor, rows: int) -> Tensor:
-        """Take x's rows in, give the oldest `rows` out."""
-        waiting = x if self.kept is None else stack_rows(self.kept, x)
-        self.kept = waiting[:, :, rows:].clone() if rows < waiting.shape[2] else None
-        return waiting[:, :, :rows]
-
-
-def _row_of(x: Tensor) -> tuple[int, int, int, int]:
-    return (x.shape[0], x.shape[1], 1, x.shape[3])
-
-
-def stack_rows(*parts: Tensor) -> Tensor:
-    """(B, C, H_i, W) -> (B, C, sum of H_i, W), channels last (torch.cat may lose that for one row)."""
-    batch, channels, _, width = parts[0].shape
-    rows = sum(part.shape[2] for part in parts)
-    stacked = torch.empty(
-        (batch, channels, rows, width),
-        dtype=parts[0].dtype,
-        device=parts[0].device,
-        memory_format=torch.channels_last,
-    )
-    at = 0
-    for part in parts:
-        stacked[:, :, at : at + part.shape[2]] = part
-        at += part.shape[2]
-    return stacked
+def conv3x3(cin: int, cout: int) -> nn.Conv2d:
+    """The only convolution that either network has."""
+    return nn.Conv2d(cin, cout, 3, padding=1)
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
@@ -103,23 +48,18 @@ class SRVGGNetCompact(nn.Module):
 
     def __init__(self, features: int, convs: int, scale: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [Conv3x3(3, features), nn.PReLU(features)]
+        layers: list[nn.Module] = [conv3x3(3, features), nn.PReLU(features)]
         for _ in range(convs):
-            layers += [Conv3x3(features, features), nn.PReLU(features)]
-        self.body = nn.Sequential(*layers, Conv3x3(features, 3 * scale * scale))
-        self.source = Delay()
+            layers += [conv3x3(features, features), nn.PReLU(features)]
+        self.body = nn.Sequential(*layers, conv3x3(features, 3 * scale * scale))
         self.shape = (features, convs, scale)
         self.scale = scale
         self.multiple = 1
         self.halo_px = convs + 2  # the receptive field: tiles are exact
-        self.stages = (Stage(self.forward, 16),)
 
-    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""
-        out = x
-        for layer in self.body:
-            out = layer(out, last)[1] if isinstance(layer, Conv3x3) else layer(out)
-        return F.pixel_shuffle(out, self.scale) + enlarge(self.source(x, out.shape[2]), self.scale)
+        return F.pixel_shuffle(self.body(x), self.scale) + enlarge(x, self.scale)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -128,18 +68,22 @@ class ResidualDenseBlock(nn.Module):
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
         self.features = features
-        for i in range(4):
-            setattr(self, f"conv{i + 1}", Conv3x3(features + i * growth, growth))
-        self.conv5 = Conv3x3(features + 4 * growth, features)
+        self.conv1 = conv3x3(features, growth)
+        self.conv2 = conv3x3(features + growth, growth)
+        self.conv3 = conv3x3(features + 2 * growth, growth)
+        self.conv4 = conv3x3(features + 3 * growth, growth)
+        self.conv5 = conv3x3(features + 4 * growth, features)
 
-    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+    def convs(self) -> tuple[nn.Conv2d, ...]:
+        """All five, in order."""
+        return self.conv1, self.conv2, self.conv3, self.conv4, self.conv5
+
+    def forward(self, x: Tensor) -> Tensor:
         """(B, F, H, W) -> the same shape."""
         seen = x
-        for conv in list(self.children())[:4]:
-            seen, grown = conv(seen, last)
-            seen = torch.cat([seen, F.leaky_relu(grown, 0.2, inplace=True)], 1)
-        seen, out = self.conv5(seen, last)
-        return cast(Tensor, out.mul_(0.2).add_(seen[:, : self.features]))
+        for conv in self.convs()[:-1]:
+            seen = torch.cat([seen, F.leaky_relu(conv(seen), LEAK, inplace=True)], 1)
+        return torch.add(x, self.conv5(seen), alpha=RDB_SHARE)
 
 
 class RRDB(nn.Module):
@@ -150,12 +94,10 @@ class RRDB(nn.Module):
         self.rdb1 = ResidualDenseBlock(features, growth)
         self.rdb2 = ResidualDenseBlock(features, growth)
         self.rdb3 = ResidualDenseBlock(features, growth)
-        self.source = Delay()
 
-    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, F, H, W) -> the same shape."""
-        out = self.rdb3(self.rdb2(self.rdb1(x, last), last), last)
-        return cast(Tensor, out.mul_(0.2).add_(self.source(x, out.shape[2])))
+        return torch.add(x, self.rdb3(self.rdb2(self.rdb1(x))), alpha=RDB_SHARE)
 
 
 class RRDBNet(nn.Module):
@@ -169,73 +111,27 @@ class RRDBNet(nn.Module):
         self.shape = (features, blocks, growth, scale)
         self.scale = scale
         self.multiple = 4 // scale  # sides must be multiples of it
-        self.conv_first = Conv3x3(3 * self.multiple**2, features)
+        self.conv_first = conv3x3(3 * self.multiple**2, features)
         self.body = nn.Sequential(*(RRDB(features, growth) for _ in range(blocks)))
-        self.conv_body = Conv3x3(features, features)
-        self.conv_up1 = Conv3x3(features, features)
-        self.conv_up2 = Conv3x3(features, features)
-        self.conv_hr = Conv3x3(features, features)
-        self.conv_last = Conv3x3(features, 3)
-        self.source = Delay()
+        self.conv_body = conv3x3(features, features)
+        self.conv_up1 = conv3x3(features, features)
+        self.conv_up2 = conv3x3(features, features)
+        self.conv_hr = conv3x3(features, features)
+        self.conv_last = conv3x3(features, 3)
         # The receptive field is 15 pixels a block, yet what comes from afar fades:
         # measured on drawn and scanned pages, 8 a block keeps tiles within 1/255.
         self.halo_px = min(8 * blocks, 96) * self.multiple
-        # A row of the tail is sixteen times as large as one of the trunk.
-        self.stages = (Stage(self.trunk, 16 * self.multiple), Stage(self.tail, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""
-        return self.tail(self.trunk(x))
-
-    def trunk(self, x: Tensor, last: bool = True) -> Tensor:
-        """(B, 3, H, W) -> (B, F, H / multiple, W / multiple)."""
         if self.multiple > 1:
             x = F.pixel_unshuffle(x, self.multiple)
-        first = self.conv_first(x, last)[1]
-        out = first
-        for block in self.body:
-            out = block(out, last)
-        out = self.conv_body(out, last)[1]
-        return cast(Tensor, out + self.source(first, out.shape[2]))
-
-    def tail(self, out: Tensor, last: bool = True) -> Tensor:
-        """(B, F, H, W) -> (B, 3, 4*H, 4*W)."""
+        first = self.conv_first(x)
+        out = self.conv_body(self.body(first)) + first
         for up in (self.conv_up1, self.conv_up2):
-            out = F.leaky_relu(up(enlarge(out, 2), last)[1], 0.2, inplace=True)
-        out = F.leaky_relu(self.conv_hr(out, last)[1], 0.2, inplace=True)
-        return cast(Tensor, self.conv_last(out, last)[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A part of a network, and how many of its input rows fit the caches when it rolls."""
-
-    run: Callable[[Tensor, bool], Tensor]
-    rows: int
-
-
-def roll(network: Network, x: Tensor) -> Iterator[Tensor]:
-    """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
-
-    Exactly forward()'s arithmetic; a convolution's sums may be ordered otherwise.
-    """
-    for module in network.modules():
-        if isinstance(module, (Conv3x3, Delay)):
-            module.kept = None  # of a page that was given up
-    rows: Iterator[tuple[Tensor, bool]] = iter([(x, True)])
-    for stage in network.stages:
-        rows = _through(stage, rows)
-    return (part for part, _ in rows)
-
-
-def _through(stage: Stage, rows: Iterator[tuple[Tensor, bool]]) -> Iterator[tuple[Tensor, bool]]:
-    for block, last in rows:
-        parts = torch.split(block, stage.rows, 2)
-        for i, part in enumerate(parts, 1):
-            at_end = last and i == len(parts)
-            out = stage.run(part, at_end)
-            if out.shape[2]:
-                yield out, at_end
+            out = F.leaky_relu(up(enlarge(out, 2)), LEAK, inplace=True)
+        out = F.leaky_relu(self.conv_hr(out), LEAK, inplace=True)
+        return cast(Tensor, self.conv_last(out))
 
 
 Network = SRVGGNetCompact | RRDBNet

@@ -164,9 +164,9 @@ def flops_per_pixel(model: Model) -> float:
     """Floating-point operations of all convolutions, an input pixel, counted on a small page."""
     total = 0
 
-    def count(layer: Any, _inputs: Any, outputs: tuple[Any, torch.Tensor]) -> None:
+    def count(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
         nonlocal total
-        total += 2 * layer.weight.numel() * outputs[1].shape[2] * outputs[1].shape[3]
+        total += 2 * layer.weight.numel() * output.shape[2] * output.shape[3]
 
     convs = [m for m in model.network.modules() if isinstance(m, torch.nn.Conv2d)]
     hooks = [conv.register_forward_hook(count) for conv in convs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from drawn import colour, grainy, grey, sixteen_bit
 from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
 
 import infer
+import models
 import pages
+import rolling
 import windows
 from messages import EngineChoice, Params, Plan
 from pages import PageError
@@ -173,15 +176,23 @@ def test_a_page_that_never_fits_fails_with_a_reason(monkeypatch):
         engines().compute(grey(40, 40), Params(model=COMPACT), plan_for(bundled(COMPACT), tile=64))
 
 
+def change_results(monkeypatch, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Let change(x, y) stand for the y that a compact network makes of x, whole or rolling."""
+    forward, run = models.SRVGGNetCompact.forward, rolling.RollingCompact.run
+
+    def whole(self, x):
+        return change(x, forward(self, x))
+
+    def rows(self, x, last, tick):
+        return change(x, run(self, x, last, tick))
+
+    monkeypatch.setattr(models.SRVGGNetCompact, "forward", whole)
+    monkeypatch.setattr(rolling.RollingCompact, "run", rows)
+
+
 def break_results(monkeypatch, value: float, only: torch.dtype | None = None) -> None:
     """Make networks of one dtype (or all) give a constant."""
-    forward = infer.SRVGGNetCompact.forward
-
-    def broken(self, x, last=True):
-        y = forward(self, x, last)
-        return torch.full_like(y, value) if only in (None, x.dtype) else y
-
-    monkeypatch.setattr(infer.SRVGGNetCompact, "forward", broken)
+    change_results(monkeypatch, lambda x, y: torch.full_like(y, value) if only in (None, x.dtype) else y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
@@ -224,27 +235,26 @@ def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
 
 def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
     monkeypatch.setattr(infer, "_native_bf16", lambda: True)
-    forward = infer.SRVGGNetCompact.forward
 
-    def refused(self, x, last=True):
+    def refused(x, y):
         if x.dtype == torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16' (injected)")
-        return forward(self, x, last)
+        return y
 
-    monkeypatch.setattr(infer.SRVGGNetCompact, "forward", refused)
+    change_results(monkeypatch, refused)
     assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
 
 
 @pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
 def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chosen):
-    forward, now = infer.SRVGGNetCompact.forward, [0.0]
+    now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def dragged(self, x, last=True):
+    def dragged(x, y):
         now[0] += 2.0 if x.dtype == slow else 1.0
-        return forward(self, x, last)
+        return y
 
-    monkeypatch.setattr(infer.SRVGGNetCompact, "forward", dragged)
+    change_results(monkeypatch, dragged)
     params = Params(model=COMPACT, device="cuda")
     assert infer.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
 

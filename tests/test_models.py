@@ -155,24 +155,3 @@ def test_all_keys_shapes_and_types_must_match(tmp_path, fault):
     safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(storage.WeightsRefused):
         models.load_model(found(tmp_path, "odd"))
-
-
-@pytest.mark.parametrize("height", [4, 16, 20, 36, 148])
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_rolling_gives_the_rows_of_the_whole_page(kind, height):
-    network = NETWORKS[kind]
-    page = torch.rand(1, 3, height, 12, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        whole = network(page)
-        parts = list(models.roll(network, page))
-    assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
-    assert max(part.shape[2] for part in parts) <= 16 * 4 + network.scale * 32
-
-
-def test_a_page_given_up_halfway_leaves_nothing_for_the_next():
-    network = NETWORKS["rrdb x4"]
-    first, second = torch.rand(2, 1, 3, 64, 12, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        next(models.roll(network, first))
-        rolled = torch.cat(list(models.roll(network, second)), 2)
-        assert torch.allclose(rolled, network(second), atol=1e-5)

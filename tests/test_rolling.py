@@ -1,0 +1,86 @@
+"""A page in rows, beside the page as a whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from test_models import NETWORKS
+from torch.nn import functional as F
+
+import models
+import rolling
+
+
+def page(height: int, seed: int = 1) -> torch.Tensor:
+    """(1, 3, height, 12) noise, channels last."""
+    noise = torch.rand(1, 3, height, 12, generator=torch.Generator().manual_seed(seed))
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("height", [4, 16, 20, 36, 148])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_rows_in_turn_are_those_of_the_whole_page(kind, height):
+    network = NETWORKS[kind]
+    with torch.inference_mode():
+        parts = list(rolling.roll(network, page(height)))
+        assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
+    # The last come with all that waited for them, but never with the rest of the page.
+    assert max(part.shape[2] for part in parts) <= (rolling.COMPACT_ROWS + 5) * network.scale
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_no_row_is_computed_twice(kind, monkeypatch):
+    network, rows = NETWORKS[kind], Counter()
+
+    def counted(seen, weight, bias, padding):
+        result = conv2d(seen, weight, bias, padding=padding)
+        rows[id(weight)] += result.shape[2] * result.shape[3]
+        return result
+
+    conv2d = F.conv2d
+    monkeypatch.setattr(F, "conv2d", counted)
+    with torch.inference_mode():
+        list(rolling.roll(network, page(60)))
+        rolled = dict(rows)
+        rows.clear()
+        monkeypatch.setattr(F, "conv2d", conv2d)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(
+                    lambda conv, _, y: rows.update({id(conv.weight): y.shape[2] * y.shape[3]})
+                )
+        network(page(60))
+    for module in network.modules():
+        module._forward_hooks.clear()
+    assert rolled == rows
+
+
+def test_pages_that_take_turns_do_not_mix():
+    network = NETWORKS["rrdb x4"]
+    with torch.inference_mode():
+        one = rolling.roll(network, page(64, seed=1))
+        begun = [next(one)]
+        other = torch.cat(list(rolling.roll(network, page(64, seed=2))), 2)
+        whole = torch.cat([*begun, *one], 2)
+        assert torch.allclose(other, network(page(64, seed=2)), atol=1e-5)
+        assert torch.allclose(whole, network(page(64, seed=1)), atol=1e-5)
+
+
+def test_memory_depends_on_the_width_only(monkeypatch):
+    rooms = []
+    room = rolling.Scratch.room
+
+    def noted(self, channels, rows):
+        held = room(self, channels, rows)
+        rooms.append(held.shape[2])
+        return held
+
+    monkeypatch.setattr(rolling.Scratch, "room", noted)
+    network = models.RRDBNet(16, 2, 8, 4)
+    with torch.inference_mode():
+        list(rolling.roll(network, page(112)))
+        short = max(rooms)
+        list(rolling.roll(network, page(992)))
+    assert max(rooms) == short
