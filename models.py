@@ -37,9 +37,7 @@ def conv3x3(cin: int, cout: int) -> nn.Conv2d:
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
-    """Nearest neighbour; takes no rows, too, which F.interpolate does not."""
-    if not x.shape[2]:
-        return x.new_empty(x.shape[0], x.shape[1], 0, x.shape[3] * factor)
+    """(B, C, H, W) -> (B, C, H*factor, W*factor), nearest neighbour."""
     return F.interpolate(x, scale_factor=factor, mode="nearest")
 
 

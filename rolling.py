@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import LEAK, RDB_SHARE, RRDB, Network, ResidualDenseBlock, RRDBNet, SRVGGNetCompact, enlarge
+from models import LEAK, RDB_SHARE, RRDB, Network, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
 
-# Input rows at a time that the caches hold, measured on 2 cores with 2 MB each (bf16 and fp32).
-COMPACT_ROWS = 16
-TRUNK_ROWS = 16
-TAIL_ROWS = 4  # a row of the tail is sixteen times as large as one of the trunk
+STRIP_PIXELS = 32_000  # of input at a time: more gain little (measured: bf16 and fp32, 2 cores)
+TAIL_SHARE = 4  # a row of an RRDBNet's tail is sixteen times as large as one of its trunk
+
+
+def rows_at_once(width: int) -> int:
+    """Input rows of a strip of this width."""
+    return min(64, max(8, STRIP_PIXELS // width))
 
 
 class Scratch:
@@ -53,8 +56,9 @@ class Strip:
     def __init__(self, conv: nn.Conv2d, scratch: Scratch) -> None:
         self.conv = conv
         self.scratch = scratch
-        # Above the page there are zeros.
-        self.kept = torch.zeros(1, conv.in_channels, 1, scratch.width, dtype=scratch.dtype)
+        self.kept = torch.zeros(1, conv.in_channels, 2, scratch.width, dtype=scratch.dtype)
+        self.kept = self.kept.to(memory_format=torch.channels_last)
+        self.held = 1  # rows of kept; above the page there are zeros
         self.seen = self.kept
 
     def room(self, rows: int) -> Tensor:
@@ -62,10 +66,9 @@ class Strip:
 
         Until then another Strip of as many channels must not ask for its own.
         """
-        held = self.kept.shape[2]
-        self.seen = self.scratch.room(self.conv.in_channels, held + rows + 1)
-        self.seen[:, :, :held] = self.kept
-        return self.seen[:, :, held : held + rows]
+        self.seen = self.scratch.room(self.conv.in_channels, self.held + rows + 1)
+        self.seen[:, :, : self.held] = self.kept[:, :, : self.held]
+        return self.seen[:, :, self.held : self.held + rows]
 
     def run(self, last: bool) -> tuple[Tensor, Tensor]:
         """(the rows of its input that the result belongs to, the result), of what room() holds.
@@ -76,7 +79,8 @@ class Strip:
         if last:
             self.seen[:, :, -1] = 0
         seen = self.seen if last else self.seen[:, :, :-1]
-        self.kept = seen[:, :, -2:].clone()
+        self.held = min(2, seen.shape[2])
+        self.kept[:, :, : self.held] = seen[:, :, -2:]
         centre = seen[:, :, 1:-1]
         if not centre.shape[2]:
             return centre, seen.new_empty(1, self.conv.out_channels, 0, seen.shape[3])
@@ -103,6 +107,17 @@ class Delay:
             taken.append(oldest[:, :, :rows])
             rows -= taken[-1].shape[2]
         return taken[0] if len(taken) == 1 else torch.cat(taken, 2)
+
+
+def leak_into(room: Tensor, x: Tensor) -> None:
+    """room = leaky_relu(x)."""
+    torch.ops.aten.leaky_relu.out(x, LEAK, out=room)
+
+
+def enlarge_into(room: Tensor, x: Tensor) -> None:
+    """room = x at twice its size, nearest neighbour."""
+    if x.shape[2]:
+        torch.ops.aten.upsample_nearest2d.out(x, room.shape[2:], out=room)
 
 
 # ---------------------------------------------------------------- networks
@@ -149,7 +164,7 @@ class RollingDense:
             centre, grown = strip.run(last)
             room = following.room(grown.shape[2])
             room[:, : centre.shape[1]] = centre
-            torch.ops.aten.leaky_relu.out(grown, LEAK, out=room[:, centre.shape[1] :])
+            leak_into(room[:, centre.shape[1] :], grown)
         tick()
         centre, out = self.strips[-1].run(last)
         return torch.add(centre[:, : self.features], out, alpha=RDB_SHARE)
@@ -216,13 +231,16 @@ class RollingTail:
 
     def run(self, out: Tensor, last: bool, tick: Callable[[], None]) -> Tensor:
         """(1, F, h, W) -> (1, 3, h', 4 * W)."""
-        for strip in (*self.ups, self.hr, self.final):
+        for strip in self.ups:
             tick()
-            x = enlarge(out, 2) if strip in self.ups else out
-            strip.room(x.shape[2]).copy_(x)
+            enlarge_into(strip.room(2 * out.shape[2]), out)
             out = strip.run(last)[1]
-            if strip is not self.final:
+            if strip is not self.ups[-1]:
                 out = F.leaky_relu_(out, LEAK)
+        for strip in (self.hr, self.final):
+            tick()
+            leak_into(strip.room(out.shape[2]), out)
+            out = strip.run(last)[1]
         return out
 
 
@@ -236,16 +254,16 @@ class Stage(Protocol):
 
 def stages_of(network: Network, width: int, dtype: torch.dtype) -> list[tuple[Stage, int]]:
     """A network's stages, each with the rows that it takes at a time."""
-    scratch = Scratch(width, dtype)
+    scratch, rows = Scratch(width, dtype), rows_at_once(width)
     if isinstance(network, SRVGGNetCompact):
-        return [(RollingCompact(network, scratch), COMPACT_ROWS)]
+        return [(RollingCompact(network, scratch), rows)]
     head = RollingHead(network, scratch)
     blocks = [RollingRRDB(cast(RRDB, block), scratch) for block in network.body]
     return [
-        (head, TRUNK_ROWS * network.multiple),
-        *((block, TRUNK_ROWS) for block in blocks),
-        (RollingBody(network, head.source, scratch), TRUNK_ROWS),
-        (RollingTail(network, width, dtype), TAIL_ROWS),
+        (head, rows * network.multiple),
+        *((block, rows) for block in blocks),
+        (RollingBody(network, head.source, scratch), rows),
+        (RollingTail(network, width, dtype), rows // TAIL_SHARE),
     ]
 
 

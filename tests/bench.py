@@ -255,7 +255,8 @@ class OpenVINOEngine(infer.NativeEngine):
     """Our windows through OpenVINO (pip install openvino), which compiles a network for a shape."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        super().__init__(model, plan, 0)
+        super().__init__(model, replace(plan, precision="fp32"), 0)  # it rounds to others by itself
+        self.hint = OPENVINO[plan.precision]
         self.compiled: dict[tuple[int, ...], Any] = {}
         self.network = self._compute  # type: ignore[assignment]
 
@@ -265,7 +266,7 @@ class OpenVINOEngine(infer.NativeEngine):
         shape = tuple(x.shape)
         if shape not in self.compiled:
             converted = openvino.convert_model(self.model.network, example_input=x, input=[list(shape)])
-            hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": OPENVINO[self.plan.precision]}
+            hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.hint}
             self.compiled[shape] = openvino.Core().compile_model(converted, "CPU", hints)
         return torch.from_numpy(self.compiled[shape](x.contiguous().numpy())[0])
 

@@ -19,6 +19,12 @@ def page(height: int, seed: int = 1) -> torch.Tensor:
     return noise.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(autouse=True)
+def sixteen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips as low as those of a wide page."""
+    monkeypatch.setattr(rolling, "STRIP_PIXELS", 16 * 12)
+
+
 @pytest.mark.parametrize("height", [4, 16, 20, 36, 148])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_rows_in_turn_are_those_of_the_whole_page(kind, height):
@@ -27,7 +33,8 @@ def test_rows_in_turn_are_those_of_the_whole_page(kind, height):
         parts = list(rolling.roll(network, page(height)))
         assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
     # The last come with all that waited for them, but never with the rest of the page.
-    assert max(part.shape[2] for part in parts) <= (rolling.COMPACT_ROWS + 5) * network.scale
+    at_once = rolling.rows_at_once(12 // network.multiple) * network.multiple
+    assert max(part.shape[2] for part in parts) <= (at_once + 5) * network.scale
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
