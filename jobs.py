@@ -372,13 +372,18 @@ class JobTable:
             rows = self._db.execute("SELECT * FROM jobs WHERE state = ? ORDER BY number", (state,)).fetchall()
         return [_job_from_row(row) for row in rows]
 
-    def changed_since(self, seq: int, limit: int) -> list[Job]:
-        """Jobs with a later seq, oldest change first; at most `limit`, the newest ones."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT * FROM jobs WHERE seq > ? ORDER BY seq DESC LIMIT ?", (seq, limit)
-            ).fetchall()
-        return [_job_from_row(row) for row in reversed(rows)]
+    def changed_since(self, seq: int, batch: int = 500) -> Iterator[Job]:
+        """Jobs with a later seq, oldest change first. The table is free between batches; what
+        changes meanwhile may come twice."""
+        while True:
+            with self._lock:
+                rows = self._db.execute(
+                    "SELECT * FROM jobs WHERE seq > ? ORDER BY seq LIMIT ?", (seq, batch)
+                ).fetchall()
+            yield from map(_job_from_row, rows)
+            if len(rows) < batch:
+                return
+            seq = rows[-1]["seq"]
 
     def ids_over(self) -> set[str]:
         """Ids of the jobs that ended."""

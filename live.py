@@ -2,9 +2,12 @@
 
 Map: StateFrame, Watcher (what is to be sent) - Live (the loop) - WebSocketLine (one socket)
 Rule: a slow reader never slows a job: newer states replace older ones that wait.
-Runs in: ws-loop. publish(), offer() and adopt() may be called by any thread.
+Runs in: ws-loop. publish(), end(), offer() and adopt() may be called by any thread.
 
-    JobTable --publish--> Watcher.offer --> [newest frame per job] --take--> socket
+    JobTable --publish--> [news] --ten rounds a second--> Watcher [newest frame per job] --> socket
+
+Changes are merged before they are encoded, and encoded once for all: what many watchers
+cost is a look and a send each, at most ten times a second, and nothing in the thread that works.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from websockets.frames import CloseCode, Frame, Opcode
@@ -29,15 +33,19 @@ import jobs
 from jobs import Job
 from storage import Layout
 
-FRAME_GAP_S = 0.1  # at most ten frames a second to one watcher
+log = logging.getLogger("live")
+
+FRAME_GAP_S = 0.1  # between rounds: at most ten frames a second to one watcher
+ROUND_LINES = 50  # told before other things on the loop have their turn
 SILENCE_S = 8.0  # a running job is heard of at least every 10 s
+LOOK_S = 1.0  # between looks for running jobs that were silent
 PING_S = 20.0  # between pings, and for the answer to one
 CLOSE_S = 5.0  # for the other side's close frame
 MESSAGES = 100  # that a client may send in MESSAGES_S; they are ignored anyway
 MESSAGES_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StateFrame:
     """One JobState, ready to send."""
 
@@ -45,6 +53,11 @@ class StateFrame:
     seq: int
     status: str
     text: bytes
+
+    @functools.cached_property
+    def wire(self) -> bytes:
+        """The text as a WebSocket frame: made once, since a server's frames are the same for all."""
+        return Frame(Opcode.TEXT, self.text).serialize(mask=False)
 
     @property
     def is_terminal(self) -> bool:
@@ -69,7 +82,6 @@ class Watcher:
         self.is_over = False  # the last frame taken was a terminal one
         self.sent: dict[str, int] = {}  # job -> seq of the last frame
         self.lock = threading.Lock()
-        self.wake: Callable[[], None] = lambda: None
 
     def offer(self, job: Job, frame: StateFrame) -> None:
         """A job changed."""
@@ -82,7 +94,6 @@ class Watcher:
             if waiting and not waiting[-1].is_terminal:
                 waiting.pop()
             waiting.append(frame)
-        self.wake()
 
     def take(self, now_s: float) -> list[StateFrame]:
         """What is to be sent now: news in order of seq, then running jobs silent for SILENCE_S."""
@@ -124,14 +135,18 @@ class Live:
         self.layout = layout
         self.loop = asyncio.new_event_loop()
         self.watchers: set[Watcher] = set()
-        self.watchers_lock = threading.Lock()
+        self.lock = threading.Lock()  # of watchers and _news
         self.stopping = False
+        self._news: dict[str, list[Job]] = {}  # states that no watcher was offered yet, as in Watcher
+        self._woken = False  # a round is due already
+        self._changed = asyncio.Event()
+        self._lines: set[WebSocketLine] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last: tuple[int, StateFrame] | None = None  # (seq, frame): watchers share the text
         self._thread = threading.Thread(target=self.loop.run_forever, name="ws-loop", daemon=True)
 
     def start(self) -> None:
         """Run the loop in its thread."""
+        self._rounds = asyncio.run_coroutine_threadsafe(self._tell_for_ever(), self.loop)
         self._thread.start()
 
     def stop(self) -> None:
@@ -153,22 +168,29 @@ class Live:
     # -- any thread
     def add(self, watcher: Watcher) -> None:
         """From now on it gets every change."""
-        with self.watchers_lock:
+        with self.lock:
             self.watchers.add(watcher)
 
     def forget(self, watcher: Watcher) -> None:
         """It gets nothing any more."""
-        with self.watchers_lock:
+        with self.lock:
             self.watchers.discard(watcher)
 
     def publish(self, job: Job) -> None:
         """A job changed: listener of the job table. Never blocks."""
-        with self.watchers_lock:
-            watchers = [w for w in self.watchers if w.job_id in (None, job.id)]
-        if watchers:
-            frame = self.frame(job)
-            for watcher in watchers:
-                watcher.offer(job, frame)
+        with self.lock:
+            waiting = self._news.setdefault(job.id, [])
+            if waiting and not waiting[-1].is_over:
+                waiting.pop()
+            waiting.append(job)
+        self._wake()
+
+    def end(self, job_id: str) -> None:
+        """A job was deleted: its watchers wait for nothing any more."""
+        with self.lock:
+            for watcher in self.watchers:
+                watcher.unknown |= watcher.job_id == job_id
+        self._wake()
 
     def frame(self, job: Job) -> StateFrame:
         """The job's state as a frame."""
@@ -185,8 +207,54 @@ class Live:
 
         self.loop.call_soon_threadsafe(begin)
 
+    def _wake(self) -> None:
+        """See to it that a round follows. The flag falls before a round takes the news: what
+        comes too late for it makes the next one."""
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the service ends
+                self.loop.call_soon_threadsafe(self._changed.set)
+
     # -- the loop
+    async def _tell_for_ever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if self._lines else None):
+                    await self._changed.wait()
+            self._changed.clear()
+            self._woken = False
+            # Around a round: a state that can't be told must not silence all the others.
+            try:
+                await self._tell_all()
+            except Exception:
+                log.exception("watchers could not be told")
+            await asyncio.sleep(FRAME_GAP_S)
+
+    async def _tell_all(self) -> None:
+        self._distribute()
+        for n, line in enumerate([*self._lines], 1):
+            if line.tell(time.monotonic()):
+                self._changed.set()  # more for it at the next round
+            if n % ROUND_LINES == 0:
+                await asyncio.sleep(0)
+
+    def _distribute(self) -> None:
+        """Offer the news to those whom they concern."""
+        with self.lock:
+            news, self._news = self._news, {}
+            watchers = list(self.watchers)
+        for job in sorted(itertools.chain.from_iterable(news.values()), key=lambda job: job.seq):
+            concerned = [watcher for watcher in watchers if watcher.job_id in (None, job.id)]
+            if concerned:
+                frame = self.frame(job)
+                for watcher in concerned:
+                    watcher.offer(job, frame)
+
     async def _close_all(self) -> None:
+        self._rounds.cancel()
+        self._distribute()  # what the end did to the jobs
+        for line in self._lines:
+            line.tell(time.monotonic())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -199,6 +267,10 @@ class Live:
         writer.transport.set_write_buffer_limits(high=64 << 10)
         line = WebSocketLine(reader, writer, protocol, watcher)
         try:
+            await line.greet()
+            self._distribute()  # older than the present state that it was offered, some of it
+            line.tell(time.monotonic())
+            self._lines.add(line)
             await line.run(buffered)
         except asyncio.CancelledError:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
@@ -206,12 +278,13 @@ class Live:
         except OSError:
             pass  # the peer is gone
         finally:
+            self._lines.discard(line)
             self.forget(watcher)
             writer.transport.abort()
 
 
 class WebSocketLine:
-    """One connection: a task that sends, one that reads, one that pings."""
+    """One connection: a task that reads, one that pings; the loop's rounds tell it the news."""
 
     def __init__(
         self,
@@ -224,49 +297,50 @@ class WebSocketLine:
         self.writer = writer
         self.protocol = protocol
         self.watcher = watcher
-        self.changed = asyncio.Event()
+        self.backlog: collections.deque[StateFrame] = collections.deque()  # taken, not written yet
         self.ponged = asyncio.Event()
+        self.closing = asyncio.Event()  # a close frame went out
         self.received: collections.deque[float] = collections.deque(maxlen=MESSAGES)
+
+    async def greet(self) -> None:
+        """Send the handshake's answer."""
+        await self._flush()
 
     async def run(self, buffered: bytes) -> None:
         """Until the job is over, the peer leaves, or it stops answering."""
         loop = asyncio.get_running_loop()
-        self.watcher.wake = lambda: _wake(loop, self.changed)
-        self.changed.set()
-        tasks = [loop.create_task(job) for job in (self._send(), self._read(buffered), self._ping())]
+        tasks = [loop.create_task(job) for job in (self._read(buffered), self._ping(), self._leave())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self.watcher.wake = lambda: None
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send(self) -> None:
+    def tell(self, now_s: float) -> bool:
+        """Write what is due, while the peer reads it. Whether there is more."""
+        if self.protocol.state is not State.OPEN or self.writer.is_closing():
+            return False
         if self.watcher.unknown:
-            await self._say_goodbye(4404, "there is no such job")
-            return
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), self.watcher.quiet_s(time.monotonic()))
-            self.changed.clear()
-            for frame in self.watcher.take(time.monotonic()):
-                if self.protocol.state is not State.OPEN:
-                    # The reading task sees the closing through; an end here would cut it short.
-                    await asyncio.sleep(CLOSE_S)
-                    return
-                self.protocol.send_text(frame.text)
-                await self._flush()
-            if self.watcher.is_finished():
-                await self._say_goodbye(CloseCode.NORMAL_CLOSURE, "")
-                return
-            await asyncio.sleep(FRAME_GAP_S)
+            self._say_goodbye(4404, "there is no such job")
+            return False
+        if not self.backlog and (self.watcher.pending or self.watcher.quiet_s(now_s) == 0):
+            self.backlog.extend(self.watcher.take(now_s))
+        # What the socket doesn't take at once waits here, where the next states can overtake it.
+        while self.backlog and not self.writer.transport.get_write_buffer_size():
+            self.writer.write(self.backlog.popleft().wire)
+        if not self.backlog and self.watcher.is_finished():
+            self._say_goodbye(CloseCode.NORMAL_CLOSURE, "")
+        return bool(self.backlog or self.watcher.pending)
 
-    async def _say_goodbye(self, code: int, reason: str) -> None:
+    def _say_goodbye(self, code: int, reason: str) -> None:
         """Send a close frame; the reading task ends the line when the peer has answered."""
-        if self.protocol.state is State.OPEN:
-            self.protocol.send_close(code, reason)
-            await self._flush()
+        self.protocol.send_close(code, reason)
+        self._write_out()
+
+    async def _leave(self) -> None:
+        """The peer has some seconds to answer our close frame."""
+        await self.closing.wait()
         await asyncio.sleep(CLOSE_S)
 
     async def _read(self, buffered: bytes) -> None:
@@ -321,14 +395,15 @@ class WebSocketLine:
                 await self._flush()
 
     async def _flush(self) -> None:
+        self._write_out()
+        await self.writer.drain()
+
+    def _write_out(self) -> None:
+        """Hand on what the protocol has to say."""
         for data in self.protocol.data_to_send():
             if data:
                 self.writer.write(data)
             elif self.writer.can_write_eof():
                 self.writer.write_eof()
-        await self.writer.drain()
-
-
-def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the service ends
-        loop.call_soon_threadsafe(event.set)
+        if self.protocol.state is not State.OPEN:
+            self.closing.set()

@@ -19,6 +19,7 @@ import errno
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -571,6 +572,7 @@ class Api:
         if self.table.get(id).state != jobs.RUNNING:
             self.dispatcher.wait_released(id, timeout_s=5)
         jobs.delete(self.table, self.layout, id)
+        self.live.end(id)
         return Answer(204)
 
     def resume(self, request: Request, id: str) -> Answer:
@@ -885,8 +887,8 @@ class Api:
         """What a new watcher is told first; `returns`: it says what it knows already."""
         try:
             if watcher.job_id is None:
-                known = self.table.changed_since(watcher.after, 200) if returns else []
-                for job in known or self.table.in_state(jobs.RUNNING):
+                missed = self.table.changed_since(watcher.after) if returns else ()
+                for job in itertools.chain(self.table.in_state(jobs.RUNNING), missed):
                     watcher.offer(job, self.live.frame(job))
             else:
                 job = self.table.get(watcher.job_id)

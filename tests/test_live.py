@@ -257,6 +257,27 @@ def test_every_job_is_seen_on_the_common_line(service, client, quick):
         assert [told(line).status, told(line).status] == ["FAILED", "RUNNING"]
 
 
+def test_a_client_that_returns_to_all_jobs_misses_none_however_many_changed(service, client, quick):
+    first = running(service, "still running")
+    for n in range(600):
+        queued(service, str(n))
+    with client.socket(f"/ws/jobs?after={first.seq}", max_queue=None) as line:
+        titles = [told(line).metadata.title for _ in range(600)]
+        assert titles == [str(n) for n in range(600)]
+        progress(service, first, 1)
+        assert told(line).processed == 1
+
+
+def test_a_waiting_job_that_is_deleted_closes_with_4404(service, client):
+    job, other = queued(service), queued(service)
+    with client.socket(f"/ws/jobs/{job.id}") as line, client.socket(f"/ws/jobs/{other.id}") as beside:
+        told(line), told(beside)
+        assert client.call("DELETE", f"/jobs/{job.id}").status == 204
+        assert code_of(line) == 4404
+        with pytest.raises(TimeoutError):
+            beside.recv(0.3)
+
+
 def test_a_resumed_job_goes_on_for_its_watchers_of_all_jobs(service, client, quick):
     job = end(service, running(service))
     with client.socket("/ws/jobs") as line:
@@ -288,6 +309,7 @@ def test_publishing_to_a_reader_that_sleeps_takes_no_time(service, client, quick
     service.live.add(watcher)  # nobody takes its frames
     for n in range(1, 1001):
         progress(service, job, n)
+    until(lambda: watcher.pending[job.id][-1].seq == service.table.get(job.id).seq)
     (frame,) = watcher.take(0.0)
     assert json.loads(frame.text)["processed"] == 1000
 
@@ -439,6 +461,21 @@ def test_stopping_says_1001_to_every_client_and_soon(service, client):
         stopper.join()
     # Both answered, so nothing was waited for.
     assert time.monotonic() - start_s < live.CLOSE_S / 2
+
+
+def test_the_last_state_is_told_before_the_end(service, client, monkeypatch):
+    monkeypatch.setattr(live, "FRAME_GAP_S", 1.0)
+    job = running(service)
+    with client.socket(f"/ws/jobs/{job.id}") as line:
+        told(line)
+        progress(service, job, 1)
+        progress(service, job, 2)
+        service.live.stop()
+        heard = []
+        with pytest.raises(ConnectionClosed):
+            while True:
+                heard.append(told(line).processed)
+    assert heard[-1] == 2
 
 
 def test_stopping_does_not_wait_long_for_a_client_that_sleeps(service, monkeypatch):
