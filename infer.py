@@ -164,8 +164,18 @@ def torch_device(kind: str, slot: int) -> torch.device:
     return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, slot % count)
 
 
-def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> Plan:
-    """Settle how pages are computed with one model. Raises DeviceMissing."""
+def make_plan(
+    params: Params,
+    choice: EngineChoice,
+    model: Model,
+    slot: int,
+    pays: Callable[[Model, Plan, str, int], bool] | None = None,
+) -> Plan:
+    """Settle how pages are computed with one model. Raises DeviceMissing.
+
+    pays: tells whether a reduced precision does; None: faster_and_near.
+    """
+    pays = pays or faster_and_near
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
@@ -181,7 +191,7 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, slot: int) -> 
         halo_px=model.halo_px if params.tile_pad is None else params.tile_pad,
         batch=params.batch_size or kind.batch[size],
     )
-    if choice.precision == "auto" and native and faster_and_near(model, plan, kind.fast_precision, slot):
+    if choice.precision == "auto" and native and pays(model, plan, kind.fast_precision, slot):
         plan = replace(plan, precision=kind.fast_precision)
     return plan
 
@@ -495,6 +505,8 @@ class Engines:
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
         # (model, device, precision) -> the largest tile that fitted after one did not
         self.fitted: dict[tuple[str, str, str], int] = {}
+        # (weights, device, precision) -> faster_and_near's answer. It costs seconds: not once a job.
+        self.pays: dict[tuple[str, str, str], bool] = {}
 
     def model(self, name: str) -> Model:
         """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
@@ -518,14 +530,14 @@ class Engines:
     def plan(self, params: Params) -> Plan:
         """Settle how a job's pages are computed. Raises WeightsRefused, DeviceMissing."""
         if params.model != AUTO_MODEL:
-            return make_plan(params, self.choice, self.model(params.model), self.slot)
+            return self._plan(params, self.model(params.model))
         here = [file.name for file in storage.find_weights(self.choice.model_root).values()]
         names = auto_candidates(here)
         if not names:
             raise storage.WeightsRefused(
                 "model auto finds none of the models that it chooses among; name one"
             )
-        settled = [make_plan(params, self.choice, self.model(name), self.slot) for name in names]
+        settled = [self._plan(params, self.model(name)) for name in names]
         together = hashlib.sha256("".join(plan.weights_sha256 for plan in settled).encode()).hexdigest()
         return replace(
             settled[0],
@@ -534,6 +546,15 @@ class Engines:
             weights_source=AUTO_MODEL,
             choices=tuple(settled),
         )
+
+    def _plan(self, params: Params, model: Model) -> Plan:
+        def pays(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+            key = (model.weights_sha256, plan.device, precision)
+            if key not in self.pays:
+                self.pays[key] = faster_and_near(model, plan, precision, slot)
+            return self.pays[key]
+
+        return make_plan(params, self.choice, model, self.slot, pays)
 
     def is_current(self, plan: Plan) -> bool:
         """Whether the weights that this plan was made for are those that are here."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -257,6 +259,28 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
     change_results(monkeypatch, dragged)
     params = Params(model=COMPACT, device="cuda")
     assert infer.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
+
+
+def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
+    asked = []
+    monkeypatch.setattr(infer, "faster_and_near", lambda model, *_: asked.append(model.name) or True)
+    engines = infer.Engines(AUTO, 0, lambda: None)
+    for params in (Params(model=COMPACT), Params(model=COMPACT, tile_size=64), Params(model=SIX_B)):
+        assert engines.plan(params).precision == "bf16"
+    assert asked == [COMPACT, SIX_B]
+
+
+@pytest.mark.parametrize("name", [COMPACT, SIX_B])
+def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
+    engine = infer.NativeEngine(bundled(name), plan_for(bundled(name)), 0)
+    engine.upscale(grey(16, 16), 2)
+    network = weakref.ref(engine.network)
+    gc.disable()
+    try:
+        del engine
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
