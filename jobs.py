@@ -457,7 +457,7 @@ class JobTable:
                 return None
             row = db.execute(
                 "UPDATE jobs SET state = ?, attempt = attempt + 1, phase = 'staging',"
-                " started_s = coalesce(started_s, ?), eta_s = NULL, seq = ?"
+                " started_s = coalesce(started_s, max(?, created_s)), eta_s = NULL, seq = ?"
                 " WHERE number = (SELECT min(number) FROM jobs WHERE state = ?) RETURNING *",
                 (RUNNING, now_s, self._next_seq(), PENDING),
             ).fetchone()
@@ -547,7 +547,9 @@ def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -
     if after is None:
         raise IllegalMove(job.id, job.state, move)
     if after in (SUCCESS, FAILED):
-        values |= {"phase": "done", "finished_s": now_s, "current_page": None, "eta_s": None}
+        # A clock that was set back meanwhile must not end a job before its start.
+        ended_s = max(now_s, job.started_s or job.created_s)
+        values |= {"phase": "done", "finished_s": ended_s, "current_page": None, "eta_s": None}
     with table.transaction():
         # Guarding on the attempt, not just the state, stops a worker that outlived
         # its time from finishing its successor's work.

@@ -80,6 +80,7 @@ class MJob:
     path: str
     key: str | None
     body: str
+    began_s: float  # when it was submitted, then when it was first claimed
     state: str = PENDING
     attempt: int = 0
     pages: dict[str, MPage] = field(default_factory=dict)
@@ -105,7 +106,8 @@ class MJob:
         return sum(page.failed for page in self.pages.values())
 
     def end(self, state: str, now_s: float, **values: Any) -> None:
-        self.state, self.finished_s, self.ends = state, now_s, self.ends + 1
+        # Whatever the clock says: no job ends before it began.
+        self.state, self.finished_s, self.ends = state, max(now_s, self.began_s), self.ends + 1
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -260,7 +262,7 @@ class Machine(RuleBasedStateMachine):
         elif path not in self.inputs:
             self.refused(storage.InputMissing, submit)
         else:
-            self.jobs.append(MJob(self.call(submit).id, path, key, body))
+            self.jobs.append(MJob(self.call(submit).id, path, key, body, self.now_s))
 
     @initialize(path=st.sampled_from(INPUTS))
     def begin(self, path: str) -> None:
@@ -397,6 +399,7 @@ class Machine(RuleBasedStateMachine):
         row = self.call(lambda: jobs.claim(self.table, self.now_s))
         assert (row and row.id) == (oldest and oldest.id)
         if oldest:
+            oldest.began_s = max(oldest.began_s, self.now_s) if not oldest.attempt else oldest.began_s
             oldest.state, oldest.attempt, oldest.staged = RUNNING, oldest.attempt + 1, False
             self.attempts.append(row)
 
@@ -582,7 +585,9 @@ class Machine(RuleBasedStateMachine):
                 finished, len(job.pages), job.failed_pages,
             )  # fmt: skip
             assert (state.artifact_hash, state.artifact_path is not None) == (job.artifact, has_artifact)
-            assert (state.finished_at is not None, row.attempt) == (job.is_over, job.attempt)
+            assert (row.finished_s, row.attempt) == (job.finished_s, job.attempt)
+            times = [at for at in (state.created_at, state.started_at, state.finished_at) if at]
+            assert times == sorted(times)
             assert state.phase in PHASES[job.state]
             assert job.state == RUNNING or (state.current_page, state.eta_seconds) == (None, None)
 

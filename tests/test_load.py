@@ -1,0 +1,45 @@
+"""Short forms of tests/load.py: what must hold on any machine, however busy; nothing timed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import load
+import pytest
+from helpers import require
+from load import Line
+
+
+@pytest.mark.parametrize(
+    ("what", "numbers"),
+    [
+        (load.watchers, {"idle": 60, "slow": 8, "pairs": 1, "pages": 6, "side": 64}),
+        (load.many_jobs, {"jobs": 30}),
+        (load.many_pages, {"pages": 300}),
+        (load.race, {"rounds": 20}),
+        (load.events, {"events": 3000}),
+        (load.ranges, {"ranges": 20, "mb": 40}),
+    ],
+)
+def test_a_small_load_breaks_no_promise(what: Callable[..., list[Line]], numbers: dict[str, int]):
+    require(Path("/proc/self/fd").is_dir(), "/proc is not there")
+    here = set(os.listdir("/proc/self/task"))
+    lines = what(**numbers, seed=1)
+    assert [line for line in lines if not line.kept and not line.timed] == []
+    assert sum(bool(line.promise) for line in lines) >= 3
+    assert len(set(os.listdir("/proc/self/task")) - here) <= 1  # no thread of ours is left
+
+
+def test_a_broken_promise_is_shown_and_is_the_exit_status(capsys):
+    lines = [Line("a", "1", "2", True), Line("b", "3", "4", False), Line("c", "5")]
+    assert (load.show(lines), load.show(lines[:1])) == (1, 0)
+    assert "| b | 3 | 4 | BROKEN |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"), [([3.0, 1.0, 2.0], 0.5, 2.0), ([1.0], 0.99, 1.0), (range(100), 0.99, 98)]
+)
+def test_a_percentile_is_a_value_that_so_many_do_not_exceed(values, share, expected):
+    assert load.percentile(list(values), share) == expected
