@@ -58,7 +58,7 @@ from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setti
 from openapi import Route
 from retention import Keep
 from storage import Layout
-from wire import Answer, Refused, Request, json_answer
+from wire import Answer, Refused, Request, json_answer, json_list_answer
 
 log = logging.getLogger("server")
 
@@ -602,7 +602,7 @@ class Api:
     def pages(self, _request: Request, id: str) -> Answer:
         """GET /jobs/{id}/pages."""
         self.table.get(id)
-        return json_answer({"pages": [_page_json(page) for page in self.table.pages(id)]})
+        return json_list_answer("pages", map(_page_json, self.table.pages(id)))
 
     def _page(self, id: str, n: str) -> tuple[Job, jobs.Page]:
         job = self.table.get(id)

@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
@@ -136,10 +136,19 @@ class Answer:
         return self.length_bytes or 0
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def json_answer(value: Any, status: int = 200) -> Answer:
     """A JSON body; non-ASCII stays readable."""
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Answer(status, {"Content-Type": "application/json"}, data.encode("utf-8") + b"\n")
+    return Answer(status, {"Content-Type": "application/json"}, _to_json(value).encode("utf-8") + b"\n")
+
+
+def json_list_answer(name: str, items: Iterable[Any]) -> Answer:
+    """As json_answer({name: [*items]}) for very many items: encoded in one go, 10,000 pages would
+    hold up every other thread, and stand in memory three times."""
+    data = b",".join(_to_json(item).encode("utf-8") for item in items)
+    return Answer(200, {"Content-Type": "application/json"}, b'{"%b":[%b]}\n' % (name.encode(), data))
 
 
 # ---------------------------------------------------------------- parsing a head
@@ -631,14 +640,24 @@ class Handler(BaseHTTPRequestHandler):
                 answer.body.close()
 
     def _send_file(self, file: BinaryIO, offset: int, size: int) -> None:
-        file.seek(offset)
         while size:
-            piece = file.read(min(size, CHUNK_BYTES))
-            if not piece:
+            piece = min(size, CHUNK_BYTES)
+            self.peer.enter("answer", STALL_S + piece / SLOWEST_BYTES_S)
+            self._send_piece(file, offset, piece)
+            offset, size = offset + piece, size - piece
+
+    def _send_piece(self, file: BinaryIO, offset: int, size: int) -> None:
+        # Where there is sendfile the kernel copies: no buffer a client, and no other thread waits.
+        sendfile = getattr(os, "sendfile", None)
+        while size:
+            if sendfile:
+                sent = sendfile(self.connection.fileno(), file.fileno(), offset, size)
+            else:
+                file.seek(offset)
+                sent = self.wfile.write(file.read(size))
+            if not sent:
                 raise OSError("the file became shorter while it was sent")
-            self.peer.enter("answer", STALL_S + len(piece) / SLOWEST_BYTES_S)
-            self.wfile.write(piece)
-            size -= len(piece)
+            offset, size = offset + sent, size - sent
 
     def _linger(self) -> None:
         """Say that no more comes, and read a little on: closing with unread bytes makes the

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
+import random
 import socket
 import struct
 import subprocess
@@ -454,6 +456,24 @@ def test_a_whole_file_names_its_version(file_port):
 def test_any_range_of_an_empty_file_is_the_whole_of_it(file_port, value):
     status, headers, body = fetched(file_port, "0", {"Range": value})
     assert (status, headers["content-length"], body) == (200, "0", b"")
+
+
+@pytest.mark.parametrize("has_sendfile", [True, False])
+def test_a_large_range_arrives_byte_for_byte_with_the_kernels_help_and_without(
+    tmp_path, monkeypatch, has_sendfile
+):
+    if not has_sendfile:
+        monkeypatch.delattr(os, "sendfile", raising=False)
+    data = random.Random(1).randbytes(3 * wire.CHUNK_BYTES + 5)
+    (tmp_path / "file").write_bytes(data)
+
+    def handle(_handler: wire.Handler, request: wire.Request) -> wire.Answer:
+        return wire.file_answer(request, open(tmp_path / "file", "rb"), "A", 0, {})
+
+    with serving(handle) as http:
+        answer = exchange(http.server_port, GET + CLOSE + b"Range: bytes=7-\r\n\r\n")
+    status, _, body = one(answer)
+    assert (status, body) == (206, data[7:])
 
 
 # ---------------------------------------------------------------- deadlines
