@@ -99,24 +99,32 @@ class Watcher:
         """What is to be sent now: news in order of seq, then running jobs silent for SILENCE_S."""
         with self.lock:
             waiting, self.pending = self.pending, {}
-        frames = sorted(itertools.chain.from_iterable(waiting.values()), key=lambda frame: frame.seq)
-        for frame in frames:
-            if frame.status == jobs.RUNNING:
-                self.running[frame.job_id] = frame
-                self.heard_s.setdefault(frame.job_id, now_s)
-            else:
-                self.running.pop(frame.job_id, None)
-                self.heard_s.pop(frame.job_id, None)
-            self.is_over = frame.is_terminal
-        fresh = [f for f in frames if f.seq > max(self.after, self.sent.get(f.job_id, -1))]
-        self.sent |= {frame.job_id: frame.seq for frame in fresh}
+        frames = [frame for states in waiting.values() for frame in states]
+        if len(frames) > 1:
+            frames.sort(key=lambda frame: frame.seq)
+        chosen = [frame for frame in frames if self._is_news(frame, now_s)]
+        for job_id, heard_s in self.heard_s.items():
+            if now_s - heard_s >= SILENCE_S:
+                chosen.append(self.running[job_id])
+                self.heard_s[job_id] = now_s
         if self.job_id is None and len(self.sent) > 10_000:
             self.sent.clear()  # of jobs long over; their frames don't come back
-        told = {frame.job_id for frame in fresh}
-        silent = [job for job, heard_s in self.heard_s.items() if now_s - heard_s >= SILENCE_S]
-        chosen = fresh + [self.running[job] for job in silent if job not in told]
-        self.heard_s |= {f.job_id: now_s for f in chosen if f.job_id in self.running}
         return chosen
+
+    def _is_news(self, frame: StateFrame, now_s: float) -> bool:
+        """Remember a frame; whether the client has yet to hear of it."""
+        job_id = frame.job_id
+        is_news = frame.seq > self.after and frame.seq > self.sent.get(job_id, -1)
+        if is_news:
+            self.sent[job_id] = frame.seq
+        if frame.status == jobs.RUNNING:
+            self.running[job_id] = frame
+            self.heard_s[job_id] = now_s if is_news else self.heard_s.get(job_id, now_s)
+        else:
+            self.running.pop(job_id, None)
+            self.heard_s.pop(job_id, None)
+        self.is_over = frame.is_terminal
+        return is_news
 
     def quiet_s(self, now_s: float) -> float | None:
         """How long nothing need be sent unless something changes; None while no job runs."""
