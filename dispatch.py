@@ -42,6 +42,7 @@ from jobs import (
     closing_message,
     finish_page,
     lose_worker,
+    parsed,
     record_stage,
     reopen_page,
     to_report,
@@ -510,7 +511,7 @@ class Dispatcher:
                 job.params,
                 job.plan,
                 tuple(_known(page) for page in self.table.pages(job.id)),
-                job.manifest,
+                parsed(job.manifest),
                 self.limits,
                 self.reserve_bytes,
             )

@@ -157,14 +157,14 @@ class Job:
     input_type: str
     input_path: str  # inside incoming/
     params: Params
-    manifest: dict[str, Any] | None
+    manifest: str | None  # see parsed()
     plan: Plan | None
     phase: str
     processed: int
     total: int
     failed_pages: int
     left_out: int
-    reconciliation: dict[str, Any] | None
+    reconciliation: str | None  # see parsed()
     retries: int
     message: str | None
     last_error: str | None
@@ -225,7 +225,6 @@ class Page:
 
 JOB_COLUMNS = tuple(Job.__slots__)
 PAGE_COLUMNS = tuple(Page.__slots__)
-JSON_COLUMNS = ("params", "manifest", "plan", "reconciliation")
 SCHEMA = f"""
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
@@ -259,12 +258,16 @@ def _job_from_row(row: sqlite3.Row) -> Job:
     values = {column: row[column] for column in JOB_COLUMNS}
     if values["state"] not in STATES:
         raise DatabaseUnusable(f"job {values['id']} has the unknown state {values['state']!r}")
-    for column in JSON_COLUMNS:
-        values[column] = json.loads(values[column]) if values[column] else None
-    values["params"] = Params(**values["params"])
-    values["plan"] = Plan.of(values["plan"]) if values["plan"] else None
+    values["params"] = Params(**json.loads(values["params"]))
+    values["plan"] = Plan.of(json.loads(values["plan"])) if values["plan"] else None
     values["cancelled"] = bool(values["cancelled"])
     return Job(**values)
+
+
+def parsed(text: str | None) -> dict[str, Any] | None:
+    """The value of manifest or reconciliation, where it is needed: of 10,000 pages it takes 10 ms
+    to parse, and a job's row is read several times a page."""
+    return json.loads(text) if text else None
 
 
 def _page_from_row(row: sqlite3.Row) -> Page:
@@ -1010,7 +1013,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
             }
             for page in pages
         ],
-        "reconciliation": job.reconciliation,
+        "reconciliation": parsed(job.reconciliation),
         "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
     }
 
@@ -1023,7 +1026,7 @@ def closing_message(job: Job, pages: list[Page]) -> str | None:
         named = "; ".join(f"{page.name}: {page.error}" for page in failed[:3])
         more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
         parts.append(f"{len(failed)} of {len(pages)} pages kept as they were ({named}{more})")
-    compared = job.reconciliation
+    compared = parsed(job.reconciliation)
     if compared and (compared["missing"] or compared["extra"]):
         parts.append(
             f"the manifest names {len(compared['missing'])} pages that are missing; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import load
 import pytest
 from helpers import require
 from load import Line
+from serving import running, still
+
+import jobs
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,21 @@ def test_a_small_load_breaks_no_promise(what: Callable[..., list[Line]], numbers
     assert [line for line in lines if not line.kept and not line.timed] == []
     assert sum(bool(line.promise) for line in lines) >= 3
     assert len(set(os.listdir("/proc/self/task")) - here) <= 1  # no thread of ours is left
+
+
+def test_what_a_change_costs_does_not_grow_with_the_manifest(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        job = running(service)
+        names = [f"{n}.png" for n in range(1000)]
+        long = {"expected": 1000, "matched": 0, "missing": names, "extra": names}
+        assert service.table.change(job, jobs.RUNNING, manifest={"files": names}, reconciliation=long)
+        read, loads = [], json.loads
+        monkeypatch.setattr(jobs.json, "loads", lambda text: read.append(len(text)) or loads(text))
+        assert service.table.change(job, jobs.RUNNING, processed=1)
+        row = service.table.get(job.id)
+        jobs.to_state(row, service.config.layout)
+        assert read and max(read) < 1000
+        assert jobs.parsed(row.reconciliation) == long
 
 
 def test_a_broken_promise_is_shown_and_is_the_exit_status(capsys):

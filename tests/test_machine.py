@@ -621,9 +621,9 @@ THOROUGH = settings(
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Thousands of clocks are set forward, and each is warned of."""
-    monkeypatch.setattr(retention.log, "level", logging.ERROR)
+    caplog.set_level(logging.ERROR, "retention")
 
 
 def test_no_sequence_of_calls_and_crashes_breaks_a_rule_or_loses_a_page():
