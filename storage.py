@@ -126,6 +126,12 @@ class OutputDamaged(StorageError):
         self.page = page
 
 
+class ArtifactDamaged(StorageError):
+    """An artifact is not what its own report says."""
+
+    code = "ARTIFACT_DAMAGED"
+
+
 class WeightsRefused(StorageError):
     """A weights file is not the one it claims to be, or nobody vouched for it."""
 
@@ -380,17 +386,28 @@ def open_regular(path: Path) -> BinaryIO:
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+        return _sha256_of(source)
+
+
+def _sha256_of(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def replacing(target: Path, temporary_in: Path | None = None) -> Iterator[BinaryIO]:
+def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a file that becomes `target` if the block ends well, and vanishes if not.
 
     Synced before the rename and after it: a crash leaves the old file or the new one.
+    temporary: see own_temporary; what a crash left of it is written over.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = (temporary_in or target.parent) / f".reichan-{secrets.token_hex(16)}.tmp"
+    if temporary is None:
+        temporary = target.parent / f".reichan-{secrets.token_hex(16)}.tmp"
+    else:
+        remove_file(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -401,6 +418,12 @@ def replacing(target: Path, temporary_in: Path | None = None) -> Iterator[Binary
     finally:
         with contextlib.suppress(FileNotFoundError):
             _patiently(os.unlink, temporary)
+
+
+def own_temporary(target: Path) -> Path:
+    """The one temporary of a file that has one writer at a time, so that it is found after a crash."""
+    name = hashlib.sha256(target.name.encode("utf-8", "surrogateescape")).hexdigest()
+    return target.parent / f".reichan-{name[:32]}.tmp"
 
 
 def write_whole(target: Path, data: bytes) -> str:
@@ -1004,7 +1027,7 @@ def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, in
     """
     data = report_bytes(report)
     write_whole(outputs / REPORT_NAME, data)
-    with replacing(artifact) as file:
+    with replacing(artifact, own_temporary(artifact)) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(_zip_info(REPORT_NAME), data)
             for n, item in enumerate(report["items"], 1):
@@ -1024,6 +1047,26 @@ def _read_output(outputs: Path, item: dict[str, Any], n: int) -> bytes:
     if hashlib.sha256(page).hexdigest() != item["sha256"]:
         raise OutputDamaged(item["filename"], n)
     return page
+
+
+def prove_artifact(artifact: Path) -> tuple[dict[str, Any], str, int]:
+    """(its own report, hex SHA-256, bytes) of an artifact that is whole: every page in it has the
+    hash that the report names, and nothing else is in it. Raises ArtifactDamaged."""
+    try:
+        with open_regular(artifact) as file:
+            digest, size_bytes = _sha256_of(file), file.tell()
+            with zipfile.ZipFile(file) as archive:
+                report = json.loads(archive.read(REPORT_NAME))
+                pages = {item["filename"]: item["sha256"] for item in report["items"]}
+                if archive.namelist() != [REPORT_NAME, *pages]:
+                    raise ArtifactDamaged(f"{artifact.name} does not hold what its report lists")
+                for name, sha256 in pages.items():
+                    with archive.open(name) as page:
+                        if _sha256_of(page) != sha256:
+                            raise ArtifactDamaged(f"{name} in {artifact.name} is not what was packed")
+    except (*_ENTRY_ERRORS, TypeError, KeyError) as error:
+        raise ArtifactDamaged(f"{artifact.name} can't be read: {error}") from error
+    return report, digest, size_bytes
 
 
 def _zip_info(name: str) -> zipfile.ZipInfo:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import struct
@@ -1163,6 +1164,27 @@ def test_no_page_can_take_the_reports_place(tmp_path):
     assert len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) == 4
 
 
+SPOILED = {
+    "a byte of a page": lambda path: path.write_bytes(path.read_bytes().replace(b"page", b"pagE", 1)),
+    "its end": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "nothing but a report": lambda path: make_zip(path, {storage.REPORT_NAME: b'{"items": [{}]}'}),
+    "no report": lambda path: make_zip(path, {"1.jpg": b"page"}),
+    "a report that is a list": lambda path: make_zip(path, {storage.REPORT_NAME: b"[]"}),
+    "no zip": lambda path: path.write_bytes(b"no zip"),
+}
+
+
+def test_an_artifact_is_proved_by_its_own_report(tmp_path):
+    report = make_outputs(tmp_path / "out")
+    digest, size_bytes = storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    assert storage.prove_artifact(tmp_path / "a.zip") == (report, digest, size_bytes)
+    for what, spoil in SPOILED.items():
+        shutil.copy(tmp_path / "a.zip", tmp_path / "b.zip")
+        spoil(tmp_path / "b.zip")
+        with pytest.raises(storage.ArtifactDamaged):
+            print(what, storage.prove_artifact(tmp_path / "b.zip"))
+
+
 # ---------------------------------------------------------------- upkeep
 def test_a_sweep_removes_our_temporaries_and_nothing_else(tmp_path):
     ours = ".reichan-" + "0a" * 16 + ".tmp"
@@ -1197,6 +1219,15 @@ def test_what_replacing_leaves_when_killed_is_what_a_sweep_removes(tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"half"]
     assert storage.sweep_temporaries(tmp_path) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packing_again_takes_away_what_a_killed_packing_left_and_nothing_else(tmp_path):
+    report = make_outputs(tmp_path / "out")
+    foreign = tmp_path / f".reichan-{'0' * 32}.tmp"  # another job's, perhaps being written
+    for left in (foreign, storage.own_temporary(tmp_path / "a.zip")):
+        left.write_bytes(b"half")
+    storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    assert temporaries(tmp_path) == [foreign]
 
 
 def test_removing_a_jobs_folder_takes_empty_parents_and_spares_other_jobs(layout):
