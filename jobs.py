@@ -1,7 +1,7 @@
 """Job lifecycle: which moves are legal, and who may make them.
 
-Map: states and errors - MOVES - Job, Page - JobTable (all SQL) - moves - submit, resume,
-     cancel, delete - state and report
+Map: states and errors - MOVES - Job, Page - JobTable (all SQL) - opening, checking, reading a
+     damaged one - moves - submit, resume, cancel, delete - state and report
 Rule: a job's state changes only through advance() and claim().
 Runs in: http-* threads (requests), the dispatcher thread (everything that follows from
 work). The worker process never opens the database.
@@ -17,11 +17,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 import unicodedata
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -45,12 +49,15 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-SCHEMA_VERSION = 4
+BUSY_S = 30.0  # for another process that has the database locked
+SCHEMA_VERSION = 5
 MIGRATIONS = {  # version -> what makes the next
     1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
     2: "ALTER TABLE pages ADD COLUMN model TEXT",
     3: "ALTER TABLE jobs ADD COLUMN outputs_removed_s REAL;"
     " ALTER TABLE jobs ADD COLUMN artifact_removed_s REAL",
+    4: "ALTER TABLE jobs ADD COLUMN seal INTEGER; ALTER TABLE pages ADD COLUMN seal INTEGER;"
+    " ALTER TABLE counter ADD COLUMN schema_seal INTEGER",
 }
 REMOVED = {  # by age: field of Keep -> column that says when, and what in words
     "outputs_days": ("outputs_removed_s", "the pages were"),
@@ -126,9 +133,15 @@ class ShuttingDown(JobError):
 
 
 class DatabaseUnusable(JobError):
-    """The database belongs to another program or a newer version."""
+    """The database belongs to another program or a newer version, or can't be opened now."""
 
     code = "DATABASE_UNUSABLE"
+
+
+class DatabaseDamaged(JobError):
+    """The database is not as it was written: see rebuild.py."""
+
+    code = "DATABASE_DAMAGED"
 
 
 # ---------------------------------------------------------------- moves
@@ -237,7 +250,7 @@ CREATE TABLE jobs (
     message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
     artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
     started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT,
-    outputs_removed_s REAL, artifact_removed_s REAL
+    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
 CREATE TABLE pages (
@@ -246,12 +259,29 @@ CREATE TABLE pages (
     source_bytes INTEGER NOT NULL, source_error TEXT, stem TEXT NOT NULL, status TEXT NOT NULL,
     output TEXT, sha256 TEXT, bytes INTEGER, width INTEGER, height INTEGER, mode TEXT,
     error TEXT, deviation TEXT, color_spread REAL, model TEXT, seconds REAL, tries INTEGER NOT NULL,
-    alone INTEGER NOT NULL, deaths INTEGER NOT NULL, PRIMARY KEY (job_id, n)
+    alone INTEGER NOT NULL, deaths INTEGER NOT NULL, seal INTEGER, PRIMARY KEY (job_id, n)
 ) WITHOUT ROWID;
-CREATE TABLE counter (seq INTEGER NOT NULL);
-INSERT INTO counter VALUES (0);
+CREATE TABLE counter (seq INTEGER NOT NULL, schema_seal INTEGER);
+INSERT INTO counter VALUES (0, NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+# SQLite finds damage to its structure, and none to a value. So each row has a checksum of its
+# own, of all its values; columns sorted, that their order here may change without a new version.
+SEALED = {"jobs": sorted(JOB_COLUMNS), "pages": sorted(PAGE_COLUMNS)}
+SEALS = {table: f"seal({SCHEMA_VERSION}, {', '.join(columns)})" for table, columns in SEALED.items()}
+SCHEMA_SEAL = "(SELECT seal(group_concat(sql)) FROM (SELECT sql FROM sqlite_master ORDER BY name))"
+SEAL_ALL = f"""
+UPDATE jobs SET seal = {SEALS["jobs"]}; UPDATE pages SET seal = {SEALS["pages"]};
+UPDATE counter SET schema_seal = {SCHEMA_SEAL};
+"""
+# What the machine, not the file, is to blame for: locked, no memory, no rights, no disk.
+NOT_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
+    }
+)  # fmt: skip
 
 
 def _job_from_row(row: sqlite3.Row) -> Job:
@@ -287,29 +317,17 @@ class JobTable:
 
     Every change of a job gives it a new seq from one rising counter, commits, and is then
     told to the listeners, in order. Listeners must not block.
+    Raises DatabaseDamaged, DatabaseUnusable.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self.listeners: list[Callable[[Job], None]] = []
-        self.set_aside: Path | None = None  # where a damaged database went
+        self.set_aside: Path | None = None  # where a damaged database went, see rebuild.py
+        self.salvaged = 0  # jobs that were read from there
         self._lock = threading.RLock()
         self._changed: set[str] = set()  # within the open transaction
-        self._db = self._open(path)
-
-    def _open(self, path: Path) -> sqlite3.Connection:
-        try:
-            return _connect(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, disk full: not damage
-                raise
-            # Kept for a person to look at, never deleted: outputs and artifacts stand anyway.
-            self.set_aside = path.with_name(f"{path.name}.damaged-{int(self.clock())}")
-            log.error("the job database is damaged (%s); kept as %s", error, self.set_aside.name)
-            path.rename(self.set_aside)
-            for suffix in ("-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            return _connect(path)
+        self._db = _open(path)
 
     def close(self) -> None:
         """Close the connection; the WAL goes back into the database."""
@@ -328,6 +346,8 @@ class JobTable:
             try:
                 yield self._db
                 changed = [self.get(job_id) for job_id in sorted(self._changed)]
+                for job in changed:
+                    self._db.execute(f"UPDATE jobs SET seal = {SEALS['jobs']} WHERE id = ?", (job.id,))
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # a full disk has rolled back already
@@ -338,8 +358,8 @@ class JobTable:
                 for listener in self.listeners:
                     listener(job)
 
-    def _next_seq(self) -> int:
-        row = self._db.execute("UPDATE counter SET seq = seq + 1 RETURNING seq").fetchone()
+    def _next_seq(self, least: int = 0) -> int:
+        row = self._db.execute("UPDATE counter SET seq = max(seq + 1, ?) RETURNING seq", (least,)).fetchone()
         return int(row[0])
 
     # -- reading
@@ -434,9 +454,23 @@ class JobTable:
         with self.transaction() as db:
             columns = {key: _to_column(value) for key, value in values.items()}
             columns |= {"state": PENDING, "seq": self._next_seq(), "created_s": self.clock()}
-            marks = ", ".join("?" * len(columns))
-            db.execute(f"INSERT INTO jobs ({', '.join(columns)}) VALUES ({marks})", [*columns.values()])
+            db.execute(f"INSERT INTO jobs {_values_of(columns)}", [*columns.values()])
             self._changed.add(values["id"])
+
+    def restore(self, job: Job, pages: Iterable[Page]) -> bool:
+        """Put a lost job back as it was; False if it is there. A number of 0 means the next one.
+
+        Its seq is the time: later than any that a client saw before the loss.
+        """
+        columns = {key: _to_column(getattr(job, key)) for key in JOB_COLUMNS if key != "number" or job.number}
+        with self.transaction() as db:
+            columns["seq"] = self._next_seq(int(self.clock()))
+            values = [*columns.values()]
+            done = db.execute(f"INSERT OR IGNORE INTO jobs {_values_of(columns)}", values).rowcount > 0
+            if done:
+                self.replace_pages(job.id, pages)
+                self._changed.add(job.id)
+        return done
 
     def change(self, job: Job, state: str, **values: Any) -> bool:
         """Set columns of a job that still is as it was read (state and attempt); was it?"""
@@ -471,13 +505,13 @@ class JobTable:
 
     def replace_pages(self, job_id: str, pages: Iterable[Page]) -> None:
         """A job's whole list of pages."""
-        marks = ", ".join("?" * len(PAGE_COLUMNS))
         with self.transaction() as db:
             db.execute("DELETE FROM pages WHERE job_id = ?", (job_id,))
             db.executemany(
-                f"INSERT INTO pages ({', '.join(PAGE_COLUMNS)}) VALUES ({marks})",
+                f"INSERT INTO pages {_values_of(PAGE_COLUMNS)}",
                 ([getattr(page, column) for column in PAGE_COLUMNS] for page in pages),
             )
+            db.execute(f"UPDATE pages SET seal = {SEALS['pages']} WHERE job_id = ?", (job_id,))
 
     def change_page(self, job_id: str, n: int, **values: Any) -> None:
         """Set columns of one page."""
@@ -486,18 +520,22 @@ class JobTable:
                 f"UPDATE pages SET {', '.join(f'{key} = ?' for key in values)} WHERE job_id = ? AND n = ?",
                 [*values.values(), job_id, n],
             )
+            # A second statement: the first one's right-hand sides are the old values.
+            db.execute(f"UPDATE pages SET seal = {SEALS['pages']} WHERE job_id = ? AND n = ?", (job_id, n))
 
     def reset_failed_pages(self, job_id: str) -> int:
         """Make pages that failed pending again, with a clean record; returns how many."""
         with self.transaction() as db:
             db.execute("UPDATE pages SET tries = 0, alone = 0, deaths = 0 WHERE job_id = ?", (job_id,))
-            return db.execute(
+            reset = db.execute(
                 "UPDATE pages SET status = 'pending', output = NULL, sha256 = NULL, bytes = NULL,"
                 " width = NULL, height = NULL, mode = NULL, error = NULL, deviation = NULL,"
                 " color_spread = NULL, model = NULL"
                 " WHERE job_id = ? AND status = 'carried' AND error IS NOT NULL",
                 (job_id,),
             ).rowcount
+            db.execute(f"UPDATE pages SET seal = {SEALS['pages']} WHERE job_id = ?", (job_id,))
+            return reset
 
     def delete(self, job: Job, as_read: bool = False) -> bool:
         """Remove a job that is not running; False if it runs after all, or if it is no longer
@@ -510,33 +548,160 @@ class JobTable:
             return bool(done.rowcount)
 
 
+def _values_of(columns: Iterable[str]) -> str:
+    """What follows INSERT INTO <table>."""
+    names = list(columns)
+    return f"({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+
+
+def _seal(*values: Any) -> int:
+    return zlib.crc32("\0".join(map(str, values)).encode())
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Connect, and sort the ways in which that fails. Raises DatabaseDamaged, DatabaseUnusable."""
+    try:
+        return _connect(path)
+    except UnicodeDecodeError as error:  # of the message, which quotes a damaged schema
+        raise DatabaseDamaged(f"{path.name}: {error.object!r}") from error
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # the primary one
+        # A file of another format version is read-only to SQLite, whatever its mode.
+        writable = code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK)
+        if code in NOT_DAMAGE and not writable:
+            raise DatabaseUnusable(f"{path.name} can't be used now: {error}") from error
+        raise DatabaseDamaged(f"{path.name}: {error}") from error
+
+
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         db.row_factory = sqlite3.Row
+        db.create_function("seal", -1, _seal, deterministic=True)
+        version = _version_of(db, path.name)  # before anything is written: it may not be ours
         db.execute("PRAGMA journal_mode = WAL")
         # WAL with NORMAL may lose the last commits in a power cut: a 202 would be a lie.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if version == 0:
+            db.executescript("BEGIN;" + SCHEMA + SEAL_ALL + "COMMIT;")
         while version in MIGRATIONS:
-            db.executescript(f"BEGIN; {MIGRATIONS[version]}; PRAGMA user_version = {version + 1}; COMMIT;")
+            script = MIGRATIONS[version]
             version += 1
-        if version == 0 and tables == 0:
-            db.executescript("BEGIN;" + SCHEMA + "COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise DatabaseUnusable(
-                f"{path.name} has version {version}, this service writes version {SCHEMA_VERSION}: "
-                "it belongs to a newer service or to another program; move it away to start afresh"
-            )
-        check = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if check != "ok":
-            raise sqlite3.DatabaseError(check)
+            seal = SEAL_ALL if version == SCHEMA_VERSION else ""
+            db.executescript(f"BEGIN; {script}; {seal} PRAGMA user_version = {version}; COMMIT;")
+        _check(db)
+        # Else a file that can't be written shows at the first submit.
+        db.executescript("BEGIN; UPDATE counter SET seq = seq; ROLLBACK;")
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _version_of(db: sqlite3.Connection, name: str) -> int:
+    """The database's version, 0 for a new one. Raises DatabaseUnusable where it can't be brought to ours."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    is_new = version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if is_new or version in (SCHEMA_VERSION, *MIGRATIONS):
+        return version
+    if _holds_our_rows(db):  # then it is the number that is wrong
+        raise sqlite3.DatabaseError(f"it calls itself version {version}")
+    raise DatabaseUnusable(
+        f"{name} has version {version}, this service writes version {SCHEMA_VERSION}: "
+        "it belongs to a newer service or to another program; move it away to start afresh"
+    )
+
+
+def _holds_our_rows(db: sqlite3.Connection) -> bool:
+    try:
+        return bool(db.execute(f"SELECT 1 FROM jobs WHERE seal = {SEALS['jobs']} LIMIT 1").fetchone())
+    except _UNREADABLE:
+        return False
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError unless structure, schema, counter and every row are as written."""
+    check = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if check != "ok":
+        raise sqlite3.DatabaseError(check)
+    for table, seal in SEALS.items():
+        if db.execute(f"SELECT 1 FROM {table} WHERE seal IS NOT {seal} LIMIT 1").fetchone():
+            raise sqlite3.DatabaseError(f"a row of {table} is not as it was written")
+    rising = "seq >= (SELECT coalesce(max(seq), 0) FROM jobs)"
+    found = db.execute(f"SELECT {rising}, schema_seal IS {SCHEMA_SEAL} FROM counter").fetchall()
+    if list(map(tuple, found)) != [(1, 1)]:
+        raise sqlite3.DatabaseError("its schema or its counter of changes is not as it was written")
+
+
+def read_damaged(path: Path) -> list[tuple[Job, list[Page]]]:
+    """What can still be read of a damaged database: jobs whose row and, if there were any, pages
+    are all as written. Of one that is not over the row alone counts: it comes without pages
+    then, and starts over. Works on a copy: SQLite writes to what it opens."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        for suffix in ("", "-wal"):
+            if path.with_name(path.name + suffix).exists():
+                shutil.copyfile(path.with_name(path.name + suffix), Path(folder, "copy" + suffix))
+        found = _read_jobs(copy)
+        if not found:
+            _renew_first_page(copy)
+            found = _read_jobs(copy)
+        return found
+
+
+def _renew_first_page(path: Path) -> None:
+    """Put today's first page, which holds the schema, in place of a damaged one. Where the tables
+    lay elsewhere than they do today, no row's checksum will be right."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        page_bytes = db.execute("PRAGMA page_size").fetchone()[0]
+        first = bytearray(db.serialize()[:page_bytes])
+    first[28:32] = (path.stat().st_size // page_bytes).to_bytes(4, "big")  # the file's size in pages
+    with open(path, "r+b") as file:
+        file.write(first)
+
+
+def _read_jobs(path: Path) -> list[tuple[Job, list[Page]]]:
+    numbers: set[int] = set()
+    found = []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        for order in ("ASC", "DESC"):  # from both sides of a page that can't be read
+            query = f"SELECT number FROM jobs ORDER BY number {order}"
+            with contextlib.suppress(*_UNREADABLE):
+                numbers.update(row[0] for row in db.execute(query))
+        for number in sorted(numbers):
+            with contextlib.suppress(*_UNREADABLE):
+                found.append(_read_sealed(db, number))
+    return [item for item in found if item]
+
+
+# UnicodeDecodeError, a ValueError: also of SQLite's message, where it quotes a damaged schema.
+_UNREADABLE = (sqlite3.Error, ValueError, TypeError, LookupError, DatabaseUnusable)
+
+
+def _read_sealed(db: sqlite3.Connection, number: int) -> tuple[Job, list[Page]] | None:
+    row = db.execute("SELECT * FROM jobs WHERE number = ?", (number,)).fetchone()
+    if row is None or not _is_sealed(row, "jobs"):
+        return None
+    job, pages = _job_from_row(row), []
+    with contextlib.suppress(*_UNREADABLE):
+        rows = db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job.id,)).fetchall()
+        pages = [_page_from_row(row) for row in rows if _is_sealed(row, "pages")]
+    if [page.n for page in pages] == [*range(1, job.total + 1)]:
+        return job, pages
+    if job.state == SUCCESS:
+        return None  # its artifact tells more
+    note = "the job table was damaged: this job's pages are computed again"
+    message = f"{job.message}. {note}" if job.message else note
+    return replace(job, total=0, processed=0, failed_pages=0, message=message), []
+
+
+def _is_sealed(row: sqlite3.Row, table: str) -> bool:
+    # Not in SQL: "WHERE job_id = ?" would have it seal what was asked for, not what is there.
+    values = (row[column] for column in SEALED[table])
+    return bool(row["seal"] == _seal(SCHEMA_VERSION, *values))
 
 
 # ---------------------------------------------------------------- moves
@@ -988,7 +1153,18 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
         "tile": plan.tile,
         "haloPx": plan.halo_px,
         "batch": plan.batch,
-        "choices": [{"model": one.model, "weightsSha256": one.weights_sha256} for one in plan.choices],
+        "choices": [
+            {
+                "model": one.model,
+                "weightsSha256": one.weights_sha256,
+                "weightsSource": one.weights_source,
+                "precision": one.precision,
+                "tile": one.tile,
+                "haloPx": one.halo_px,
+                "batch": one.batch,
+            }
+            for one in plan.choices
+        ],
         "params": {camel(key): value for key, value in asdict(job.params).items()},
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,

@@ -50,6 +50,7 @@ from websockets.server import ServerProtocol
 import dispatch
 import jobs
 import openapi
+import rebuild
 import storage
 import wire
 from jobs import Job, JobTable
@@ -251,6 +252,10 @@ def refusal_of(error: Exception) -> Refused:
         return Refused(status, error.code, error.detail, errors=errors)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return Refused(507, "DISK_FULL", "the service's disk is full; make room and try again", close=True)
+    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+        log.error("the job table is damaged: %s", error)
+        detail = "the job table is damaged; restart the service, which sets it aside and rebuilds it"
+        return Refused(503, jobs.DatabaseDamaged.code, detail)
     if isinstance(error, sqlite3.OperationalError):
         full = "full" in str(error)
         detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
@@ -409,12 +414,20 @@ ROUTES = (
 class Api:
     """One method a route; each takes the request and the path's variables."""
 
-    def __init__(self, config: Config, table: JobTable, dispatcher: dispatch.Dispatcher, live: Live) -> None:
+    def __init__(
+        self,
+        config: Config,
+        table: JobTable,
+        dispatcher: dispatch.Dispatcher,
+        live: Live,
+        rebuild: rebuild.Rebuild,
+    ) -> None:
         self.config = config
         self.layout = config.layout
         self.table = table
         self.dispatcher = dispatcher
         self.live = live
+        self.rebuild = rebuild
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
         self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
@@ -623,6 +636,9 @@ class Api:
             return self._image(request, preview)
         if path.is_file():
             return self._image(request, self._preview(path, preview, width) if preview else path)
+        if not job.input_path:
+            detail = "where this job's input lies is not known: it was rebuilt from its artifact"
+            raise Refused(410, storage.InputMissing.code, detail)
         source = self.layout.incoming / job.input_path
         try:
             data = storage.read_source_page(source, page.name, page.source_sha256, self.config.limits)
@@ -816,6 +832,8 @@ class Api:
                 "workers": len(self.dispatcher.workers),
                 "workers_can_start": self.dispatcher.boot_failures == 0,
                 "database_set_aside": self.table.set_aside is not None,
+                "rebuilding": self.rebuild.is_running,
+                "rebuilt_jobs": self.table.salvaged + self.rebuild.found,
             }
         )
 
@@ -1074,7 +1092,7 @@ class Service:
             if not config.is_loopback and not config.token:
                 config, self.made_token = replace(config, token=storage.keep_token(layout)), True
             self.config = config
-            self.table = JobTable(layout.database)
+            self.table = rebuild.open_table(layout.database)
             self._ending.callback(self.table.close)
             jobs.recover(self.table, layout, self.table.clock())
             choice = EngineChoice(
@@ -1087,7 +1105,8 @@ class Service:
             )
             self.live = Live(layout)
             self.table.listeners.append(self.live.publish)
-            self.api = Api(config, self.table, self.dispatcher, self.live)
+            self.rebuild = rebuild.Rebuild(self.table, layout)
+            self.api = Api(config, self.table, self.dispatcher, self.live, self.rebuild)
             self.http = wire.HttpServer((config.host, config.port), self.api.handle, config.connections)
         except BaseException:
             self._ending.close()
@@ -1103,12 +1122,14 @@ class Service:
     def __enter__(self) -> Service:
         self.dispatcher.start()
         self.live.start()
+        self.rebuild.start()
         self.http.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         # Work stops first, so that clients still hear of it; then the lines.
         self.dispatcher.stop()
+        self.rebuild.stop()
         self.live.stop()
         self.http.stop()
         self._ending.close()
