@@ -14,6 +14,7 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
+import os
 import queue
 import sqlite3
 import threading
@@ -284,8 +285,8 @@ class Dispatcher:
 
     # -- the thread
     def _loop(self) -> None:
-        storage.sweep_temporaries(self.layout.artifacts)
-        storage.sweep_temporaries(self.layout.incoming)
+        for folder in (self.layout.artifacts, self.layout.incoming, self.layout.previews):
+            storage.sweep_temporaries(folder)
         while not self._stopping.is_set():
             try:
                 self._turn()
@@ -391,9 +392,12 @@ class Dispatcher:
     def _tidy_job(self, job: Job) -> None:
         self.careless_deaths.pop(job.id, None)
         storage.remove_tree(self.layout.staging / job.id)
-        if job.state != SUCCESS:  # packed at the very moment of the cancel
-            with contextlib.suppress(OSError):
-                storage.remove_file(self.layout.artifact(job.title, job.volume, job.id))
+        if job.state != SUCCESS:  # packed at the very moment of the cancel, or killed amid it
+            artifact = self.layout.artifact(job.title, job.volume, job.id)
+            with contextlib.suppress(OSError, storage.NameTaken):
+                storage.remove_file(artifact)
+                storage.remove_file(storage.own_temporary(artifact))
+                storage.sweep_temporaries(self.layout.output_dir(job.title, job.volume, job.id))
 
     # -- dealing
     def _deal(self) -> None:
@@ -770,9 +774,18 @@ def _exit_reason(code: int | None) -> str:
 
 
 # ---------------------------------------------------------------- the child's side
+def _end_with_parent() -> None:
+    """The pipe's end tells of the parent's death too, but nobody reads it during seconds of imports."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(0)
+
+
 def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
     """Entry point of the worker process. infer is imported here, in the child: naming its
     function as the target would load torch in the parent, which pickles it by name."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         import infer
     except BaseException as error:
