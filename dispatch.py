@@ -286,7 +286,10 @@ class Dispatcher:
     # -- the thread
     def _loop(self) -> None:
         for folder in (self.layout.artifacts, self.layout.incoming, self.layout.previews):
-            storage.sweep_temporaries(folder)
+            try:
+                storage.sweep_temporaries(folder)
+            except OSError as error:  # of a read-only folder, say: no reason to do no work at all
+                log.warning("unfinished files in %s can't be removed: %s", folder.name, error)
         while not self._stopping.is_set():
             try:
                 self._turn()
@@ -553,8 +556,7 @@ class Dispatcher:
             case Dropped(job_id, attempt, n):
                 slot.free((job_id, attempt, n))
             case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n):
-                slot.free((job_id, attempt, n))
-                self._on_page(event)
+                self._on_page(event, slot.free((job_id, attempt, n)))
             case Staged(job_id, attempt) | Packed(job_id, attempt) | TaskFailed(job_id, attempt):
                 slot.free((job_id, attempt, event.n if isinstance(event, TaskFailed) else 0))
                 run = self._run_of(event)
@@ -573,12 +575,15 @@ class Dispatcher:
         if future and not future.cancelled():
             future.set_result(event)
 
-    def _on_page(self, event: PageDone | PageFailed) -> None:
+    def _on_page(self, event: PageDone | PageFailed, task: Task | None) -> None:
         run = self._run_of(event)
         if run is None:
             return
         run.in_flight.discard(event.n)
         page = run.pages[event.n]
+        if isinstance(event, PageFailed) and isinstance(task, ComputePage) and task.carry is not None:
+            self._fail(run, "PAGE_LOST", f"{page.name} can't be taken over as it is either: {event.error}")
+            return
         if isinstance(event, PageFailed):
             log.warning("job %s page %s (try %d): %s", event.job_id, page.name, page.tries + 1, event.error)
             run.pages[event.n] = replace(page, tries=page.tries + 1)

@@ -768,10 +768,10 @@ class Worker:
         # Around an attempt: whatever a page does to a decoder or a driver is that page's failure.
         except Exception as error:
             log.exception("page %s of job %s", task.n, task.job_id)
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {storage.reason_of(error)}"
             if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
-                detail = f"the disk refused: {error.strerror}; make room and resume the job"
-                self.send(TaskFailed(task.job_id, task.attempt, task.n, "DISK", detail))
+                refused = storage.DiskRefused(error)
+                self.send(TaskFailed(task.job_id, task.attempt, task.n, refused.code, refused.detail))
             else:
                 self.send(PageFailed(task.job_id, task.attempt, task.n, reason))
         finally:
@@ -844,7 +844,10 @@ class Worker:
     def _finish(self, task: ComputePage, data: bytes, suffix: str, **facts: Any) -> None:
         """Make the page durable, then say so: never the other way round."""
         target = task.target_stem.with_name(task.target_stem.name + suffix)
-        digest = storage.write_whole(target, data)
+        try:
+            digest = storage.write_whole(target, data)
+        except OSError as error:
+            raise storage.DiskRefused(error) from error
         self.send(
             PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
         )
@@ -863,9 +866,9 @@ class Worker:
         # Around an attempt: the job fails with the reason, the worker stays.
         except Exception as error:
             log.exception("%s of job %s", type(task).__name__, task.job_id)
-            if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
-                detail = f"the disk refused: {error.strerror}; make room and resume the job"
-                self.send(TaskFailed(task.job_id, task.attempt, 0, "DISK", detail))
+            if isinstance(error, OSError):  # of the input, it would be InputUnusable
+                refused = storage.DiskRefused(error)
+                self.send(TaskFailed(task.job_id, task.attempt, 0, refused.code, refused.detail))
             else:
                 detail = f"{type(error).__name__}: {error}"
                 self.send(TaskFailed(task.job_id, task.attempt, 0, "TASK", detail, traceback.format_exc()))

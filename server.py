@@ -239,7 +239,8 @@ STATUS_OF: dict[type[Exception], int] = {
     storage.NameTaken: 409,
     storage.NoRoom: 507,
 }
-DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def refusal_of(error: Exception) -> Refused:
@@ -252,17 +253,24 @@ def refusal_of(error: Exception) -> Refused:
         return Refused(status, error.code, error.detail, errors=errors)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return Refused(507, "DISK_FULL", "the service's disk is full; make room and try again", close=True)
-    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-        log.error("the job table is damaged: %s", error)
-        detail = "the job table is damaged; restart the service, which sets it aside and rebuilds it"
-        return Refused(503, jobs.DatabaseDamaged.code, detail)
-    if isinstance(error, sqlite3.OperationalError):
-        full = "full" in str(error)
-        detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
-        return Refused(507 if full else 503, "DATABASE", detail)
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        detail = f"the service's disk can't be written: {storage.reason_of(error)}"
+        return Refused(507, storage.DiskRefused.code, detail, close=True)
+    if isinstance(error, sqlite3.DatabaseError):
+        return _refusal_of_table(error)
     number = os.urandom(4).hex()
     log.error("request failed, number %s", number, exc_info=error)
     return Refused(500, "INTERNAL", f"an unexpected error; the log has it under {number}", close=True)
+
+
+def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
+    if not isinstance(error, sqlite3.OperationalError):
+        log.error("the job table is damaged: %s", error)
+        detail = "the job table is damaged; restart the service, which sets it aside and rebuilds it"
+        return Refused(503, jobs.DatabaseDamaged.code, detail)
+    full = "full" in str(error)
+    detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
+    return Refused(507 if full else 503, "DATABASE", detail)
 
 
 # ---------------------------------------------------------------- routes

@@ -13,6 +13,7 @@ Runs in: http-* threads, dispatcher, worker. Standard library only, but for the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -108,6 +109,16 @@ class NoRoom(StorageError):
             f"the job needs about {needed} bytes (working copy, pages, artifact); {free} are free, of which "
             f"{reserve} stay free (REICHAN_RESERVE_BYTES); make room and try again"
         )
+
+
+class DiskRefused(StorageError):
+    """The disk won't take what a job writes: no page's fault."""
+
+    code = "DISK"
+
+    def __init__(self, error: OSError) -> None:
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
+        super().__init__(f"the disk refused: {reason_of(error)}; {remedy} and resume the job")
 
 
 class NameTaken(StorageError):
@@ -687,7 +698,7 @@ def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
     except FileNotFoundError as error:
         raise InputMissing(f"{source.name} is no longer in incoming/") from error
     except OSError as error:
-        raise InputUnusable(f"{source.name} can't be opened: {_reason(error)}") from error
+        raise InputUnusable(f"{source.name} can't be opened: {reason_of(error)}") from error
     with file:
         try:
             archive = zipfile.ZipFile(file)
@@ -876,7 +887,7 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
             if isinstance(problem, OSError) and problem.errno in OUR_DISK:
                 raise
             # What could be read stays: the page is carried as far as it exists.
-            error = f"can't be read from the input: {_reason(problem)}"
+            error = f"can't be read from the input: {reason_of(problem)}"
         # No sync: a later attempt believes a staged page by its hash only.
     target.chmod(0o600)
     return SourcePage(entry.name, target.name, digest.hexdigest(), size_bytes, error)
@@ -894,10 +905,10 @@ _ENTRY_ERRORS = (
     IndexError,
     LimitExceeded,
 )
-OUR_DISK = frozenset({28, 122, 30})  # ENOSPC, EDQUOT, EROFS: not the page's fault
+OUR_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # not the page's fault
 
 
-def _reason(problem: Exception) -> str:
+def reason_of(problem: Exception) -> str:
     """What went wrong, without the path that str() of an OSError holds."""
     return problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
 
@@ -962,7 +973,7 @@ def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> by
                     if hashlib.sha256(data).hexdigest() == sha256:
                         return data
     except (*_ENTRY_ERRORS, InputUnusable) as error:
-        raise InputMissing(f"{name} can't be read from the input any more: {_reason(error)}") from error
+        raise InputMissing(f"{name} can't be read from the input any more: {reason_of(error)}") from error
     raise InputMissing(f"{name} is no longer in the input as it was")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,3 +39,18 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
     # run_path, since an import would leave a __pycache__ in a folder that is not ours.
     make = SimpleNamespace(**runpy.run_path(str(MAKE_HOSTILE)))
     return Hostile(root, json.loads((root / "index.json").read_text()), make)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    require(sys.platform == "linux" and os.geteuid() == 0, "mounting a tmpfs takes root on Linux")
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    require(done.returncode == 0, f"no tmpfs can be mounted: {done.stderr}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

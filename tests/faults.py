@@ -116,3 +116,35 @@ def filling(conn: Any, choice: Any, slot: int) -> None:
 
     setattr(storage, step, late)
     infer.worker_main(conn, choice, slot)
+
+
+def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, which is killed each time when it has packed one page of two."""
+    import infer
+    import storage
+
+    read = storage._read_output
+
+    def dying(outputs: Path, item: Any, n: int) -> bytes:
+        if n == 2:
+            note("packing")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(outputs, item, n)
+
+    storage._read_output = dying
+    infer.worker_main(conn, choice, slot)
+
+
+def losing_its_working_copy(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, whose second staged page vanishes, once, just before it is read."""
+    import infer
+
+    decode = infer.Worker._decode
+
+    def late(self: Any, task: Any) -> None:
+        if task.n == 2 and note("decoding") == 1:
+            task.source.unlink()
+        decode(self, task)
+
+    infer.Worker._decode = late  # type: ignore[method-assign]
+    infer.worker_main(conn, choice, slot)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import faults
 import pytest
 from client import Client
-from helpers import require
 from serving import png, queued, still, until, volume
 
 import server
@@ -68,21 +63,6 @@ def test_a_submit_that_cannot_fit_is_507_and_no_row_and_a_repeat_still_gives_its
         assert service.table.counts()["PENDING"] == 1 and service.table.get(job.id).id == job.id
         service.dispatcher.reserve_bytes = None  # REICHAN_CHECK_ROOM=off
         assert client.call("POST", "/jobs", body).status == 202
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
-    require(sys.platform == "linux" and os.geteuid() == 0, "mounting a tmpfs takes root on Linux")
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"no tmpfs can be mounted: {done.stderr}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_job_that_no_longer_fits_when_its_turn_comes_fails_before_a_page_is_copied(disk):
