@@ -437,6 +437,24 @@ def test_a_resume_after_the_weights_changed_computes_every_page_with_the_new_one
         assert not {*first} & {page["sha256"] for page in pages_of(client, job)}
 
 
+def test_a_resume_under_another_setting_keeps_to_the_plan_that_the_first_pages_were_made_by(tmp_path):
+    """S07."""
+    with serving(tmp_path / "root", faults.by_width, precision="fp32") as (service, client):
+        job = stuck_at_last_page(client, 2, "realesr-animevideov3")
+        client.post(job, "cancel")
+        assert service.dispatcher.wait_released(job, 30)
+        fresh = client.submit("stuck.zip")
+        assert finish(client, fresh).status == "SUCCESS"
+        expected = contents(body_of(client, fresh))
+    with serving(tmp_path / "root", precision="bf16") as (_, client):
+        client.post(job, "resume")
+        assert finish(client, job).status == "SUCCESS"
+        assert contents(body_of(client, job)) == expected
+        other = client.submit("stuck.zip")
+        assert finish(client, other).status == "SUCCESS"
+        assert contents(body_of(client, other)) != expected
+
+
 def test_a_worker_that_always_dies_packing_fails_the_job_and_leaves_nothing(tmp_path, notes):
     import dispatch
 

@@ -460,36 +460,6 @@ def test_sigterm_ends_it_and_a_second_service_is_refused_the_same_root(tmp_path)
         process.wait()
 
 
-def test_a_killed_service_goes_on_with_its_finished_pages(tmp_path):
-    """Three kills -9 at different moments; the artifact is that of an undisturbed run."""
-    process, client = start(tmp_path)
-    try:
-        pages = {f"{n}.png": png(n, 120, 160) for n in range(8)}
-        client.call("PUT", "/incoming/v.zip", volume(pages))
-        calm = client.wait(client.submit("v.zip"))
-        job, stamps = client.submit("v.zip"), {}
-        for at in (1, 3, 6):
-            client.wait(job, lambda state, at=at: state["processed"] >= at or state["status"] == "SUCCESS")
-            process.kill()
-            process.wait()
-            stamps |= {p.name: p.stat().st_mtime_ns for p in tmp_path.glob(f"outputs/*/*/{job}/*.jpg")}
-            process, client = start(tmp_path)
-            recorded = json.loads(client.call("GET", f"/jobs/{job}/pages")[2])["pages"]
-            stamps = {p["filename"]: stamps[p["filename"]] for p in recorded if p["filename"] in stamps}
-        state = client.wait(job)
-        reports = [
-            check_artifact(client.call("GET", f"/jobs/{one['jobId']}/artifact")[2], one)
-            for one in (calm, state)
-        ]
-        assert [i["sha256"] for i in reports[0]["items"]] == [i["sha256"] for i in reports[1]["items"]]
-        folder = next(tmp_path.glob(f"outputs/*/*/{job}"))
-        assert {name: (folder / name).stat().st_mtime_ns for name in stamps} == stamps and stamps
-        assert not list(tmp_path.rglob("*.tmp")) and not list((tmp_path / "staging").iterdir())
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_two_services_in_one_process_know_nothing_of_each_other(tmp_path, client):
     with server.Service(server.Config(storage_root=tmp_path, port=0)) as other:
         client.call("PUT", "/incoming/mine.zip", volume({"1.png": png(1)}))
