@@ -419,6 +419,7 @@ def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
         temporary = target.parent / f".reichan-{secrets.token_hex(16)}.tmp"
     else:
         remove_file(temporary)
+    _being_written.add(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -429,6 +430,10 @@ def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
     finally:
         with contextlib.suppress(FileNotFoundError):
             _patiently(os.unlink, temporary)
+        _being_written.discard(temporary)
+
+
+_being_written: set[Path] = set()  # temporaries of this process, which no sweep may take for a dead one's
 
 
 def own_temporary(target: Path) -> Path:
@@ -1120,9 +1125,10 @@ def sweep_temporaries(folder: Path) -> int:
     """Remove unfinished files of a killed process below `folder`; returns how many."""
     removed = 0
     for where, _, files in os.walk(folder):
-        for name in filter(TEMPORARY.fullmatch, files):
-            remove_file(Path(where, name))
-            removed += 1
+        for path in (Path(where, name) for name in files if TEMPORARY.fullmatch(name)):
+            if path not in _being_written:
+                remove_file(path)
+                removed += 1
     return removed
 
 

@@ -1230,6 +1230,15 @@ def test_packing_again_takes_away_what_a_killed_packing_left_and_nothing_else(tm
     assert temporaries(tmp_path) == [foreign]
 
 
+def test_a_sweep_spares_what_is_being_written_just_now(tmp_path):
+    """The service's first uploads may come while it still sweeps."""
+    (tmp_path / f".reichan-{'0' * 32}.tmp").touch()
+    with storage.replacing(tmp_path / "v.zip") as file:
+        file.write(b"whole")
+        assert storage.sweep_temporaries(tmp_path) == 1
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
 def test_removing_a_jobs_folder_takes_empty_parents_and_spares_other_jobs(layout):
     mine = make_folder(layout.outputs / "t/v/mine", {"ch1/1.jpg": b""})
     make_folder(layout.outputs / "t/v/other", {"1.jpg": b""})
