@@ -12,6 +12,7 @@ lengths, chunked bodies as the next request); only its sockets and threads are u
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import email.utils
 import http
@@ -64,6 +65,7 @@ class Refused(Exception):
         super().__init__(detail)
         self.status, self.code, self.detail = status, code, detail
         self.headers, self.errors, self.close = headers or {}, errors, close
+        self.line = b""  # what was read of a line that is too long, or does not end as one
 
     def answer(self) -> Answer:
         """As application/problem+json (RFC 9457)."""
@@ -151,18 +153,33 @@ def json_list_answer(name: str, items: Iterable[Any]) -> Answer:
     return Answer(200, {"Content-Type": "application/json"}, b'{"%b":[%b]}\n' % (name.encode(), data))
 
 
+def head_bytes(answer: Answer, close: bool) -> bytes:
+    """Everything of an answer up to its body. close: it is the connection's last one."""
+    headers = {"Date": email.utils.formatdate(usegmt=True)} | answer.headers
+    if answer.status not in (204, 304):
+        headers["Content-Length"] = str(answer.size_bytes())
+    if close:
+        headers["Connection"] = "close"
+    lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
 # ---------------------------------------------------------------- parsing a head
-def read_head(source: io.BufferedReader) -> tuple[bytes, list[bytes]]:
-    """(request line, field lines) without their CRLF. Raises Refused, EOFError."""
-    line = _read_line(source, 414)
-    if not line:  # one empty line before a request is tolerated (RFC 9112, 2.2)
-        line = _read_line(source, 414)
+def read_request_line(source: io.BufferedReader) -> bytes:
+    """Without its CRLF. Raises Refused, EOFError."""
+    # One empty line before a request is tolerated (RFC 9112, 2.2).
+    return _read_line(source, 414) or _read_line(source, 414)
+
+
+def read_fields(source: io.BufferedReader) -> list[bytes]:
+    """The field lines up to the empty one, without their CRLF. Raises Refused, EOFError."""
     fields: list[bytes] = []
     left = HEAD_BYTES
     while True:
         text = _read_line(source, 431)
         if not text:
-            return line, fields
+            return fields
         left -= len(text) + 2
         fields.append(text)
         if len(fields) > FIELDS or left < 0:
@@ -174,12 +191,15 @@ def read_head(source: io.BufferedReader) -> tuple[bytes, list[bytes]]:
 def _read_line(source: io.BufferedReader, too_long: int) -> bytes:
     line = source.readline(LINE_BYTES + 2)
     if not line.endswith(b"\n"):
-        if len(line) > LINE_BYTES:
-            raise Refused(too_long, "LINE_TOO_LONG", f"a line is over {LINE_BYTES} bytes", close=True)
-        raise EOFError
-    if not line.endswith(b"\r\n"):
-        raise malformed("a line does not end with CRLF")
-    return line[:-2]
+        if len(line) <= LINE_BYTES:
+            raise EOFError
+        refusal = Refused(too_long, "LINE_TOO_LONG", f"a line is over {LINE_BYTES} bytes", close=True)
+    elif not line.endswith(b"\r\n"):
+        refusal = malformed("a line does not end with CRLF")
+    else:
+        return line[:-2]
+    refusal.line = line
+    raise refusal
 
 
 def parse_head(line: bytes, fields: list[bytes], body_source: io.BufferedReader) -> Request:
@@ -191,10 +211,11 @@ def parse_head(line: bytes, fields: list[bytes], body_source: io.BufferedReader)
     if (major, minor) not in (("1", "0"), ("1", "1")):
         raise Refused(505, "VERSION", f"HTTP/{major}.{minor} is not spoken here", close=True)
     headers = Headers()
-    for text in fields:
+    for n, text in enumerate(fields, 1):
         found = FIELD.fullmatch(text)
         if not found:
-            raise malformed(f"not a header field: {text[:40]!r}")
+            # Its text stays out of the log: it may be a misspelt Authorization.
+            raise malformed(f"header field {n} is not: name, colon, value")
         headers.append((found[1].decode("ascii").lower(), found[2].decode("latin-1")))
     host = headers.one("host")
     target, absolute_host = _origin_form(target)
@@ -279,8 +300,7 @@ class Body:
 
         setting: the environment variable that holds the limit, for the refusal.
         """
-        if (self.length or 0) > limit_bytes:
-            raise self._too_large(limit_bytes, self.length or 0, setting)
+        self.refuse_over(limit_bytes, setting)
         if self.done:
             return
         seen = 0
@@ -295,6 +315,11 @@ class Body:
         except OSError as error:  # a reset is a cut-off too: nobody is left to be told of it
             raise EOFError from error
         self.done = True
+
+    def refuse_over(self, limit_bytes: int, setting: str = "") -> None:
+        """Raises Refused 413 where the body says itself that it is over the limit."""
+        if (self.length or 0) > limit_bytes:
+            raise self._too_large(limit_bytes, self.length or 0, setting)
 
     def read(self, limit_bytes: int) -> bytes:
         """The whole body. Raises as pieces() does."""
@@ -318,19 +343,26 @@ class Body:
 
     def _chunks(self) -> Iterator[bytes]:
         while True:
-            size = CHUNK_SIZE.fullmatch(self.source.readline(256))
+            size = CHUNK_SIZE.fullmatch(self._chunk_line(256))
             if not size:
                 raise malformed("a chunk's size is not a hexadecimal number")
             left = int(size[1], 16)
             if left == 0:
                 break
             yield from self._plain(left)
-            if self.source.read(2) != b"\r\n":
+            if self._chunk_line(2) != b"\r\n":
                 raise malformed("a chunk does not end with CRLF")
         for _ in range(FIELDS):  # trailers: read, and ignored
             if not _read_line(self.source, 431):
                 return
         raise Refused(431, "HEAD_TOO_LARGE", f"more than {FIELDS} trailers", close=True)
+
+    def _chunk_line(self, limit: int) -> bytes:
+        """A line, or what of it fits. Raises EOFError: one that just ends is a cut, no malformed one."""
+        line = self.source.readline(limit)
+        if len(line) < limit and not line.endswith(b"\n"):
+            raise EOFError
+        return line
 
 
 # ---------------------------------------------------------------- conditions and ranges
@@ -438,8 +470,9 @@ class Peer:
 class HttpServer(ThreadingHTTPServer):
     """Accepts connections, one thread each, no more than `cap`.
 
-    At the cap the oldest connection that is still sending its head makes room; without
-    one the new connection is told 503. The reaper shuts down what passed its deadline.
+    At the cap the oldest connection that is still sending its head makes room, else the oldest
+    that idles; where all are at work the new one is told 503. The reaper shuts down what passed
+    its deadline.
     """
 
     daemon_threads = True
@@ -455,6 +488,7 @@ class HttpServer(ThreadingHTTPServer):
         self.cap = cap
         self.peers: dict[int, Peer] = {}
         self.peers_lock = threading.Lock()
+        self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()  # until when open
         self._numbers = itertools.count(1)
         self._closing = threading.Event()
         if ":" in address[0]:
@@ -482,6 +516,8 @@ class HttpServer(ThreadingHTTPServer):
             peers = list(self.peers.values())
         for peer in peers:
             _shut(peer.sock)
+        while self._refused:
+            self._refused.popleft()[1].close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """One thread for this connection, if there is room."""
@@ -489,24 +525,35 @@ class HttpServer(ThreadingHTTPServer):
         peer.enter("head", HEAD_S)
         with self.peers_lock:
             full = len(self.peers) >= self.cap
-            waiting = [p for p in self.peers.values() if p.phase == "head"] if full else []
-            oldest = min(waiting, key=lambda p: p.number, default=None)
+            waiting = [p for p in self.peers.values() if p.phase in ("head", "idle")] if full else []
+            oldest = min(waiting, key=lambda p: (p.phase == "idle", p.number), default=None)
             if oldest:
                 # Gone at once, not when its thread notices: the next one must evict another.
                 del self.peers[oldest.number]
             if not full or oldest:
                 self.peers[peer.number] = peer
         if full and not oldest:
-            with contextlib.suppress(OSError):
-                request.settimeout(0.2)
-                request.sendall(BUSY)
-            self.shutdown_request(request)
+            self._turn_away(request)
             return
         if oldest:
             _shut(oldest.sock)
         threading.Thread(
             target=self._serve, args=(request, client_address, peer), name=f"http-{peer.number}", daemon=True
         ).start()
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Tell a connection that there is no room, without waiting for it."""
+        detail = f"all {self.cap} connections are in use; try again"
+        answer = Refused(503, "BUSY", detail, {"Retry-After": "1"}).answer()
+        assert isinstance(answer.body, bytes)
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            sock.send(head_bytes(answer, close=True) + answer.body)
+            sock.shutdown(socket.SHUT_WR)
+        # Closed at once, it would be reset by what it sent, and its answer could be lost.
+        self._refused.append((time.monotonic() + LINGER_S, sock))
+        if len(self._refused) > self.cap:
+            self._refused.popleft()[1].close()
 
     def _serve(self, request: socket.socket, client_address: Any, peer: Peer) -> None:
         try:
@@ -526,9 +573,9 @@ class HttpServer(ThreadingHTTPServer):
             for peer in late:
                 log.debug("connection %d was too slow in phase %s", peer.number, peer.phase)
                 _shut(peer.sock)  # its thread wakes up with an error or an end of file
-
-
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            with contextlib.suppress(IndexError):
+                while self._refused[0][0] < now_s:
+                    self._refused.popleft()[1].close()
 
 
 def _shut(sock: socket.socket) -> None:
@@ -565,17 +612,20 @@ class Handler(BaseHTTPRequestHandler):
         """Serve one request; False when the connection is to be closed."""
         if self.peer.phase != "head":
             self.peer.enter("idle", IDLE_S)
+        line = b""
         try:
-            if not (start := self.rfile.peek(1)):
+            if not self.rfile.peek(1):
                 return False
             self.peer.enter("head", HEAD_S)
-            request = parse_head(*read_head(self.rfile), self.rfile)
+            line = read_request_line(self.rfile)
+            request = parse_head(line, read_fields(self.rfile), self.rfile)
         except EOFError:
             return False
         except Refused as refusal:
             log.info("refused before routing: %d %s", refusal.status, refusal.detail)
             # Whatever else is wrong with it: after HEAD a body would be read as another answer.
-            self._send(refusal.answer(), head_only=start.startswith(b"HEAD "), close=True)
+            head_only = (line or refusal.line).startswith(b"HEAD ")
+            self._send(refusal.answer(), head_only, close=True)
             self._linger()
             return False
         request.body.before_read = lambda: self._begin_body(request)
@@ -618,15 +668,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send(self, answer: Answer, head_only: bool, close: bool) -> None:
-        size = answer.size_bytes()
-        lines = [f"HTTP/1.1 {answer.status} {http.HTTPStatus(answer.status).phrase}"]
-        headers = {"Date": email.utils.formatdate(usegmt=True)} | answer.headers
-        if answer.status not in (204, 304):
-            headers["Content-Length"] = str(size)
-        if close:
-            headers["Connection"] = "close"
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        head = head_bytes(answer, close)
         self.peer.enter("answer", STALL_S)
         try:
             if isinstance(answer.body, bytes):
@@ -634,7 +676,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.wfile.write(head)
                 if not head_only:
-                    self._send_file(answer.body, answer.offset, size)
+                    self._send_file(answer.body, answer.offset, answer.size_bytes())
         finally:
             if not isinstance(answer.body, bytes):
                 answer.body.close()

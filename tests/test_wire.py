@@ -80,7 +80,7 @@ def one(data: bytes) -> tuple[int, dict[str, str], bytes]:
 
 def parsed(target: bytes = b"/", fields: bytes = b"") -> wire.Request:
     source = io.BufferedReader(io.BytesIO(b"GET " + target + b" HTTP/1.1\r\n" + HOST + fields + b"\r\n"))
-    return wire.parse_head(*wire.read_head(source), source)
+    return wire.parse_head(wire.read_request_line(source), wire.read_fields(source), source)
 
 
 # ---------------------------------------------------------------- heads
@@ -218,8 +218,9 @@ def test_a_chunked_body_over_the_limit_is_refused_where_it_passes_it(port):
     assert (status, headers["connection"]) == (413, "close")
 
 
-def test_a_body_that_breaks_off_gets_no_answer(port):
-    for fields, part in ((b"Content-Length: 50\r\n", b"{}"), (CHUNKED[:-2], b"50\r\n{}")):
+@pytest.mark.parametrize("part", [b"", b"5", b"50\r\n{}", b"2\r\n{}", b"2\r\n{}\r", b"2\r\n{}\r\n", b"0\r\n"])
+def test_a_body_that_breaks_off_gets_no_answer(port, part):
+    for fields in (b"Content-Length: 50\r\n", CHUNKED[:-2]):
         with dial(port) as line:
             line.sendall(posted(fields, part))
             line.shutdown(socket.SHUT_WR)
@@ -288,6 +289,31 @@ def test_head_has_the_headers_of_get_and_no_body(port):
     # The two bodies would differ by the method's name alone.
     assert int(headers["content-length"]) == len(got[2]) + len("HEAD") - len("GET")
     assert headers.keys() == got[1].keys()
+
+
+HEAD = b"HEAD / HTTP/1.1\r\n" + HOST
+REFUSED_HEADS = {
+    "field": HEAD + b"X\r\n\r\n",
+    "after an empty line": b"\r\n" + HEAD + b"X\r\n\r\n",
+    "version": b"\r\nHEAD / HTTP/1.2\r\n\r\n",
+    "bare LF": b"HEAD / HTTP/1.1\n\n",
+    "long line": b"\r\nHEAD /" + b"a" * 9000,
+    "long field": HEAD + b"X: " + b"a" * 9000,
+    "both framings": HEAD + b"Content-Length: 2\r\n" + CHUNKED + b"0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_HEADS)
+def test_a_refused_head_has_no_body_whatever_is_wrong_and_however_it_arrives(port, name):
+    sent = REFUSED_HEADS[name]
+    for parts in ([sent], [sent[:1], sent[1:3], sent[3:]]):
+        data = exchange(port, *parts, pause_s=0.02)
+        assert data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n")
+        assert b"Content-Length: 0" not in data
+
+
+def test_a_refusal_never_repeats_a_field_that_could_not_be_read(port):
+    assert b"secret" not in one(exchange(port, GET + b"X: 1\r\nAuthorization : secret\r\n\r\n"))[2]
 
 
 # ---------------------------------------------------------------- 100-continue
@@ -589,10 +615,18 @@ def test_at_the_cap_with_every_connection_busy_a_new_one_is_told_503():
         for line in lines:
             line.sendall(GET + CLOSE + b"\r\n")
         until(lambda: [peer.phase for peer in http.peers.values()] == ["answer", "answer"])
-        status, headers, _ = one(exchange(http.server_port, GET + b"\r\n"))
+        status, headers, body = one(exchange(http.server_port, GET + b"\r\n"))
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert headers["content-type"] == "application/problem+json" and b'"code":"BUSY"' in body
         free.set()
         assert [one(drain(line))[0] for line in lines] == [200, 200]
+
+
+def test_those_turned_away_are_let_go_in_the_end(hasty):
+    with serving(cap=0) as http, contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(dial(http.server_port)) for _ in range(5)]
+        assert [one(drain(line))[0] for line in lines] == [503] * 5
+        until(lambda: not http._refused)
 
 
 def test_two_hundred_half_requests_do_not_keep_a_good_one_waiting():
