@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 
 from websockets.frames import CloseCode, Frame, Opcode
-from websockets.protocol import State
+from websockets.protocol import SEND_EOF, State
 from websockets.server import ServerProtocol
 
 import jobs
@@ -41,8 +41,10 @@ SILENCE_S = 8.0  # a running job is heard of at least every 10 s
 LOOK_S = 1.0  # between looks for running jobs that were silent
 PING_S = 20.0  # between pings, and for the answer to one
 CLOSE_S = 5.0  # for the other side's close frame
+MESSAGE_BYTES = 64 << 10  # of a client's message
 MESSAGES = 100  # that a client may send in MESSAGES_S; they are ignored anyway
 MESSAGES_S = 10.0
+READ_BYTES = 8 << 10  # parsed in one go: some thousand of the smallest frames, a few ms
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,25 @@ class Live:
     def adopt(self, sock: socket.socket, buffered: bytes, protocol: ServerProtocol, watcher: Watcher) -> None:
         """Take a connection whose handshake is done; `buffered` was read off it already."""
 
+        def let_go(task: asyncio.Task[None] | None = None) -> None:
+            # Not in the task: one that is cancelled before its first step runs none of its code.
+            if task:
+                self._tasks.discard(task)
+            self.forget(watcher)
+            sock.close()
+
         def begin() -> None:
+            if self.stopping:
+                let_go()
+                return
             task = self.loop.create_task(self._serve(sock, buffered, protocol, watcher))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(let_go)
 
-        self.loop.call_soon_threadsafe(begin)
+        try:
+            self.loop.call_soon_threadsafe(begin)
+        except RuntimeError:  # the loop is closed: the service ends
+            let_go()
 
     def _wake(self) -> None:
         """See to it that a round follows. The flag falls before a round takes the news: what
@@ -270,7 +285,10 @@ class Live:
     async def _serve(
         self, sock: socket.socket, buffered: bytes, protocol: ServerProtocol, watcher: Watcher
     ) -> None:
-        reader, writer = await asyncio.open_connection(sock=sock)
+        try:
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except OSError:
+            return  # the peer is gone
         # Little is buffered for a slow reader: what waits here can't be replaced any more.
         writer.transport.set_write_buffer_limits(high=64 << 10)
         line = WebSocketLine(reader, writer, protocol, watcher)
@@ -287,7 +305,7 @@ class Live:
             pass  # the peer is gone
         finally:
             self._lines.discard(line)
-            self.forget(watcher)
+            self.forget(watcher)  # before the peer can see that it was let go
             writer.transport.abort()
 
 
@@ -323,7 +341,9 @@ class WebSocketLine:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for end in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(end, Exception) and not isinstance(end, OSError):
+                    log.error("a WebSocket broke off", exc_info=end)
 
     def tell(self, now_s: float) -> bool:
         """Write what is due, while the peer reads it. Whether there is more."""
@@ -357,25 +377,43 @@ class WebSocketLine:
             if data:
                 self.protocol.receive_data(data)
             for event in self.protocol.events_received():
-                if isinstance(event, Frame) and event.opcode is Opcode.PONG:
-                    self.ponged.set()
-                elif isinstance(event, Frame) and event.opcode is not Opcode.CLOSE:
-                    self._count_message()
+                if isinstance(event, Frame):
+                    self._hear(event)
             await self._flush()
-            data = await self.reader.read(64 << 10)
+            if self.protocol.close_expected():
+                await self._read_out()
+                return
+            data = await self._more()
             if not data:
                 self.protocol.receive_eof()
                 await self._flush()
                 return
 
-    def _count_message(self) -> None:
+    async def _read_out(self) -> None:
+        """Wait a little for the peer to end the line as well; what it still sends is not for us."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while data := await self._more():
+                    self.protocol.receive_data(data)
+                    await self._flush()
+
+    async def _more(self) -> bytes:
+        # read() gives way only where nothing waits: a flood would stop every other line.
+        await asyncio.sleep(0)
+        return await self.reader.read(READ_BYTES)
+
+    def _hear(self, frame: Frame) -> None:
         """Messages mean nothing here; too many of them are a nuisance."""
-        now_s = time.monotonic()
-        if len(self.received) == MESSAGES and now_s - self.received[0] < MESSAGES_S:
-            if self.protocol.state is State.OPEN:
-                self.protocol.send_close(CloseCode.POLICY_VIOLATION, "too many messages")
+        if frame.opcode is Opcode.PONG:
+            self.ponged.set()
             return
-        self.received.append(now_s)
+        now_s = time.monotonic()
+        if frame.opcode is Opcode.CLOSE or self.protocol.state is not State.OPEN:
+            return
+        if len(self.received) == MESSAGES and now_s - self.received[0] < MESSAGES_S:
+            self.protocol.fail(CloseCode.POLICY_VIOLATION, "too many messages")
+        else:
+            self.received.append(now_s)
 
     async def _ping(self) -> None:
         while True:
@@ -398,9 +436,7 @@ class WebSocketLine:
         async with asyncio.timeout(CLOSE_S):
             await self._flush()
             # Its own close frame must be read as one: only then is the line ended from here.
-            while data := await self.reader.read(64 << 10):
-                self.protocol.receive_data(data)
-                await self._flush()
+            await self._read_out()
 
     async def _flush(self) -> None:
         self._write_out()
@@ -408,10 +444,11 @@ class WebSocketLine:
 
     def _write_out(self) -> None:
         """Hand on what the protocol has to say."""
-        for data in self.protocol.data_to_send():
-            if data:
-                self.writer.write(data)
-            elif self.writer.can_write_eof():
-                self.writer.write_eof()
+        writes = self.protocol.data_to_send()
+        # In one write: asyncio warns in the log of each that a lost connection doesn't take.
+        if data := b"".join(writes):
+            self.writer.write(data)
+        if SEND_EOF in writes and self.writer.can_write_eof():
+            self.writer.write_eof()
         if self.protocol.state is not State.OPEN:
             self.closing.set()
