@@ -54,7 +54,7 @@ import rebuild
 import storage
 import wire
 from jobs import Job, JobTable
-from live import Live, Watcher
+from live import MESSAGE_BYTES, Live, Watcher
 from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
 from openapi import Route
 from retention import Keep
@@ -462,8 +462,8 @@ class Api:
         return answer
 
     def _route(self, handler: wire.Handler, request: Request, origin: str | None) -> Answer | None:
-        if request.method == "OPTIONS":
-            return self._preflight(request, origin)
+        if request.method == "OPTIONS" and request.headers.all("access-control-request-method"):
+            return self._preflight(origin)
         method = "GET" if request.method == "HEAD" else request.method
         allowed = []
         for route in ROUTES:
@@ -481,8 +481,10 @@ class Api:
             raise Refused(404, "NO_ROUTE", f"there is nothing at {request.path[:200]!a}")
         if "GET" in allowed:
             allowed.append("HEAD")
-        methods = ", ".join(sorted({*allowed, "OPTIONS"}))
-        raise Refused(405, "METHOD", f"{request.method} is not possible here", {"Allow": methods})
+        allow = {"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))}
+        if request.method == "OPTIONS":
+            return Answer(204, allow)
+        raise Refused(405, "METHOD", f"{request.method[:20]} is not possible here", allow)
 
     def _check_host(self, request: Request) -> None:
         """On loopback: a foreign name in Host means a web page reached us by rebinding DNS."""
@@ -517,16 +519,14 @@ class Api:
             )
         return headers
 
-    def _preflight(self, request: Request, origin: str | None) -> Answer:
-        headers = {"Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS"}
-        if origin and request.headers.all("access-control-request-method"):
-            headers = {
-                "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, If-Match, "
-                "If-None-Match, If-Range, Range, Repr-Digest, X-Reichan-Title, X-Reichan-Volume",
-                "Access-Control-Max-Age": "600",
-            }
-        return Answer(204, headers)
+    def _preflight(self, origin: str | None) -> Answer:
+        headers = {
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, If-Match, "
+            "If-None-Match, If-Range, Range, Repr-Digest, X-Reichan-Title, X-Reichan-Volume",
+            "Access-Control-Max-Age": "600",
+        }
+        return Answer(204, headers if origin else {})
 
     def _session_value(self) -> str:
         """What the cookie holds: proves the token without being it."""
@@ -756,17 +756,25 @@ class Api:
         if target.is_dir() or any(parent.is_file() for parent in target.parents):
             raise storage.NameTaken(f"{path!r} is a folder, or lies below a file")
         wanted = _digest_of(request)
+        limit = self.config.upload_bytes, setting_name("upload_bytes")
+        request.body.refuse_over(*limit)
         self._check_room(request.body.length or 0)
         existed = target.exists()
         digest, size = hashlib.sha256(), 0
-        with storage.replacing(target) as file:
-            for piece in request.body.pieces(self.config.upload_bytes, setting_name("upload_bytes")):
-                digest.update(piece)
-                file.write(piece)
-                size += len(piece)
-            if wanted is not None and digest.digest() != wanted:
-                detail = "the bytes received are not those that Repr-Digest names; send them again"
-                raise Refused(422, "DIGEST", detail)
+        # Of a broken-off upload nothing may stay, not even the folders that it would have made.
+        home = next(folder for folder in target.parents if folder.is_dir())
+        try:
+            with storage.replacing(target, storage.new_temporary(home)) as file:
+                for piece in request.body.pieces(*limit):
+                    digest.update(piece)
+                    file.write(piece)
+                    size += len(piece)
+                if wanted is not None and digest.digest() != wanted:
+                    detail = "the bytes received are not those that Repr-Digest names; send them again"
+                    raise Refused(422, "DIGEST", detail)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            # Another upload was quicker, and made a folder of this name or a file of a folder's.
+            raise storage.NameTaken(f"{path!r} is a folder, or lies below a file") from error
         if existed:
             return Answer(204)
         stored = {"path": f"incoming/{path}", "bytes": size, "sha256": digest.hexdigest()}
@@ -884,9 +892,11 @@ class Api:
         if request.method != "GET" or not request.headers.all("upgrade"):
             upgrade = {"Upgrade": "websocket", "Connection": "close"}
             raise Refused(426, "UPGRADE", "this is a WebSocket; connect with one", upgrade)
+        if self.live.stopping:
+            raise jobs.ShuttingDown("the service is shutting down; connect again after its restart")
         if self.live.count() >= self.config.watchers:
             raise Refused(503, "TOO_MANY", "too many WebSockets are open", {"Retry-After": "5"})
-        protocol = ServerProtocol(max_size=64 << 10, logger=logging.getLogger("live"))
+        protocol = ServerProtocol(max_size=MESSAGE_BYTES, logger=logging.getLogger("live"))
         protocol.receive_data(_handshake_bytes(request))
         handshake = next(iter(protocol.events_received()), None)
         if not isinstance(handshake, UpgradeRequest):

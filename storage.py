@@ -411,20 +411,21 @@ def _sha256_of(file: IO[bytes]) -> str:
 def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a file that becomes `target` if the block ends well, and vanishes if not.
 
-    Synced before the rename and after it: a crash leaves the old file or the new one.
-    temporary: see own_temporary; what a crash left of it is written over.
+    temporary: where it is kept until then, on target's file system (see new_temporary,
+    own_temporary); what a crash left of it is written over, and target's folder is made only for
+    a whole file. Synced before the rename and after it: a crash leaves the old file or the new one.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:
-        temporary = target.parent / f".reichan-{secrets.token_hex(16)}.tmp"
-    else:
-        remove_file(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = new_temporary(target.parent)
+    remove_file(temporary)
     _being_written.add(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        target.parent.mkdir(parents=True, exist_ok=True)
         _patiently(os.replace, temporary, target)
         sync_dir(target.parent)
     finally:
@@ -434,6 +435,11 @@ def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
 
 
 _being_written: set[Path] = set()  # temporaries of this process, which no sweep may take for a dead one's
+
+
+def new_temporary(folder: Path) -> Path:
+    """A name in `folder` that is nobody's."""
+    return folder / f".reichan-{secrets.token_hex(16)}.tmp"
 
 
 def own_temporary(target: Path) -> Path:
