@@ -18,6 +18,8 @@ from typing import Any
 import jobs
 from messages import Params
 
+COOKIE = "reichan_session"  # stands for the token, see POST /session
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -29,7 +31,7 @@ class Route:
     summary: str
     answers: Mapping[int, str | None]  # status -> schema name or media type
     query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # fields of requests that matter
     body: str | None = None  # schema name or media type
     body_optional: bool = False
     open: bool = False  # needs no token: holds no data
@@ -62,6 +64,16 @@ def _nullable(kind: str, **more: Any) -> dict[str, Any]:
 
 TEXT_TYPE, WHOLE, TRUTH = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+NO_CONTROLS = r"[^\x00-\x1f\x7f-\x9f]"
+NOT_BLANK = rf"^{NO_CONTROLS}*[^\s\x00-\x1f\x7f-\x9f]{NO_CONTROLS}*$"
+# Variables of paths: what is sent in another form is no job's and no page's.
+VARIABLES: dict[str, dict[str, Any]] = {
+    "id": {"type": "string", "format": "uuid"},
+    "n": {"type": "integer", "minimum": 1, "maximum": 999_999_999},
+    "path": {"type": "string", "minLength": 1},
+}
+# Of any request: it is no HTTP, comes from another web site, or was meant for another host.
+ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
 
 
 def _params_schema() -> dict[str, Any]:
@@ -86,7 +98,8 @@ def _params_schema() -> dict[str, Any]:
 def schemas() -> dict[str, Any]:
     """The JSON schemas that ROUTES names."""
     params = _params_schema()
-    title = {"type": "string", "minLength": 1, "maxLength": jobs.TITLE_CHARACTERS}
+    title = {"type": "string", "minLength": 1, "maxLength": jobs.TITLE_CHARACTERS, "pattern": NOT_BLANK}
+    path = {"type": "string", "minLength": 1, "pattern": f"^{NO_CONTROLS}+$"}
     kind = {"type": "string", "enum": ["folder", "zip"]}
     state = _object(
         {
@@ -161,15 +174,21 @@ def schemas() -> dict[str, Any]:
             {
                 "title": title,
                 "volume": title,
-                "input": _object({"type": kind, "path": {"type": "string", "minLength": 1}}),
-                "params": params | {"required": []},
-                "manifest": {"type": "object"},
+                "input": _object({"type": kind, "path": path}),
+                "params": params | {"type": ["object", "null"], "required": []},
+                "manifest": _object({"files": {"type": "array"}}) | {"type": ["object", "null"]},
             },
             optional=("params", "manifest"),
         ),
-        "Resume": _object({"inputPath": TEXT_TYPE, "inputType": kind}, optional=("inputPath", "inputType")),
+        "Resume": {
+            "type": "object",
+            "anyOf": [
+                _object({"inputPath": path, "inputType": kind}),
+                {"properties": {"inputPath": {"type": "null"}, "inputType": {"type": "null"}}},
+            ],
+        },
         "PageList": _object({"pages": {"type": "array", "items": page}}),
-        "Report": state | {"properties": state["properties"] | {"report": report, "timings": timings}},
+        "Report": _object(state["properties"] | {"report": report, "timings": timings}),
         "Stored": _object({"path": TEXT_TYPE, "bytes": WHOLE, "sha256": HASH}),
         "ModelList": _object({"models": {"type": "array", "items": model}, "probed": TRUTH}),
         "DeviceList": _object({"devices": {"type": "array", "items": {"type": "object"}}, "probed": TRUTH}),
@@ -202,7 +221,7 @@ def _ref(name: str) -> dict[str, str]:
 
 def _content(what: str) -> dict[str, Any]:
     if "/" in what:
-        return {what: {"schema": {"type": "string", "format": "binary"}}}
+        return {media: {"schema": {"type": "string", "format": "binary"}} for media in what.split(", ")}
     media = "application/problem+json" if what == "Problem" else "application/json"
     return {media: {"schema": _ref(what)}}
 
@@ -210,14 +229,11 @@ def _content(what: str) -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     names = re.findall(r"\{(\w+)", route.path)
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": TEXT_TYPE} for name in names
+        {"name": name, "in": "path", "required": True, "schema": VARIABLES[name]} for name in names
     ]
     parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
-    parameters += [
-        {"name": name, "in": "header", "description": text, "schema": TEXT_TYPE}
-        for name, text in route.headers.items()
-    ]
-    answers = dict(route.answers) | ({} if route.open else {401: "Problem"})
+    parameters += [{"name": name, "in": "header", "schema": schema} for name, schema in route.headers.items()]
+    answers = ANYWHERE | dict(route.answers) | ({} if route.open else {401: "Problem"})
     operation: dict[str, Any] = {
         "operationId": route.handler,
         "summary": route.summary,
@@ -235,8 +251,8 @@ def _operation(route: Route) -> dict[str, Any]:
     return operation
 
 
-def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+def document(routes: Sequence[Route], version: str, secured: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 document. secured: whether this service asks for a token."""
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path.replace("...", ""), {})[route.method.lower()] = _operation(route)
@@ -246,9 +262,12 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": schemas(),
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE},
+            },
         },
-        "security": [{"bearer": []}, {}],
+        "security": [{"bearer": []}, {"session": []}] if secured else [],
     }
 
 

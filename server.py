@@ -56,7 +56,7 @@ import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
 from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
-from openapi import Route
+from openapi import COOKIE, Route
 from retention import Keep
 from storage import Layout
 from wire import Answer, Refused, Request, json_answer, json_list_answer
@@ -67,7 +67,6 @@ VERSION = "0.1.0"
 BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
 JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
-COOKIE = "reichan_session"
 TAURI_ORIGINS = (
     "tauri://localhost",
     "http://tauri.localhost",
@@ -274,8 +273,24 @@ def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
 
 
 # ---------------------------------------------------------------- routes
-ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*", "text/plain", "text/html"
+ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*, application/octet-stream", "text/plain", "text/html"
 WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
+CURSOR = {"type": "integer", "minimum": 0, "maximum": 2**62}
+CONDITIONS = {
+    name: {"type": "string", "description": text}
+    for name, text in {
+        "Range": "bytes=first-last, one range",
+        "If-Range": "the ETag that the range belongs to",
+        "If-None-Match": "an ETag: 304 while it is the present one",
+        "If-Match": "an ETag: 412 once it is not the present one",
+    }.items()
+}
+REPEATABLE = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 255,
+    "description": "the same key and body again give the same job",
+}
 ROUTES = (
     Route(
         "POST",
@@ -292,7 +307,7 @@ ROUTES = (
             503: "Problem",
             507: "Problem",
         },
-        headers={"Idempotency-Key": "the same key and body again give the same job"},
+        headers={"Idempotency-Key": REPEATABLE},
         body="Submission",
     ),
     Route(
@@ -305,7 +320,7 @@ ROUTES = (
             "status": {"type": "string", "enum": list(jobs.STATES)},
             "q": {"type": "string"},
             "limit": {"type": "integer", "minimum": 1, "maximum": 500},
-            "cursor": {"type": "string"},
+            "cursor": CURSOR,
         },
     ),
     Route("GET", "/jobs/{id}", "job", "One job's state", {200: "JobState", 404: "Problem"}),
@@ -340,8 +355,20 @@ ROUTES = (
         "/jobs/{id}/pages/{n}/before",
         "before",
         "A page as it came",
-        {200: IMAGE, 404: "Problem", 409: "Problem", 410: "Problem", 422: "Problem", 503: "Problem"},
+        {
+            200: IMAGE,
+            206: IMAGE,
+            304: None,
+            404: "Problem",
+            409: "Problem",
+            410: "Problem",
+            412: "Problem",
+            416: "Problem",
+            422: "Problem",
+            503: "Problem",
+        },
         query=WIDTH,
+        headers=CONDITIONS,
     ),
     Route(
         "GET",
@@ -361,6 +388,7 @@ ROUTES = (
             503: "Problem",
         },
         query=WIDTH,
+        headers=CONDITIONS,
     ),
     Route(
         "GET",
@@ -377,6 +405,7 @@ ROUTES = (
             412: "Problem",
             416: "Problem",
         },
+        headers=CONDITIONS,
     ),
     Route("GET", "/jobs/{id}/report", "report", "State, report and timings", {200: "Report", 404: "Problem"}),
     Route(
@@ -394,8 +423,9 @@ ROUTES = (
             503: "Problem",
             507: "Problem",
         },
-        headers={"Repr-Digest": "sha-256=:base64:, checked"},
+        headers={"Repr-Digest": {"type": "string", "description": "sha-256=:base64:, checked"}},
         body="application/octet-stream",
+        body_optional=True,
     ),
     Route("GET", "/models", "models", "Models and their weights", {200: "ModelList"}),
     Route("POST", "/session", "open_session", "A cookie for browsers", {204: None, 401: "Problem"}),
@@ -406,14 +436,21 @@ ROUTES = (
     Route("GET", "/openapi.json", "openapi", "This interface", {200: "Object"}, open=True),
     Route("GET", "/docs", "docs", "This interface, readable", {200: PAGE}, open=True),
     Route("GET", "/", "index", "The web page", {200: PAGE}, open=True),
-    Route("GET", "/ws/jobs", "watch_all", "WebSocket: every job's changes", {101: None, 426: "Problem"}),
+    Route(
+        "GET",
+        "/ws/jobs",
+        "watch_all",
+        "WebSocket: every job's changes",
+        {101: None, 422: "Problem", 426: "Problem", 503: "Problem"},
+        query={"after": CURSOR},
+    ),
     Route(
         "GET",
         "/ws/jobs/{id}",
         "watch_job",
         "WebSocket: one job's changes",
-        {101: None, 426: "Problem"},
-        query={"after": {"type": "integer", "minimum": 0}},
+        {101: None, 422: "Problem", 426: "Problem", 503: "Problem"},
+        query={"after": CURSOR},
     ),
 )
 
@@ -875,7 +912,7 @@ class Api:
 
     def openapi(self, _request: Request) -> Answer:
         """GET /openapi.json."""
-        return json_answer(openapi.document(ROUTES, VERSION))
+        return json_answer(openapi.document(ROUTES, VERSION, secured=bool(self.config.token)))
 
     def docs(self, _request: Request) -> Answer:
         """GET /docs."""
