@@ -476,6 +476,7 @@ class Api:
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
         self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
+        self._asked_probe: object = None  # the last question to a worker
 
     # -- every request comes through here
     def handle(self, handler: wire.Handler, request: Request) -> Answer | None:
@@ -834,7 +835,10 @@ class Api:
                 stamps[key] = (file.path, stat.st_size, stat.st_mtime_ns)
         if self.dispatcher.probed is None or stamps != self._probed_files:
             future = self.dispatcher.ask("probe", Probe())
-            future.add_done_callback(lambda done: self._remember_probe(done, stamps))
+            # Once a question: while nobody answers, every request would leave something behind.
+            if future is not self._asked_probe:
+                self._asked_probe = future
+                future.add_done_callback(lambda done: self._remember_probe(done, stamps))
         return self.dispatcher.probed
 
     def _remember_probe(self, done: Any, stamps: object) -> None:

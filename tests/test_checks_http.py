@@ -479,6 +479,14 @@ def test_r10_twenty_submits_with_one_key_make_one_row(service, client):
         assert [*submit(key).faults()] == ["Idempotency-Key"]
 
 
+def test_requests_leave_nothing_behind_while_no_worker_answers(service, client):
+    for _ in range(20):
+        assert client.call("GET", "/models").json()["probed"] is False
+        assert client.call("GET", "/devices").json() == {"devices": [], "probed": False}
+    ((_, question),) = service.dispatcher._asked.values()
+    assert len(question._done_callbacks) == 1
+
+
 # ---------------------------------------------------------------- uploads
 def test_an_upload_that_breaks_off_or_is_refused_leaves_nothing_not_even_a_folder(service, client):
     incoming, port = service.config.layout.incoming, service.http.server_port
