@@ -415,9 +415,8 @@ def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
     own_temporary); what a crash left of it is written over, and target's folder is made only for
     a whole file. Synced before the rename and after it: a crash leaves the old file or the new one.
     """
-    if temporary is None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = new_temporary(target.parent)
+    temporary = temporary or new_temporary(target.parent)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     remove_file(temporary)
     _being_written.add(temporary)
     try:
