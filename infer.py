@@ -294,7 +294,7 @@ class NativeEngine:
         self.dtype = PRECISIONS[plan.precision]
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
-        self.network = copy_network(model.network).to(self.device, self.dtype)
+        self.network = copy_network(model.network, self.dtype).to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d):  # roll() calls none of them, and ticks itself

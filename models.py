@@ -286,8 +286,31 @@ def _ncnn_arrays(shapes: list[tuple[int, bool]], blob: bytes) -> Iterator[npt.ND
         raise storage.WeightsRefused("the file is longer than its layers")
 
 
-def copy_network(network: Network) -> Network:
-    """A second instance with the same tensors (deepcopy would copy hooks along)."""
+def copy_network(network: Network, dtype: torch.dtype = torch.float32) -> Network:
+    """A second instance with the same tensors, rounded to dtype (deepcopy would copy hooks along)."""
     copy = type(network)(*network.shape)
     copy.load_state_dict(network.state_dict())
-    return copy.eval().requires_grad_(False)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = round_kernels(module.weight.data, dtype)
+    return copy.to(dtype).eval().requires_grad_(False)
+
+
+def round_kernels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(cout, cin, kh, kw) -> the same values in dtype, each kernel's sum as near as dtype allows.
+
+    What neighbouring pixels have in common meets a kernel's sum. Its taps are rounded from the
+    largest to the smallest, each taking on what the rounding before it left (error diffusion, in
+    the order in which the steps between values shrink). On screentone the 6B model in bf16 is 10 dB
+    nearer to fp32 so than with each tap rounded by itself (tests/test_models.py shows a part).
+    """
+    kernels = weight.flatten(2)
+    order = kernels.abs().argsort(2, descending=True)
+    ranked = kernels.gather(2, order)
+    rounded = torch.empty_like(ranked, dtype=dtype)
+    left = torch.zeros_like(ranked[..., 0])
+    for tap in range(ranked.shape[2]):
+        wanted = ranked[..., tap] + left
+        rounded[..., tap] = wanted
+        left = wanted - rounded[..., tap]
+    return torch.empty_like(rounded).scatter(2, order, rounded).view(weight.shape)

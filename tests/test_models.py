@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from engines import COMPACT, NO_FILES, bundled, random_network
+from engines import COMPACT, NO_FILES, SIX_B, bundled, random_network
 
 import models
 import storage
@@ -155,3 +155,16 @@ def test_all_keys_shapes_and_types_must_match(tmp_path, fault):
     safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(storage.WeightsRefused):
         models.load_model(found(tmp_path, "odd"))
+
+
+def test_rounded_kernels_keep_their_sums():
+    weight = bundled(SIX_B).network.conv_body.weight.data
+    plain, diffused = weight.to(torch.bfloat16), models.round_kernels(weight, torch.bfloat16)
+    step = plain.float().abs() * 2**-7  # between neighbours of bf16
+    assert ((diffused.float() - weight).abs() <= step + step.amax((2, 3), keepdim=True) / 2).all()
+
+    def strays(rounded: torch.Tensor) -> float:
+        return float((rounded.float() - weight).sum((2, 3)).square().mean().sqrt())
+
+    assert strays(diffused) < strays(plain) / 10
+    assert torch.equal(models.round_kernels(weight, torch.float32), weight)
