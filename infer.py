@@ -291,10 +291,10 @@ class NativeEngine:
         self.scale = model.scale
         self.plan = plan
         self.device = torch_device(plan.device, slot)
-        self.dtype = PRECISIONS[plan.precision]
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
-        self.network = copy_network(model.network, self.dtype).to(self.device)
+        self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
+        self.input_dtype = self.network.first.weight.dtype
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d):  # roll() calls none of them, and ticks itself
@@ -393,7 +393,7 @@ class NativeEngine:
                 top = kept
 
     def _to_input(self, stack: torch.Tensor, white: int) -> torch.Tensor:
-        return windows.to_input(stack, white, self.dtype)
+        return windows.to_input(stack, white, self.input_dtype)
 
 
 def add_grain(page: Pixels, grain: Pixels) -> Pixels:

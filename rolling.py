@@ -36,17 +36,16 @@ class Scratch:
     """Room for one strip by its number of channels, used by one convolution after another:
     so it stays in the caches."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int) -> None:
         self.width = width
-        self.dtype = dtype
-        self.rooms: dict[int, Tensor] = {}
+        self.rooms: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def room(self, channels: int, rows: int) -> Tensor:
+    def room(self, channels: int, rows: int, dtype: torch.dtype) -> Tensor:
         """(1, channels, rows, W) channels last, uninitialised."""
-        held = self.rooms.get(channels)
+        held = self.rooms.get((channels, dtype))
         if held is None or held.shape[2] < rows:
-            held = torch.empty(1, channels, rows, self.width, dtype=self.dtype)
-            held = self.rooms[channels] = held.to(memory_format=torch.channels_last)
+            held = torch.empty(1, channels, rows, self.width, dtype=dtype)
+            held = self.rooms[channels, dtype] = held.to(memory_format=torch.channels_last)
         return held[:, :, :rows]
 
 
@@ -56,7 +55,7 @@ class Strip:
     def __init__(self, conv: nn.Conv2d, scratch: Scratch) -> None:
         self.conv = conv
         self.scratch = scratch
-        self.kept = torch.zeros(1, conv.in_channels, 2, scratch.width, dtype=scratch.dtype)
+        self.kept = torch.zeros(1, conv.in_channels, 2, scratch.width, dtype=conv.weight.dtype)
         self.kept = self.kept.to(memory_format=torch.channels_last)
         self.held = 1  # rows of kept; above the page there are zeros
         self.seen = self.kept
@@ -66,7 +65,7 @@ class Strip:
 
         Until then another Strip of as many channels must not ask for its own.
         """
-        self.seen = self.scratch.room(self.conv.in_channels, self.held + rows + 1)
+        self.seen = self.scratch.room(self.conv.in_channels, self.held + rows + 1, self.kept.dtype)
         self.seen[:, :, : self.held] = self.kept[:, :, : self.held]
         return self.seen[:, :, self.held : self.held + rows]
 
@@ -126,6 +125,7 @@ class RollingCompact:
 
     def __init__(self, network: SRVGGNetCompact, scratch: Scratch) -> None:
         self.scale = network.scale
+        self.dtype = network.dtype
         layers = list(network.body)
         self.strips = [Strip(cast(nn.Conv2d, conv), scratch) for conv in layers[::2]]
         self.slopes = [cast(Tensor, prelu.weight) for prelu in layers[1::2]]
@@ -142,11 +142,11 @@ class RollingCompact:
             if not out.shape[2]:
                 return out
             if slopes is not None:
-                out = F.prelu(out, slopes)
+                out = F.prelu(out.to(self.dtype), slopes)
         # The source under each of its pixel's results: added before the shuffle it takes a fifth of the time.
         source = self.source.pull(out.shape[2]).permute(0, 2, 3, 1)
         under = source.repeat_interleave(self.scale**2, 3).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(out.add_(under), self.scale)
+        return F.pixel_shuffle(under.add_(out), self.scale)
 
 
 class RollingDense:
@@ -191,6 +191,7 @@ class RollingHead:
 
     def __init__(self, network: RRDBNet, scratch: Scratch) -> None:
         self.multiple = network.multiple
+        self.dtype = network.dtype
         self.strip = Strip(network.conv_first, scratch)
         self.source = Delay()
 
@@ -199,7 +200,7 @@ class RollingHead:
         x = F.pixel_unshuffle(x, self.multiple) if self.multiple > 1 else x
         tick()
         self.strip.room(x.shape[2]).copy_(x)
-        out = self.strip.run(last)[1]
+        out = self.strip.run(last)[1].to(self.dtype)
         self.source.push(out)
         return out
 
@@ -222,8 +223,8 @@ class RollingBody:
 class RollingTail:
     """What an RRDBNet does on the way to its output's size."""
 
-    def __init__(self, network: RRDBNet, width: int, dtype: torch.dtype) -> None:
-        self.widths = [Scratch(width * factor, dtype) for factor in (2, 4)]
+    def __init__(self, network: RRDBNet, width: int) -> None:
+        self.widths = [Scratch(width * factor) for factor in (2, 4)]
         half, whole = self.widths
         self.ups = [Strip(network.conv_up1, half), Strip(network.conv_up2, whole)]
         self.hr = Strip(network.conv_hr, whole)
@@ -252,9 +253,9 @@ class Stage(Protocol):
         ...
 
 
-def stages_of(network: Network, width: int, dtype: torch.dtype) -> list[tuple[Stage, int]]:
+def stages_of(network: Network, width: int) -> list[tuple[Stage, int]]:
     """A network's stages, each with the rows that it takes at a time."""
-    scratch, rows = Scratch(width, dtype), rows_at_once(width)
+    scratch, rows = Scratch(width), rows_at_once(width)
     if isinstance(network, SRVGGNetCompact):
         return [(RollingCompact(network, scratch), rows)]
     head = RollingHead(network, scratch)
@@ -263,7 +264,7 @@ def stages_of(network: Network, width: int, dtype: torch.dtype) -> list[tuple[St
         (head, rows * network.multiple),
         *((block, rows) for block in blocks),
         (RollingBody(network, head.source, scratch), rows),
-        (RollingTail(network, width, dtype), rows // TAIL_SHARE),
+        (RollingTail(network, width), rows // TAIL_SHARE),
     ]
 
 
@@ -274,7 +275,7 @@ def roll(network: Network, x: Tensor, tick: Callable[[], None] = lambda: None) -
     convolution. A convolution's sums may be ordered otherwise than in forward().
     """
     rows: Iterator[tuple[Tensor, bool]] = iter([(x, True)])
-    for stage, at_once in stages_of(network, x.shape[3] // network.multiple, x.dtype):
+    for stage, at_once in stages_of(network, x.shape[3] // network.multiple):
         rows = _through(stage, at_once, rows, tick)
     return (part for part, _ in rows)
 

@@ -285,6 +285,9 @@ CONDITIONS = {
         "If-Match": "an ETag: 412 once it is not the present one",
     }.items()
 }
+IMAGE_ANSWERS: dict[int, str | None] = {200: IMAGE, 206: IMAGE, 304: None} | dict.fromkeys(
+    (404, 409, 410, 412, 416, 422, 503), "Problem"
+)
 REPEATABLE = {
     "type": "string",
     "minLength": 1,
@@ -355,18 +358,7 @@ ROUTES = (
         "/jobs/{id}/pages/{n}/before",
         "before",
         "A page as it came",
-        {
-            200: IMAGE,
-            206: IMAGE,
-            304: None,
-            404: "Problem",
-            409: "Problem",
-            410: "Problem",
-            412: "Problem",
-            416: "Problem",
-            422: "Problem",
-            503: "Problem",
-        },
+        IMAGE_ANSWERS,
         query=WIDTH,
         headers=CONDITIONS,
     ),
@@ -375,18 +367,7 @@ ROUTES = (
         "/jobs/{id}/pages/{n}/after",
         "after",
         "A page upscaled",
-        {
-            200: IMAGE,
-            206: IMAGE,
-            304: None,
-            404: "Problem",
-            409: "Problem",
-            410: "Problem",
-            412: "Problem",
-            416: "Problem",
-            422: "Problem",
-            503: "Problem",
-        },
+        IMAGE_ANSWERS,
         query=WIDTH,
         headers=CONDITIONS,
     ),

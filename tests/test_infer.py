@@ -129,7 +129,7 @@ def card(monkeypatch) -> list[tuple[str, int]]:
         tried.append((self.plan.device, self.plan.tile))
         if self.plan.device == "cuda" and stack.shape[0] * stack.shape[1] * stack.shape[2] > CARD_PIXELS[0]:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return windows.to_input(stack, white, self.dtype)
+        return windows.to_input(stack, white, self.input_dtype)
 
     monkeypatch.setattr(infer.NativeEngine, "_to_input", capped)
     return tried
@@ -178,15 +178,15 @@ def test_a_page_that_never_fits_fails_with_a_reason(monkeypatch):
         engines().compute(grey(40, 40), Params(model=COMPACT), plan_for(bundled(COMPACT), tile=64))
 
 
-def change_results(monkeypatch, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-    """Let change(x, y) stand for the y that a compact network makes of x, whole or rolling."""
+def change_results(monkeypatch, change: Callable[[torch.dtype, torch.Tensor], torch.Tensor]) -> None:
+    """Let change(dtype, y) stand for the y that a compact network of this dtype makes, whole or rolling."""
     forward, run = models.SRVGGNetCompact.forward, rolling.RollingCompact.run
 
     def whole(self, x):
-        return change(x, forward(self, x))
+        return change(self.dtype, forward(self, x))
 
     def rows(self, x, last, tick):
-        return change(x, run(self, x, last, tick))
+        return change(self.dtype, run(self, x, last, tick))
 
     monkeypatch.setattr(models.SRVGGNetCompact, "forward", whole)
     monkeypatch.setattr(rolling.RollingCompact, "run", rows)
@@ -194,7 +194,7 @@ def change_results(monkeypatch, change: Callable[[torch.Tensor, torch.Tensor], t
 
 def break_results(monkeypatch, value: float, only: torch.dtype | None = None) -> None:
     """Make networks of one dtype (or all) give a constant."""
-    change_results(monkeypatch, lambda x, y: torch.full_like(y, value) if only in (None, x.dtype) else y)
+    change_results(monkeypatch, lambda dtype, y: torch.full_like(y, value) if only in (None, dtype) else y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
@@ -238,8 +238,8 @@ def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
 def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
     monkeypatch.setattr(infer, "_native_bf16", lambda: True)
 
-    def refused(x, y):
-        if x.dtype == torch.bfloat16:
+    def refused(dtype, y):
+        if dtype == torch.bfloat16:
             raise RuntimeError("not implemented for 'BFloat16' (injected)")
         return y
 
@@ -252,8 +252,8 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def dragged(x, y):
-        now[0] += 2.0 if x.dtype == slow else 1.0
+    def dragged(dtype, y):
+        now[0] += 2.0 if dtype == slow else 1.0
         return y
 
     change_results(monkeypatch, dragged)

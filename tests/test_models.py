@@ -168,3 +168,13 @@ def test_rounded_kernels_keep_their_sums():
 
     assert strays(diffused) < strays(plain) / 10
     assert torch.equal(models.round_kernels(weight, torch.float32), weight)
+
+
+@pytest.mark.parametrize("name", [COMPACT, SIX_B])
+def test_a_bf16_copy_sees_the_page_in_fp32(name):
+    network = bundled(name).network
+    copy = models.copy_network(network, torch.bfloat16)
+    assert (copy.dtype, copy.first.weight.dtype) == (torch.bfloat16, torch.float32)
+    levels = torch.arange(256).reshape(1, 1, 16, 16).expand(1, 3, 16, 16) / 255
+    assert torch.equal(copy.first(levels), network.first(levels))
+    assert copy(levels).isfinite().all()

@@ -79,8 +79,8 @@ def test_memory_depends_on_the_width_only(monkeypatch):
     rooms = []
     room = rolling.Scratch.room
 
-    def noted(self, channels, rows):
-        held = room(self, channels, rows)
+    def noted(self, channels, rows, dtype):
+        held = room(self, channels, rows, dtype)
         rooms.append(held.shape[2])
         return held
 
