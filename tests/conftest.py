@@ -29,13 +29,18 @@ class Hostile:
     make: SimpleNamespace  # make_hostile itself, for its drawn pages
 
 
-@pytest.fixture(scope="session")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
+def make_hostile(root: Path, kinds: str) -> Path:
+    """Hostile inputs of the kinds ("archive,image"), written into root, which is made."""
     require(MAKE_HOSTILE.is_file(), f"{MAKE_HOSTILE} is not there")
     require(importlib.util.find_spec("PIL"), "Pillow is not installed")
-    root = tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, str(MAKE_HOSTILE), str(root), "--only", "archive,image,folder"]
+    command = [sys.executable, str(MAKE_HOSTILE), str(root), "--only", kinds]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return root
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
+    root = make_hostile(tmp_path_factory.mktemp("hostile"), "archive,image,folder")
     # run_path, since an import would leave a __pycache__ in a folder that is not ours.
     make = SimpleNamespace(**runpy.run_path(str(MAKE_HOSTILE)))
     return Hostile(root, json.loads((root / "index.json").read_text()), make)

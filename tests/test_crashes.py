@@ -27,7 +27,7 @@ import kills
 import pytest
 import safetensors.torch
 from client import Client, JobList
-from conftest import MAKE_HOSTILE
+from conftest import make_hostile
 from engines import random_network
 from helpers import require
 from kills import Service, contents
@@ -532,9 +532,7 @@ def test_a_database_that_stays_locked_refuses_a_submit_with_503_and_no_row(tmp_p
 
 def test_hostile_weights_fail_their_job_run_nothing_and_the_service_goes_on(tmp_path):
     """C17: as they come, and vouched for."""
-    require(MAKE_HOSTILE.is_file(), f"{MAKE_HOSTILE} is not there")
-    command = [sys.executable, str(MAKE_HOSTILE), str(tmp_path), "--only", "weights"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    make_hostile(tmp_path, "weights")
     canary = Path("/tmp/mus-hostile-canary")  # make_hostile's
     assert not canary.exists()
     files = sorted((tmp_path / "weights").iterdir())

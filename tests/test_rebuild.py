@@ -20,9 +20,8 @@ from typing import Any
 import damage
 import pytest
 from client import Client
-from conftest import MAKE_HOSTILE
+from conftest import make_hostile
 from damage import Known
-from helpers import require
 from serving import until, volume
 
 import jobs
@@ -221,10 +220,7 @@ def test_flipped_bytes_anywhere_lose_no_finished_job(layout, before, seed):
 
 def test_hostile_databases_are_refused_or_kept_aside_and_artifacts_come_back(layout, before, tmp_path):
     """Row C15 of checks.md."""
-    require(MAKE_HOSTILE.is_file(), f"{MAKE_HOSTILE} is not there")
-    out = tmp_path / "hostile"
-    command = [sys.executable, str(MAKE_HOSTILE), str(out), "--only", "db"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    out = make_hostile(tmp_path / "hostile", "db")
     names = [entry["file"] for entry in json.loads((out / "index.json").read_text())]
     assert len(names) == 7
     good = layout.database.read_bytes()
