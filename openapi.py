@@ -71,6 +71,7 @@ VARIABLES: dict[str, dict[str, Any]] = {
     "id": {"type": "string", "format": "uuid"},
     "n": {"type": "integer", "minimum": 1, "maximum": 999_999_999},
     "path": {"type": "string", "minLength": 1},
+    "file": {"type": "string", "enum": ["swagger-ui-bundle.js", "swagger-ui.css"]},
 }
 # Of any request: it is no HTTP, comes from another web site, or was meant for another host.
 ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
@@ -285,6 +286,7 @@ def page(routes: Sequence[Route]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Interface</title><style>{style}</style>'
         "<h1>Manga Upscale Service: interface</h1>"
+        "<p>Requests can be tried out here once <code>pip install flask-swagger-ui</code> has been run.</p>"
         '<p>The whole description, for programs: <a href="openapi.json">openapi.json</a>.</p>'
         f"<table><tr><th>Method</th><th>Path</th><th>What</th><th>Answers</th></tr>{rows}</table></html>"
     )

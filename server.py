@@ -52,6 +52,7 @@ import jobs
 import openapi
 import rebuild
 import storage
+import webpage
 import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
@@ -274,6 +275,7 @@ def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
 
 # ---------------------------------------------------------------- routes
 ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*, application/octet-stream", "text/plain", "text/html"
+ASSET = "text/javascript, text/css"
 WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
 CURSOR = {"type": "integer", "minimum": 0, "maximum": 2**62}
 CONDITIONS = {
@@ -416,6 +418,15 @@ ROUTES = (
     Route("GET", "/metrics", "metrics", "For Prometheus", {200: TEXT}),
     Route("GET", "/openapi.json", "openapi", "This interface", {200: "Object"}, open=True),
     Route("GET", "/docs", "docs", "This interface, readable", {200: PAGE}, open=True),
+    Route(
+        "GET",
+        "/docs/{file}",
+        "docs_asset",
+        "What /docs needs",
+        {200: ASSET, 206: ASSET, 304: None, 404: "Problem", 412: "Problem", 416: "Problem"},
+        headers=CONDITIONS,
+        open=True,
+    ),
     Route("GET", "/", "index", "The web page", {200: PAGE}, open=True),
     Route(
         "GET",
@@ -901,11 +912,20 @@ class Api:
 
     def docs(self, _request: Request) -> Answer:
         """GET /docs."""
-        return _page_answer(openapi.page(ROUTES))
+        return webpage.docs(ROUTES)
+
+    def docs_asset(self, request: Request, file: str) -> Answer:
+        """GET /docs/{file}."""
+        path = webpage.asset(file)
+        if path is None:
+            raise Refused(404, "NO_ROUTE", f"there is nothing at {request.path[:200]!a}")
+        stat = path.stat()
+        headers = {"Content-Type": webpage.ASSETS[file]}
+        return wire.file_answer(request, path.open("rb"), f"{stat.st_size:x}", stat.st_mtime, headers)
 
     def index(self, _request: Request) -> Answer:
         """GET /."""
-        return _page_answer((Path(__file__).parent / "index.html").read_text(encoding="utf-8"))
+        return webpage.index()
 
     # -- websocket
     def _upgrade(self, handler: wire.Handler, request: Request, values: dict[str, str]) -> Answer | None:
@@ -1048,16 +1068,6 @@ def _image_headers(data: bytes) -> dict[str, str]:
     kind = storage.sniff(data)
     media = f"image/{kind}" if kind in ("jpeg", "png", "webp", "gif", "bmp") else "application/octet-stream"
     return {"Content-Type": media, "Content-Security-Policy": "default-src 'none'; sandbox"}
-
-
-def _page_answer(text: str) -> Answer:
-    policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
-    headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-    return Answer(200, headers | {"Referrer-Policy": "no-referrer"}, text.encode("utf-8"))
 
 
 def _page_json(page: jobs.Page) -> dict[str, Any]:
@@ -1258,6 +1268,8 @@ def main() -> int:
         print(f"serving on {service.url}  (stop with Ctrl-C)", flush=True)
         if service.made_token:
             print(f"access token: {service.config.token}", flush=True)
+        if not webpage.can_try_out():
+            log.warning("/docs shows a table only: pip install flask-swagger-ui")
         if flags.demo:
             threading.Thread(target=run_demo, args=(service,), name="demo", daemon=True).start()
         # Short waits: on Windows an endless one would not let Ctrl-C through.
