@@ -1,0 +1,400 @@
+"""The web page and /docs as people use them: in a real, headless Chromium.
+
+Every page here must stay on this host, break no rule of its policy and throw no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import drawn
+import pytest
+from helpers import require
+from kills import Service
+from serving import finished, png, queued, running, still, until, volume
+
+import jobs
+import server
+import webpage
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# It has no business outside, and asks for nothing there.
+QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+TOKEN = "correct-horse-battery"
+DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+
+
+# ---------------------------------------------------------------- a browser
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    require(CHROMIUM, "Chromium is not installed (Debian: chromium)")
+    require(importlib.util.find_spec("playwright"), "playwright is not installed (pip install playwright)")
+    from playwright.sync_api import sync_playwright
+
+    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET, *root])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium) -> Iterator[Callable[..., Any]]:
+    """Open a URL in a browser of its own: visit(url, locale="zh-CN", color_scheme="dark")."""
+    wrong: list[str] = []
+
+    def open_page(url: str, **options: Any) -> Any:
+        context = chromium.new_context(**{"viewport": DESK, "locale": "en-US"} | options)
+        stack.callback(context.close)
+        context.set_default_timeout(20_000)
+        page = context.new_page()
+        host = urlsplit(url).netloc
+        ours = (f"http://{host}/", f"ws://{host}/", f"blob:http://{host}/", "data:")
+        page.on("request", lambda request: request.url.startswith(ours) or wrong.append(request.url))
+        page.on("websocket", lambda line: line.url.startswith(ours) or wrong.append(line.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: "Content Security" in said.text and wrong.append(said.text))
+        page.goto(url)
+        return page
+
+    with contextlib.ExitStack() as stack:
+        yield open_page
+    assert not wrong
+
+
+def drop(page: Any, *paths: Path) -> None:
+    """Files and folders let go over the page, as a file manager does it."""
+    box = page.locator("#drop").bounding_box()
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    place = {"x": box["x"] + 30, "y": box["y"] + 30, "data": data}
+    line = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        line.send("Input.dispatchDragEvent", {"type": kind, **place})
+    line.detach()
+
+
+def see(page: Any, text: str | re.Pattern[str], within: str = "body") -> Any:
+    """Wait until this can be read; where."""
+    found = page.locator(within).get_by_text(text).first
+    found.wait_for()
+    return found
+
+
+def button(page: Any, name: str) -> Any:
+    return page.get_by_role("button", name=name)
+
+
+def many(service: server.Service, count: int) -> None:
+    """Jobs that wait, as many as asked."""
+    (service.config.layout.incoming / "one.zip").write_bytes(volume({"1.png": png()}))
+    facts = {"volume": "1", "input_type": "zip", "input_path": "one.zip", "params": jobs.Params()}
+    with service.table.transaction():
+        for n in range(count):
+            service.table.insert({"id": f"{n:08x}-0000-4000-8000-000000000000", "title": f"t{n}", **facts})
+
+
+def with_pages(service: server.Service, count: int, error: str | None = None) -> jobs.Job:
+    """A job that succeeded with as many pages; the second was carried because of `error`."""
+    job = running(service, "Long")
+    pages = [
+        jobs.Page(job.id, n, f"{n:05}.png", f"{n:05}.png", "0" * 64, 9, None, f"{n:05}", "upscaled",
+                  f"{n:05}.jpg", "0" * 64, 9, 64, 96, "L")
+        for n in range(1, count + 1)
+    ]  # fmt: skip
+    if error:
+        pages[1] = jobs.replace(pages[1], status="carried", error=error)
+    service.table.replace_pages(job.id, pages)
+    facts = {"total": count, "processed": count, "failed_pages": 1 if error else 0, "artifact_hash": "0" * 64}
+    return jobs.advance(service.table, job, "finish", 2000.0, **facts)
+
+
+# ---------------------------------------------------------------- a volume's whole way
+WIDTHS = "[...document.querySelectorAll('#sheet img')].map((one) => one.complete && one.naturalWidth)"
+
+
+def draw_volume(folder: Path) -> Path:
+    """Eight pages in a folder of their own, the first in colour; a page that is cut off; no page."""
+    (folder / "第1話").mkdir(parents=True)
+    for n in range(1, 9):
+        page = drawn.colour(240, 160) if n == 1 else drawn.grey(240, 160)
+        cv2.imencode(".png", page)[1].tofile(folder / "第1話" / f"{n}.png")
+    (folder / "10.png").write_bytes((folder / "第1話" / "1.png").read_bytes()[:2000])
+    (folder / "notes.txt").write_text("no page")
+    return folder
+
+
+def compare(page: Any) -> None:
+    """Move the slider from one end to the other, by keys."""
+    until(lambda: page.evaluate(WIDTHS) == [160, 320])
+    slider = page.get_by_role("slider", name="Compare before and after")
+    slider.press("End")
+    before = page.locator("#sheet").screenshot()
+    slider.press("Home")
+    assert page.locator("#sheet").screenshot() != before
+    for _ in range(30):
+        slider.press("ArrowRight")
+    clip = page.locator("#after").evaluate("(image) => getComputedStyle(image).clipPath")
+    assert clip == "inset(0px 0px 0px 30%)"
+
+
+def test_a_dropped_folder_is_upscaled_through_a_killed_service_compared_and_downloaded(tmp_path, visit):
+    """The service is killed amid the job and started again: the page finds back by itself."""
+    folder = draw_volume(tmp_path / "作品名 第3巻")
+    service = Service(tmp_path / "root")
+    try:
+        service.command[service.command.index("0")] = service.client.host.rpartition(":")[2]
+        page = visit(f"http://{service.client.host}/")
+        see(page, "Connected")
+        drop(page, folder)
+        assert see(page, "9 pages").is_visible()
+        assert page.get_by_label("Title").input_value() == "作品名"
+        assert page.get_by_label("Volume", exact=True).input_value() == "3"
+        page.get_by_label("Model").select_option("realesr-animevideov3")
+        page.get_by_label("PNG").check()
+        button(page, "Upscale this volume").click()
+        see(page, re.compile(r"[1-9] of 9 pages"), "#running")
+        service.kill()
+        see(page, "Reconnecting")
+        service.start()
+        see(page, "Connected")
+        see(page, "Done", "#jobs")
+        assert see(page, "1 page kept as it was").is_visible()
+
+        page.get_by_role("link", name="作品名 3", exact=True).press("Enter")
+        state = service.client.state(page.url.rpartition("#")[2])
+        assert (state.status, state.processed, state.params.output_format) == ("SUCCESS", 9, "png")
+        shown = see(page, "10.png", "#trouble").locator("xpath=..").inner_text()
+        assert len(shown) > len("10.png ") + 10, "the failed page's reason is not shown"
+        button(page, "第1話/1.png").click()
+        compare(page)
+
+        with page.expect_download() as waiting:
+            page.get_by_role("link", name="Download: 作品名 3").click()
+        data = Path(waiting.value.path()).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert see(page, digest, "#facts").is_visible() and digest == state.artifact_hash
+        names = zipfile.ZipFile(waiting.value.path()).namelist()
+        assert sorted(names) == ["10.png", "artifact-report.json", *(f"第1話/{n}.png" for n in range(1, 9))]
+    finally:
+        service.end()
+
+
+def test_a_dropped_archive_waits_and_is_cancelled_resumed_and_deleted_without_an_alert(tmp_path, visit):
+    (tmp_path / "Yotsuba v02 (2004).cbz").write_bytes(volume({"1.png": png()}))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+        drop(page, tmp_path / "Yotsuba v02 (2004).cbz")
+        button(page, "Upscale this volume").click()
+        row = page.locator("#jobs li")
+        see(page, "Waiting", "#jobs")
+        job = next(service.table.changed_since(0))
+        assert (job.title, job.volume, job.input_type) == ("Yotsuba", "02", "zip")
+        row.get_by_role("button", name="Cancel").click()
+        see(page, "Cancelled", "#jobs")
+        row.get_by_role("button", name="Resume").click()
+        see(page, "Waiting", "#jobs")
+        row.get_by_role("button", name="Delete").click()
+        button(page, "Keep").click()
+        assert service.table.get(job.id).state == jobs.PENDING
+        row.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        see(page, "Nothing here yet")
+        assert not list(service.table.changed_since(0))
+
+
+def test_what_others_do_is_seen_at_once(tmp_path, visit):
+    with still(tmp_path) as service:
+        page = visit(service.url)
+        see(page, "Nothing here yet")
+        job = running(service, "Live")
+        service.table.change(job, jobs.RUNNING, total=24, processed=12, eta_s=60.0)
+        see(page, re.compile(r"12 of 24 pages · 12 pages/min · .*left"), "#running")
+        done = service.table.get(job.id)
+        jobs.advance(service.table, done, "fail", 2000.0, last_error="every page failed")
+        see(page, "every page failed", "#jobs")
+
+
+def test_what_is_no_volume_is_refused_with_its_name(tmp_path, visit):
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "notes.pdf")
+        see(page, "notes.pdf is not a folder of pages")
+        assert not page.locator("#start").is_visible()
+
+
+def test_an_upload_whose_line_is_lost_goes_on_with_the_file_that_was_under_way(tmp_path, visit):
+    (tmp_path / "Lost 1").mkdir()
+    for n in range(1, 4):
+        (tmp_path / f"Lost 1/{n}.png").write_bytes(png(shade=n))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        sent: list[str] = []
+
+        def lose_the_second(route: Any) -> None:
+            sent.append(route.request.url.rpartition("/")[2])
+            route.abort() if len(sent) in (2, 3) else route.continue_()
+
+        page.route("**/incoming/**", lose_the_second)
+        drop(page, tmp_path / "Lost 1")
+        button(page, "Upscale this volume").click()
+        see(page, "The service does not answer; trying again", "#uploads")
+        see(page, "Waiting", "#jobs")
+        assert sent == ["1.png", "2.png", "2.png", "2.png", "3.png"]
+        place = service.config.layout.incoming / next(service.table.changed_since(0)).input_path
+        assert [path.read_bytes() for path in sorted(place.iterdir())] == [png(shade=n) for n in range(1, 4)]
+
+
+def test_a_page_that_the_service_refuses_is_named_with_the_reason_and_nothing_is_submitted(tmp_path, visit):
+    (tmp_path / "Bad").mkdir()
+    (tmp_path / "Bad/aux.png").write_bytes(png())
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "Bad")
+        button(page, "Upscale this volume").click()
+        see(page, "aux.png: a name that some file systems can't hold", "#uploads")
+        assert button(page, "Try again").is_visible() and not list(service.table.changed_since(0))
+
+
+# ---------------------------------------------------------------- token, words
+def test_the_token_is_asked_for_once_and_stands_in_no_address(tmp_path, visit):
+    with still(tmp_path, token=TOKEN) as service:
+        finished(service)
+        page = visit(service.url)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.get_by_role("textbox", name="Token").fill("guess")
+        button(page, "Open").click()
+        see(page, "That is not the token.")
+        page.get_by_role("textbox", name="Token").fill(TOKEN)
+        page.keyboard.press("Enter")
+        see(page, "Connected")
+        with page.expect_download() as waiting:
+            page.get_by_role("link", name="Download").click()
+        assert Path(waiting.value.path()).read_bytes() == b"hello world"
+        page.reload()
+        see(page, "Connected")
+        assert not page.get_by_role("dialog").is_visible() and not any(TOKEN in url for url in asked)
+        button(page, "Sign out").click()
+        page.get_by_role("dialog").wait_for()
+
+
+def test_a_chinese_browser_reads_chinese_and_the_switch_is_remembered(tmp_path, visit):
+    with still(tmp_path) as service:
+        queued(service)
+        page = visit(service.url, locale="zh-CN")
+        see(page, "已连接")
+        see(page, "等待中", "#jobs")
+        assert page.locator("html").get_attribute("lang") == "zh-CN"
+        button(page, "English").click()
+        see(page, "Waiting", "#jobs")
+        page.reload()
+        see(page, "Connected")
+
+
+def test_both_languages_have_the_same_words():
+    script = webpage.INDEX.read_text(encoding="utf-8")
+    english, chinese = (
+        set(re.findall(r"(\w+): \"", re.search(rf"  {lang}: {{(.*?)\n  }}", script, re.DOTALL)[1]))
+        for lang in ("en", "zh")
+    )
+    used = set(re.findall(r"data-t=\"(\w+)\"|\bt\(\"(\w+)\"", script))
+    assert english == chinese and {one or other for one, other in used} <= english
+
+
+# ---------------------------------------------------------------- everybody, and everything at once
+@pytest.fixture(scope="module")
+def axe() -> str:
+    spec = importlib.util.find_spec("axe_playwright_python")
+    require(spec, "axe is not installed (pip install axe-playwright-python)")
+    assert spec and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme, size", [*itertools.product(("light", "dark"), ("desk", "phone"))])
+def test_axe_finds_nothing_serious(tmp_path, visit, axe, scheme, size):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(png())
+    with still(tmp_path / "root") as service:
+        long = with_pages(service, 40, "the file is cut off")
+        jobs.cancel(service.table, queued(service, "Cancelled").id, 1.0)
+        running(service, "Running")
+        queued(service, "Waiting")
+        page = visit(service.url, color_scheme=scheme, viewport=DESK if size == "desk" else PHONE)
+
+        def check() -> None:
+            # Through the driver, which the page's policy does not bind.
+            found = page.evaluate(f"async () => {{ {axe}; return (await axe.run()).violations; }}")
+            bad = [one for one in found if one["impact"] in ("serious", "critical", "moderate")]
+            assert not bad, [(one["id"], [node["html"] for node in one["nodes"]]) for one in bad]
+
+        see(page, "Waiting", "#jobs")
+        drop(page, tmp_path / "a")
+        page.get_by_text("More settings").click()
+        see(page, "Upscale this volume")
+        check()
+        page.locator("#jobs").get_by_role("button", name="Delete").first.click()
+        check()
+        button(page, "Keep").click()
+        page.goto(f"{service.url}/#{long.id}")
+        see(page, "the file is cut off", "#trouble")
+        check()
+
+
+def test_three_thousand_jobs_are_a_screenful_of_rows(tmp_path, visit):
+    with still(tmp_path) as service:
+        many(service, 3000)
+        page = visit(service.url)
+        see(page, "t2999", "#jobs")
+        rows = page.locator("#jobs li")
+        assert rows.count() < 40
+        while not page.get_by_role("link", name="t0 1", exact=True).count():
+            page.mouse.wheel(0, 100_000)
+            page.wait_for_timeout(50)
+        assert rows.count() < 40 and rows.last.get_attribute("aria-setsize") == "3000"
+        page.get_by_role("searchbox", name="Search").fill("T1234")
+        until(lambda: rows.count() == 1)
+        assert rows.inner_text().startswith("t1234 1")
+
+
+def test_ten_thousand_pages_are_a_screenful_of_rows(tmp_path, visit):
+    with still(tmp_path) as service:
+        job = with_pages(service, 10_000, "no decoder reads it")
+        page = visit(f"{service.url}/#{job.id}")
+        rows = page.locator("#shelf li")
+        see(page, "00001.png", "#shelf")
+        page.locator("#shelf").evaluate("(area) => area.scrollTo(0, 1e9)")
+        see(page, "10000.png", "#shelf")
+        assert rows.count() < 30
+        button(page, "Show only these").click()
+        see(page, "Kept as it was: no decoder reads it")
+        assert rows.count() == 1
+
+
+# ---------------------------------------------------------------- /docs
+def test_docs_try_a_request_out_with_the_token(tmp_path, visit):
+    with still(tmp_path, token=TOKEN) as service:
+        queued(service, "Tried")
+        page = visit(f"{service.url}/docs")
+        button(page, "Authorize").click()
+        page.get_by_label("Value").first.fill(TOKEN)
+        page.locator(".auth-btn-wrapper button.authorize").first.click()
+        page.locator(".btn-done").first.click()
+        page.locator("#operations-default-list_jobs .opblock-summary-control").click()
+        page.locator("#operations-default-list_jobs .execute").click()
+        answer = page.locator("#operations-default-list_jobs .live-responses-table")
+        answer.get_by_text("200", exact=True).wait_for()
+        assert '"Tried"' in answer.inner_text()
