@@ -910,9 +910,9 @@ class Api:
         """GET /openapi.json."""
         return json_answer(openapi.document(ROUTES, VERSION, secured=bool(self.config.token)))
 
-    def docs(self, _request: Request) -> Answer:
+    def docs(self, request: Request) -> Answer:
         """GET /docs."""
-        return webpage.docs(ROUTES)
+        return webpage.docs(ROUTES, request.host)
 
     def docs_asset(self, request: Request, file: str) -> Answer:
         """GET /docs/{file}."""
@@ -923,9 +923,9 @@ class Api:
         headers = {"Content-Type": webpage.ASSETS[file]}
         return wire.file_answer(request, path.open("rb"), f"{stat.st_size:x}", stat.st_mtime, headers)
 
-    def index(self, _request: Request) -> Answer:
+    def index(self, request: Request) -> Answer:
         """GET /."""
-        return webpage.index()
+        return webpage.index(request.host)
 
     # -- websocket
     def _upgrade(self, handler: wire.Handler, request: Request, values: dict[str, str]) -> Answer | None:

@@ -53,24 +53,29 @@ def _hashes(text: str, tag: str) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-def _answer(text: str, scripts: str = "", styles: str = "", more: str = "") -> Answer:
-    """An HTML page that may talk to this service alone; `scripts`, `styles`: further sources of them."""
+def _answer(text: str, host: str, scripts: str = "", styles: str = "", more: str = "") -> Answer:
+    """An HTML page that may talk to this service alone, which the browser calls `host`.
+
+    scripts, styles: further sources of them.
+    """
+    # Not every browser's 'self' holds for WebSockets; a bare IPv6 address no policy can name.
+    lines = f"ws://{host} wss://{host}" if host and "[" not in host else ""
     policy = (
         f"default-src 'none'; script-src {scripts} {_hashes(text, 'script')}; "
-        f"style-src {styles} {_hashes(text, 'style')}; img-src 'self' data: blob:; connect-src 'self'; "
-        f"base-uri 'none'; form-action 'none'; frame-ancestors 'none'{more}"
+        f"style-src {styles} {_hashes(text, 'style')}; img-src 'self' data: blob:; "
+        f"connect-src 'self' {lines}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'{more}"
     )
     headers = {
         "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": re.sub(" +", " ", policy),
+        "Content-Security-Policy": re.sub(r" +(?=[ ;])", "", policy),
         "Referrer-Policy": "no-referrer",
     }
     return Answer(200, headers, text.encode("utf-8"))
 
 
-def index() -> Answer:
-    """The page for people."""
-    return _answer(INDEX.read_text(encoding="utf-8"), more="; require-trusted-types-for 'script'")
+def index(host: str) -> Answer:
+    """The page for people. host: as in the request, checked by wire."""
+    return _answer(INDEX.read_text(encoding="utf-8"), host, more="; require-trusted-types-for 'script'")
 
 
 def can_try_out() -> bool:
@@ -78,11 +83,11 @@ def can_try_out() -> bool:
     return all(asset(name) for name in ASSETS)
 
 
-def docs(routes: Sequence[Route]) -> Answer:
+def docs(routes: Sequence[Route], host: str) -> Answer:
     """The interface: with try-it-out where the wheel is installed, else as a table that says so."""
     if can_try_out():
-        return _answer(DOCS, scripts="'self'", styles="'self'")
-    return _answer(openapi.page(routes))
+        return _answer(DOCS, host, scripts="'self'", styles="'self'")
+    return _answer(openapi.page(routes), host)
 
 
 def asset(name: str) -> Path | None:

@@ -267,6 +267,8 @@ def test_a_page_that_the_service_refuses_is_named_with_the_reason_and_nothing_is
         button(page, "Upscale this volume").click()
         see(page, "aux.png: a name that some file systems can't hold", "#uploads")
         assert button(page, "Try again").is_visible() and not list(service.table.changed_since(0))
+        page.locator("#uploads").get_by_role("button", name="Remove").click()
+        assert not page.locator("#uploads .volume").count()
 
 
 # ---------------------------------------------------------------- token, words
@@ -361,9 +363,12 @@ def test_three_thousand_jobs_are_a_screenful_of_rows(tmp_path, visit):
         see(page, "t2999", "#jobs")
         rows = page.locator("#jobs li")
         assert rows.count() < 40
-        while not page.get_by_role("link", name="t0 1", exact=True).count():
+
+        def is_at_the_end() -> bool:
             page.mouse.wheel(0, 100_000)
-            page.wait_for_timeout(50)
+            return bool(page.get_by_role("link", name="t0 1", exact=True).count())
+
+        until(is_at_the_end, 30)
         assert rows.count() < 40 and rows.last.get_attribute("aria-setsize") == "3000"
         page.get_by_role("searchbox", name="Search").fill("T1234")
         until(lambda: rows.count() == 1)
