@@ -73,6 +73,7 @@ VARIABLES: dict[str, dict[str, Any]] = {
     "path": {"type": "string", "minLength": 1},
     "file": {"type": "string", "enum": ["swagger-ui-bundle.js", "swagger-ui.css"]},
 }
+GROUPS = {"jobs": "Jobs", "incoming": "Uploads", "ws": "Live"}  # by first segment; what /docs shows together
 # Of any request: it is no HTTP, comes from another web site, or was meant for another host.
 ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
 
@@ -237,6 +238,7 @@ def _operation(route: Route) -> dict[str, Any]:
     answers = ANYWHERE | dict(route.answers) | ({} if route.open else {401: "Problem"})
     operation: dict[str, Any] = {
         "operationId": route.handler,
+        "tags": [GROUPS.get(route.path.split("/")[1], "Service")],
         "summary": route.summary,
         "parameters": parameters,
         "responses": {
