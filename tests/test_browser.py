@@ -307,6 +307,19 @@ def test_a_chinese_browser_reads_chinese_and_the_switch_is_remembered(tmp_path, 
         see(page, "Connected")
 
 
+def test_light_and_dark_follow_the_system_until_they_are_switched_which_is_remembered(tmp_path, visit):
+    with still(tmp_path) as service:
+        page = visit(service.url, color_scheme="dark")
+        paper = "getComputedStyle(document.documentElement).backgroundColor"
+        dark = page.evaluate(paper)
+        page.emulate_media(color_scheme="light")
+        light = page.evaluate(paper)
+        button(page, "Dark").click()
+        assert light != dark == page.evaluate(paper)
+        page.reload()
+        assert button(page, "Light").is_visible() and page.evaluate(paper) == dark
+
+
 def test_both_languages_have_the_same_words():
     script = webpage.INDEX.read_text(encoding="utf-8")
     english, chinese = (
