@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import logs
 import storage
 from jobs import (
     RUNNING,
@@ -539,6 +540,7 @@ class Dispatcher:
                     slot.kill(f"a step took longer than {limit_s:.0f} s")
             case Ready(capacity):
                 slot.capacity, self.boot_failures = capacity, 0
+                log.info("worker %d (process %s) is ready", slot.index, slot.process.pid)
                 slot.used_s = time.monotonic()  # booting was no idleness
             case BootFailed(detail):
                 slot.doom = detail
@@ -585,7 +587,8 @@ class Dispatcher:
             self._fail(run, "PAGE_LOST", f"{page.name} can't be taken over as it is either: {event.error}")
             return
         if isinstance(event, PageFailed):
-            log.warning("job %s page %s (try %d): %s", event.job_id, page.name, page.tries + 1, event.error)
+            about = logs.of(event.job_id, event.n)
+            log.warning("%s failed (try %d): %s", page.name, page.tries + 1, event.error, extra=about)
             run.pages[event.n] = replace(page, tries=page.tries + 1)
             self.table.change_page(event.job_id, event.n, tries=page.tries + 1)
             if page.tries == 0:
@@ -593,6 +596,8 @@ class Dispatcher:
             else:
                 run.carry.append((event.n, event.error))
             return
+        what = f"kept as it is: {event.error}" if event.error else "carried" if event.carried else "upscaled"
+        log.info("%s %s in %.2f s", page.name, what, event.seconds, extra=logs.of(event.job_id, event.n))
         run.finished += 1
         run.left -= 1
         run.pages[event.n] = replace(page, status="upscaled")
@@ -619,7 +624,7 @@ class Dispatcher:
                 self._redo_damaged(run, event)
             else:
                 if event.trace:
-                    log.error("job %s: %s", run.job.id, event.trace)
+                    log.error("%s: %s", event.code, event.trace, extra=logs.of(run.job.id))
                 self._fail(run, event.code, event.detail)
 
     def _begin_pages(self, run: Run) -> None:
@@ -654,7 +659,7 @@ class Dispatcher:
     def _redo_damaged(self, run: Run, event: TaskFailed) -> None:
         """A finished page is no longer on disk as it was written: compute it again."""
         assert event.page is not None
-        log.warning("job %s: %s; computing that page again", run.job.id, event.detail)
+        log.warning("%s; computing that page again", event.detail, extra=logs.of(run.job.id, event.page))
         run.pack_tries += 1
         page = run.pages[event.page]
         reopen_page(self.table, run.job, page.n)
@@ -678,7 +683,7 @@ class Dispatcher:
 
     def _fail(self, run: Run, code: str, detail: str) -> None:
         self._abandon(run)
-        log.error("job %s failed: %s", run.job.id, detail)
+        log.error("failed: %s: %s", code, detail, extra=logs.of(run.job.id))
         self.unrecorded[run.job.id] = (run.job, _failure(code, detail))
         self._record_failures()
 
@@ -690,7 +695,7 @@ class Dispatcher:
             except StaleAttempt:  # cancelled meanwhile: that stands
                 pass
             except sqlite3.OperationalError as error:
-                log.warning("job %s failed, and the table can't say so yet: %s", job_id, error)
+                log.warning("failed, and the table can't say so yet: %s", error, extra=logs.of(job_id))
                 continue
             del self.unrecorded[job_id]
 
@@ -791,9 +796,12 @@ def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
     """Entry point of the worker process. infer is imported here, in the child: naming its
     function as the target would load torch in the parent, which pickles it by name."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
+    logs.setup(choice.log, f"worker-{slot}")
     try:
         import infer
     except BaseException as error:
         conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
-        raise
+        raise SystemExit(3) from error  # told: the log gets it once
     infer.worker_main(conn, choice, slot)

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import logs
 import pages
 import sandbox
 import storage
@@ -758,7 +759,8 @@ class Worker:
         try:
             if (task.job_id, task.attempt) in self.cancelled:
                 raise Cancelled
-            step(task, *values)
+            with logs.about(task.job_id, task.n):
+                step(task, *values)
         except Cancelled:
             self.send(Dropped(task.job_id, task.attempt, task.n))
         except PageError as error:
@@ -767,7 +769,7 @@ class Worker:
             self.send(TaskFailed(task.job_id, task.attempt, task.n, error.code, error.detail))
         # Around an attempt: whatever a page does to a decoder or a driver is that page's failure.
         except Exception as error:
-            log.exception("page %s of job %s", task.n, task.job_id)
+            log.exception("a page's step failed", extra=logs.of(task.job_id, task.n))
             reason = f"{type(error).__name__}: {storage.reason_of(error)}"
             if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
                 refused = storage.DiskRefused(error)
@@ -856,7 +858,8 @@ class Worker:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         try:
-            step(task)
+            with logs.about(task.job_id):
+                step(task)
         except Cancelled:
             self.send(Dropped(task.job_id, task.attempt, 0))
         except storage.OutputDamaged as error:
@@ -865,7 +868,7 @@ class Worker:
             self.send(TaskFailed(task.job_id, task.attempt, 0, error.code, error.detail))
         # Around an attempt: the job fails with the reason, the worker stays.
         except Exception as error:
-            log.exception("%s of job %s", type(task).__name__, task.job_id)
+            log.exception("%s failed", type(task).__name__, extra=logs.of(task.job_id))
             if isinstance(error, OSError):  # of the input, it would be InputUnusable
                 refused = storage.DiskRefused(error)
                 self.send(TaskFailed(task.job_id, task.attempt, 0, refused.code, refused.detail))
@@ -987,7 +990,6 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     # Ctrl-C reaches every process of the terminal; the parent decides when we end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing

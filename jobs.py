@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import logs
 import storage
 from messages import (
     AUTO_MODEL,
@@ -724,13 +725,16 @@ def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -
         if not table.change(job, after, **values):
             raise StaleAttempt(job.id, job.attempt)
         moved = table.get(job.id)
-    log.info("job %s: %s -> %s (%s)", job.id, job.state, after, move)
+    log.info("%s -> %s (%s)", job.state, after, move, extra=logs.of(job.id))
     return moved
 
 
 def claim(table: JobTable, now_s: float) -> Job | None:
     """Take the oldest waiting job; no one else gets it."""
-    return table.take_oldest(now_s)
+    job = table.take_oldest(now_s)
+    if job:
+        log.info("%s -> %s (claim, attempt %d)", PENDING, RUNNING, job.attempt, extra=logs.of(job.id))
+    return job
 
 
 def lose_worker(table: JobTable, job: Job, now_s: float) -> Job:
@@ -1005,7 +1009,9 @@ def submit(
                 "request_hash": body_hash,
             }
         )
-        return table.get(job_id)
+        job = table.get(job_id)
+    log.info("submitted: %s, %s, from %s", job.title, job.volume, place, extra=logs.of(job_id))
+    return job
 
 
 def _checked_input(layout: Layout, path: str, kind: str) -> str:

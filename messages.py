@@ -96,6 +96,7 @@ class EngineChoice:
     engine: str = "native"
     model_root: Path = Path("models")
     sandbox: bool = True  # whether workers give up rights they don't need
+    log: str = "text"  # of logs.FORMS
 
 
 # ---------------------------------------------------------------- tasks

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import jobs
+import logs
 import storage
 from jobs import JobTable
 from storage import Layout
@@ -90,8 +91,9 @@ class Retention:
             outputs, artifact = what != "artifacts_days", what != "outputs_days"
             jobs.remove_files(self.layout, job, outputs, artifact)
             if jobs.note_removed(self.table, job, what, days):
-                log.info("job %s: REICHAN_KEEP_%s (%d): removed", job_id, what.upper(), days)
+                log.info("REICHAN_KEEP_%s (%d): removed", what.upper(), days, extra=logs.of(job_id))
         except jobs.UnknownJob:
             pass  # deleted meanwhile
         except (OSError, storage.StorageError) as error:  # in use on Windows; a link where a folder was
-            log.warning("job %s: %s can't be removed now: %s", job_id, what.removesuffix("_days"), error)
+            name = what.removesuffix("_days")
+            log.warning("%s can't be removed now: %s", name, error, extra=logs.of(job_id))

@@ -49,8 +49,10 @@ from websockets.server import ServerProtocol
 
 import dispatch
 import jobs
+import logs
 import openapi
 import rebuild
+import sidecar
 import storage
 import webpage
 import wire
@@ -98,6 +100,7 @@ class Config:
     precision: str = "auto"
     engine: str = "native"
     sandbox: bool = True
+    log: str = "text"
     limits: Limits = field(default_factory=Limits)
     keep: Keep = field(default_factory=Keep)
     worker_idle_s: float = 120.0
@@ -129,6 +132,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "fp16", "bf16"),
     "engine": ("native", "upstream"),
     "sandbox": ("on", "off"),
+    "log": logs.FORMS,
     "check_room": ("on", "off"),
 }
 
@@ -208,6 +212,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         precision=choice("precision"),
         engine=choice("engine"),
         sandbox=choice("sandbox") == "on",
+        log=choice("log"),
         limits=read_limits(setting),
         keep=read_keep(setting),
         reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
@@ -1146,7 +1151,7 @@ class Service:
             self._ending.callback(self.table.close)
             jobs.recover(self.table, layout, self.table.clock())
             choice = EngineChoice(
-                config.device, config.precision, config.engine, layout.models, config.sandbox
+                config.device, config.precision, config.engine, layout.models, config.sandbox, config.log
             )
             slots, limits = config.max_concurrency, config.limits
             self.dispatcher = dispatch.Dispatcher(
@@ -1249,25 +1254,35 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--storage-root", help="where everything is kept (REICHAN_STORAGE_ROOT; ./storage)")
     add("--model-root", help="folder with weights (REICHAN_MODEL_ROOT; <storage root>/models)")
     add("--token", help="access token that clients must send (REICHAN_TOKEN)")
+    add("--ready-json", action="store_true", help="print nothing but one line of JSON, once it serves")
+    add("--exit-with-stdin", action="store_true", help="end when stdin does: with the program that holds it")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     flags = parse_flags()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
-        service = Service(read_config(os.environ, flags))
+        config = read_config(os.environ, flags)
+        logs.setup(config.log, "service")
+        if flags.exit_with_stdin:
+            sidecar.call_at_end_of_stdin(ended.set)
+        parent = sidecar.take_stdout() if flags.ready_json else None
+        service = Service(config)
     except (ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 2
     with service:
-        print(f"serving on {service.url}  (stop with Ctrl-C)", flush=True)
-        if service.made_token:
-            print(f"access token: {service.config.token}", flush=True)
+        if parent:
+            with contextlib.suppress(OSError):  # it may be gone already
+                print(sidecar.ready_line(service.url, service.config.token), file=parent, flush=True)
+        else:
+            print(f"serving on {service.url}  (stop with Ctrl-C)", flush=True)
+            if service.made_token:
+                print(f"access token: {service.config.token}", flush=True)
         if not webpage.can_try_out():
             log.warning("/docs shows a table only: pip install flask-swagger-ui")
         if flags.demo:
