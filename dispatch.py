@@ -31,6 +31,7 @@ from typing import Any
 import logs
 import storage
 from jobs import (
+    FAILED,
     RUNNING,
     SUCCESS,
     Job,
@@ -74,6 +75,7 @@ from messages import (
     Task,
     TaskFailed,
 )
+from metrics import Metrics
 from retention import Keep, Retention
 from storage import Layout
 
@@ -103,6 +105,7 @@ class Run:
     todo: deque[int] = field(default_factory=deque)
     alone: deque[int] = field(default_factory=deque)  # to be computed without company
     carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
+    blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
     in_flight: set[int] = field(default_factory=set)
     file_task: str | None = "stage"  # the stage or pack task that is due
     pack_tries: int = 0
@@ -113,6 +116,11 @@ class Run:
     def key(self, n: int) -> TaskKey:
         """The key of this attempt's page n, or of its stage or pack (0)."""
         return (self.job.id, self.job.attempt, n)
+
+    def give_up(self, n: int, step: str, why: str) -> None:
+        """Page n will be taken over as it is."""
+        self.carry.append((n, why))
+        self.blamed[n] = step
 
     def eta_s(self, now_s: float) -> float | None:
         """Seconds until the last page, from this attempt's own rate."""
@@ -141,6 +149,7 @@ class WorkerSlot:
         self.used_s = time.monotonic()  # last time it had a task
         self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
         self.doom: str | None = None  # why we killed it
+        self.card: tuple[str, int, int] | None = None  # see Beat
         # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
@@ -223,6 +232,7 @@ class Dispatcher:
         self.entry = entry or run_worker
         self.reserve_bytes = reserve_bytes  # see Stage
         self.unrecorded: dict[str, tuple[Job, dict[str, Any]]] = {}  # failures that a full disk kept out
+        self.metrics = Metrics()
         self.retention = Retention(table, layout, keep or Keep())
         self.workers: dict[int, WorkerSlot] = {}  # by slot
         self.runs: dict[str, Run] = {}  # by job id
@@ -358,6 +368,7 @@ class Dispatcher:
                 outputs = self.layout.output_dir(job.title, job.volume, job.id)
             except storage.StorageError as error:
                 advance(self.table, job, "fail", self.table.clock(), **_failure(error.code, error.detail))
+                self._count_failure(error.code)
                 continue
             self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
 
@@ -535,7 +546,8 @@ class Dispatcher:
     # -- events
     def _on_event(self, slot: WorkerSlot, event: object) -> None:
         match event:
-            case Beat(busy_s, limit_s):
+            case Beat(busy_s, limit_s, card):
+                slot.card = card
                 if busy_s > limit_s:
                     slot.kill(f"a step took longer than {limit_s:.0f} s")
             case Ready(capacity):
@@ -594,8 +606,9 @@ class Dispatcher:
             if page.tries == 0:
                 run.alone.append(event.n)  # once more, at the end, by itself
             else:
-                run.carry.append((event.n, event.error))
+                run.give_up(event.n, event.step, event.error)
             return
+        self._count_page(run, event)
         what = f"kept as it is: {event.error}" if event.error else "carried" if event.carried else "upscaled"
         log.info("%s %s in %.2f s", page.name, what, event.seconds, extra=logs.of(event.job_id, event.n))
         run.finished += 1
@@ -612,6 +625,14 @@ class Dispatcher:
                 eta_s=run.eta_s(time.monotonic()),
             )
             self._maybe_pack(run)
+
+    def _count_page(self, run: Run, event: PageDone) -> None:
+        self.metrics.pages.add(1, "carried" if event.carried else "upscaled")
+        self.metrics.page_bytes.add(event.size_bytes)
+        if event.error:
+            self.metrics.page_failures.add(1, run.blamed[event.n])
+        elif not event.carried:
+            self.metrics.page_seconds.observe(event.seconds, event.model or "")
 
     def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
         with contextlib.suppress(StaleAttempt):
@@ -635,9 +656,9 @@ class Dispatcher:
                 continue
             run.left += 1
             if page.source_error:
-                run.carry.append((page.n, page.source_error))
+                run.give_up(page.n, "input", page.source_error)
             elif page.deaths >= PAGE_DEATHS:
-                run.carry.append((page.n, "the worker process died twice while computing this page"))
+                run.give_up(page.n, "worker_died", "the worker process died twice while computing this page")
             elif page.alone or page.tries:
                 run.alone.append(page.n)
             else:
@@ -678,6 +699,8 @@ class Dispatcher:
             artifact_bytes=event.size_bytes,
             message=closing_message(run.job, pages),
         )
+        self.metrics.jobs.add(1, SUCCESS)
+        self.metrics.artifact_bytes.add(event.size_bytes)
         self.untidy.add(run.job.id)
         self.runs.pop(run.job.id)
 
@@ -692,12 +715,17 @@ class Dispatcher:
         for job_id, (job, values) in list(self.unrecorded.items()):
             try:
                 advance(self.table, job, "fail", self.table.clock(), **values)
+                self._count_failure(values["error_code"])
             except StaleAttempt:  # cancelled meanwhile: that stands
                 pass
             except sqlite3.OperationalError as error:
                 log.warning("failed, and the table can't say so yet: %s", error, extra=logs.of(job_id))
                 continue
             del self.unrecorded[job_id]
+
+    def _count_failure(self, code: str) -> None:
+        self.metrics.jobs.add(1, FAILED)
+        self.metrics.job_failures.add(1, code)
 
     # -- deaths and deadlines
     def _check_deadlines(self) -> None:
@@ -720,6 +748,7 @@ class Dispatcher:
         slot.conn.close()
         why = slot.doom or _exit_reason(slot.process.exitcode)
         log.error("worker %d ended: %s", slot.index, why)
+        self.metrics.worker_deaths.add(1, _kind_of_death(slot))
         if slot.capacity == 0:
             self._on_boot_failure(why)
         hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
@@ -774,6 +803,14 @@ def _failure(code: str, detail: str) -> dict[str, Any]:
 def _known(page: Page) -> KnownPage:
     source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
     return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)
+
+
+def _kind_of_death(slot: WorkerSlot) -> str:
+    if slot.capacity == 0:
+        return "boot"
+    if slot.doom:
+        return "cancel" if slot.doom == "cancel" else "hung"
+    return "signal" if (slot.process.exitcode or 0) < 0 else "exit"
 
 
 def _exit_reason(code: int | None) -> str:

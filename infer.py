@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -729,7 +730,7 @@ class Worker:
 
     def _beat(self) -> None:
         while True:
-            self.send(self.watch.worst())
+            self.send(replace(self.watch.worst(), card=card_memory(self.slot)))
             time.sleep(1)
 
     def _tick(self) -> None:
@@ -764,7 +765,8 @@ class Worker:
         except Cancelled:
             self.send(Dropped(task.job_id, task.attempt, task.n))
         except PageError as error:
-            self.send(PageFailed(task.job_id, task.attempt, task.n, str(error)))
+            name = step.__name__.strip("_")
+            self.send(PageFailed(task.job_id, task.attempt, task.n, str(error), name))
         except storage.StorageError as error:  # weights or device gone: no page can be computed
             self.send(TaskFailed(task.job_id, task.attempt, task.n, error.code, error.detail))
         # Around an attempt: whatever a page does to a decoder or a driver is that page's failure.
@@ -775,7 +777,8 @@ class Worker:
                 refused = storage.DiskRefused(error)
                 self.send(TaskFailed(task.job_id, task.attempt, task.n, refused.code, refused.detail))
             else:
-                self.send(PageFailed(task.job_id, task.attempt, task.n, reason))
+                name = step.__name__.strip("_")
+                self.send(PageFailed(task.job_id, task.attempt, task.n, reason, name))
         finally:
             self.watch.end()
 
@@ -886,6 +889,7 @@ class Worker:
             plan = self.engines.plan(task.params)
         elif task.params.device != "auto":
             pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
+        log.info("%s on %s, %s, by the %s engine", plan.model, plan.device, plan.precision, plan.engine)
         # Other weights make other pages: nothing of the old plan may stay among the new.
         known = {page.source.name: page for page in task.known} if plan == task.plan else {}
         names, left_out, manifest = [], None, task.manifest
@@ -937,17 +941,7 @@ class Worker:
         self.send(Previewed(task.key, error))
 
     def _probe(self) -> None:
-        models = []
-        for file in storage.find_weights(self.choice.model_root).values():
-            facts: dict[str, Any] = {"name": file.name, "available": True, "error": None}
-            try:
-                model = load_model(file)
-                facts |= {"sha256": model.weights_sha256, "scale": model.scale}
-                facts |= {"architecture": type(model.network).__name__}
-            except (storage.WeightsRefused, OSError) as error:
-                facts |= {"sha256": None, "available": False, "error": str(error)}
-            models.append(facts)
-        self.send(Probed(describe_devices(), models))
+        self.send(Probed(describe_devices(), describe_models(self.choice.model_root)))
 
 
 def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> bool:
@@ -972,6 +966,33 @@ def describe_devices() -> list[dict[str, Any]]:
     return found
 
 
+def describe_models(model_root: Path) -> list[dict[str, Any]]:
+    """Every weights file, opened: what it holds, or why it can't be used."""
+    models = []
+    for file in storage.find_weights(model_root).values():
+        facts: dict[str, Any] = {"name": file.name, "source": file.source, "available": True, "error": None}
+        try:
+            model = load_model(file)
+            facts |= {"sha256": model.weights_sha256, "scale": model.scale}
+            facts |= {"architecture": type(model.network).__name__}
+        except (storage.WeightsRefused, OSError) as error:
+            facts |= {"sha256": None, "available": False, "error": str(error)}
+        models.append(facts)
+    return models
+
+
+def card_memory(slot: int) -> tuple[str, int, int] | None:
+    """(device, bytes in use by all programs, bytes in all) of this worker's card, once it uses it."""
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_initialized():
+            with contextlib.suppress(RuntimeError, AttributeError):  # a driver that fell over, or can't tell
+                device = torch_device(kind, slot)
+                free, whole = module.mem_get_info(device)
+                return str(device), whole - free, whole
+    return None
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse what was freed instead of giving it back at once.
 
@@ -985,15 +1006,20 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 1 << 30)
 
 
-def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
-    """The worker process. Returns never: it ends with the pipe."""
-    # Ctrl-C reaches every process of the terminal; the parent decides when we end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def settle_torch() -> None:
+    """What holds for all that a process computes: the same page, the same bytes."""
     keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+
+
+def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
+    """The worker process. Returns never: it ends with the pipe."""
+    # Ctrl-C reaches every process of the terminal; the parent decides when we end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settle_torch()
     if choice.sandbox:
         for kind in DEVICES.values():
             kind.count()  # a driver's first use may need rights that are about to go

@@ -431,12 +431,6 @@ class JobTable:
             rows = self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
         return dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
 
-    def page_counts(self) -> dict[str, int]:
-        """Number of finished pages by status."""
-        with self._lock:
-            rows = self._db.execute("SELECT status, count(*) FROM pages GROUP BY status").fetchall()
-        return {"upscaled": 0, "carried": 0} | {row[0]: row[1] for row in rows}
-
     def pages(self, job_id: str) -> list[Page]:
         """A job's pages in order; none before it was staged."""
         with self._lock:

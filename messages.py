@@ -211,6 +211,7 @@ class Beat:
 
     busy_s: float
     limit_s: float
+    card: tuple[str, int, int] | None = None  # its device; bytes in use there, by anyone, and in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +275,7 @@ class PageFailed:
     attempt: int
     n: int
     error: str
+    step: str  # "decode", "infer", "encode"; "carry": even the original could not be taken over
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
 from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
+from metrics import Family, expose, gauge, gauges, process_families
 from openapi import COOKIE, Route
 from retention import Keep
 from storage import Layout
@@ -470,6 +471,7 @@ class Api:
         self.dispatcher = dispatcher
         self.live = live
         self.rebuild = rebuild
+        self.count = dispatcher.metrics
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
         self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
@@ -492,6 +494,7 @@ class Api:
             answer = refusal.answer()
             if refusal.close:
                 request.keep_alive = False
+        self.count.requests.add(1, str(answer.status if answer else 101))
         if answer is not None:
             answer.headers |= {"X-Content-Type-Options": "nosniff"} | self._cors(origin)
         return answer
@@ -810,6 +813,7 @@ class Api:
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             # Another upload was quicker, and made a folder of this name or a file of a folder's.
             raise storage.NameTaken(f"{path!r} is a folder, or lies below a file") from error
+        self.count.uploaded.add(size)
         if existed:
             return Answer(204)
         stored = {"path": f"incoming/{path}", "bytes": size, "sha256": digest.hexdigest()}
@@ -893,23 +897,30 @@ class Api:
 
     def metrics(self, _request: Request) -> Answer:
         """GET /metrics, in Prometheus' text format 0.0.4."""
-        rows = [("reichan_jobs", "gauge", "Jobs by state.", "state", self.table.counts())]
-        rows.append(("reichan_pages", "gauge", "Pages by status.", "status", self.table.page_counts()))
-        single = {
-            "reichan_workers": ("Worker processes.", len(self.dispatcher.workers)),
-            "reichan_watchers": ("Open WebSockets.", self.live.count()),
-            "reichan_http_connections": ("Open HTTP connections.", self.connections()),
-            "reichan_uptime_seconds": ("Since the start.", round(time.monotonic() - self.started_s, 1)),
-            "reichan_free_bytes": ("Free space under the storage root.", storage.free_bytes(self.layout)),
-        }
-        lines = []
-        for name, kind, text, label, values in rows:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f'{name}{{{label}="{key}"}} {value}' for key, value in values.items()]
-        for name, (text, number) in single.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge", f"{name} {number}"]
         media = "text/plain; version=0.0.4; charset=utf-8"
-        return Answer(200, {"Content-Type": media}, ("\n".join(lines) + "\n").encode())
+        families = itertools.chain(self._gauges(), self.count.families(), process_families())
+        return Answer(200, {"Content-Type": media}, expose(families).encode("utf-8", "replace"))
+
+    def _gauges(self) -> Iterator[Family]:
+        """What stands at this moment. Counting jobs reads an index, no rows."""
+        counts = self.table.counts()
+        yield gauges("reichan_build_info", "Always 1.", "version", {VERSION: 1})
+        yield gauges("reichan_jobs", "Jobs by state.", "state", counts)
+        yield gauge("reichan_queued_jobs", "Jobs that wait for a worker.", counts[jobs.PENDING])
+        left = sum(run.left for run in list(self.dispatcher.runs.values()))
+        yield gauge("reichan_queued_pages", "Unfinished pages of running jobs.", left)
+        workers = list(self.dispatcher.workers.values())
+        yield gauge("reichan_workers", "Worker processes.", len(workers))
+        cards = {slot.card[0]: slot.card[1:] for slot in workers if slot.card}
+        used, whole = ({device: sizes[i] for device, sizes in cards.items()} for i in (0, 1))
+        yield gauges("reichan_gpu_memory_used_bytes", "Memory in use on a card, by anyone.", "device", used)
+        yield gauges("reichan_gpu_memory_size_bytes", "Memory of a card that a worker uses.", "device", whole)
+        yield gauge("reichan_watchers", "Open WebSockets.", self.live.count())
+        yield gauge("reichan_http_connections", "Open HTTP connections.", self.connections())
+        uptime_s = round(time.monotonic() - self.started_s, 1)
+        yield gauge("reichan_uptime_seconds", "Since the start.", uptime_s)
+        free = storage.free_bytes(self.layout)
+        yield gauge("reichan_free_bytes", "Free space under the storage root.", free)
 
     def openapi(self, _request: Request) -> Answer:
         """GET /openapi.json."""

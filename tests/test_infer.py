@@ -313,3 +313,18 @@ def test_a_page_takes_the_mode_of_its_source():
     engine = native(COMPACT)
     for source in (grey(20, 24), colour(20, 24)):
         assert pages.channels(engine.upscale(source, 3)) == pages.channels(source)
+
+
+def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypatch):
+    assert infer.card_memory(0) is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
+    assert infer.card_memory(3) == ("cuda:1", 7, 10)
+
+    def fallen(device):
+        raise RuntimeError("the driver is gone (injected)")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
+    assert infer.card_memory(3) is None
