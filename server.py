@@ -1257,7 +1257,11 @@ def _show_progress(state: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- main
 def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="server.py", description="Manga Upscale Service")
+    parser = argparse.ArgumentParser(
+        prog="server.py",
+        description="Manga Upscale Service. Without a command it serves.",
+        epilog="server.py submit PATH: a client in the terminal, see server.py submit --help",
+    )
     add = parser.add_argument
     add("--demo", action="store_true", help="upscale a drawn sample volume, then go on serving")
     add("--host", help="address to listen on (REICHAN_BIND; 127.0.0.1)")
@@ -1272,6 +1276,10 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
+    if sys.argv[1:2] == ["submit"]:
+        import submit
+
+        return submit.main(sys.argv[2:], os.environ)
     flags = parse_flags()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

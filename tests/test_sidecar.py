@@ -1,11 +1,11 @@
-"""The service as another program's child: its one line, and its end with that program."""
+"""The service as another program's child: its one line, and its end with that program's pipe. With the
+program itself, killed while a worker runs: test_commands.py."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,23 +14,10 @@ from typing import Any
 
 import pytest
 from client import Client
-from helpers import require
-from kills import is_alive, workers_of
-from serving import until
 
 import server
 
 ROOT = Path(server.__file__).parent
-# A desktop app: starts the service, repeats its line to the test, and goes on with other things.
-APP = """
-import subprocess, sys, time
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-sys.stdout.buffer.write(child.stdout.readline())
-sys.stdout.flush()
-time.sleep(600)
-"""
-
-
 def command(root: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "server.py"), "--port", "0", "--storage-root", str(root), *flags]
 
@@ -74,20 +61,6 @@ def test_stdout_stays_clean_whoever_prints():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["url"] == "http://x"
     assert done.stderr.split() == ["python", "C", "child"]
-
-
-def test_killed_with_minus_nine_its_parent_takes_service_and_worker_along(tmp_path):
-    require(sys.platform == "linux", "processes are found in /proc")
-    log = (tmp_path / "log").open("wb+")
-    app = [sys.executable, "-c", APP, *command(tmp_path / "root", "--ready-json", "--exit-with-stdin")]
-    with log, child(app, stderr=log) as parent:
-        ready = json.loads(parent.stdout.readline())
-        Client(ready["url"]).call("GET", "/devices")  # asks a worker
-        until(lambda: b") is ready" in (tmp_path / "log").read_bytes(), 60)
-        processes = [ready["pid"], *workers_of(ready["pid"])]
-        assert len(processes) == 2 and all(map(is_alive, processes))
-        os.kill(parent.pid, signal.SIGKILL)
-        until(lambda: not any(map(is_alive, processes)), 20)
 
 
 @pytest.mark.parametrize("stdin", ["closed", "empty"])

@@ -1,0 +1,287 @@
+"""The client in a terminal against a service on loopback. Here nobody works: jobs are moved by the
+test. A real volume from end to end: test_commands.py."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import finished, png, queued, running, still, until, volume
+
+import jobs
+import server
+import submit
+
+ROOT = Path(server.__file__).parent
+ARTIFACT = os.urandom(3 << 20)
+
+
+@pytest.fixture
+def service(tmp_path):
+    with still(tmp_path / "root") as service:
+        yield service
+
+
+def start(service, *arguments):
+    """The command in a process of its own."""
+    command = [sys.executable, str(ROOT / "server.py"), "submit", *map(str, arguments), "--url", service.url]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
+
+
+def run(service, *arguments, **environ):
+    """The command in this process: (exit status, stdout, stderr)."""
+    url = service if isinstance(service, str) else service.url
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = submit.main([*map(str, arguments), "--url", url], environ)
+    return status, out.getvalue(), err.getvalue()
+
+
+def sole_job(service):
+    (job,) = service.table.page_of_jobs(None, "", 10, None)
+    return job
+
+
+class Cutter:
+    """A proxy that ends each answer after so many bytes, and notes the heads of requests."""
+
+    def __init__(self, port: int, cuts: list[int]) -> None:
+        self.port, self.cuts, self.heads = port, cuts, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self._serve(self.listener.accept()[0])
+
+    def _serve(self, line: socket.socket) -> None:
+        with line, socket.create_connection(("127.0.0.1", self.port)) as behind:
+            head = line.recv(65536)
+            self.heads.append(head.decode())
+            behind.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+            left = self.cuts.pop(0) if self.cuts and b"GET" in head and b"/artifact" in head else 1 << 40
+            while left and (piece := behind.recv(min(left, 65536))):
+                line.sendall(piece)
+                left -= len(piece)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+@contextlib.contextmanager
+def cutting(service, *cuts: int) -> Iterator[Cutter]:
+    cutter = Cutter(service.http.server_port, list(cuts))
+    try:
+        yield cutter
+    finally:
+        cutter.close()
+
+
+# ---------------------------------------------------------------- submitting
+def test_a_folder_is_uploaded_as_one_zip_and_submitted(service, tmp_path):
+    folder = tmp_path / "よつばと 第03巻"
+    (folder / "ch1").mkdir(parents=True)
+    pages = {"1.png": png(), "ch1/2.png": png(shade=9)}
+    for name, data in pages.items():
+        (folder / name).write_bytes(data)
+    (folder / "notes.txt").write_text("no page")
+    (folder / ".hidden.png").write_bytes(b"no page")
+    status, out, _ = run(service, folder, "--scale", "3", "--format", "png", "--param", "color=keep")
+    job = sole_job(service)
+    assert (status, out.split()[:2]) == (0, ["job", job.id])
+    assert (job.title, job.volume) == ("よつばと", "03")
+    assert (job.params.scale, job.params.output_format, job.params.color) == (3, "png", "keep")
+    with zipfile.ZipFile(service.config.layout.incoming / job.input_path) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == pages
+
+
+def test_the_same_command_again_finds_its_job_and_uploads_nothing(service, tmp_path):
+    (tmp_path / "v.cbz").write_bytes(volume({"1.png": png()}))
+    first, again = (run(service, tmp_path / "v.cbz")[1].split()[1] for _ in range(2))
+    assert first == again == sole_job(service).id
+    uploaded = service.dispatcher.metrics.uploaded.family().samples[0][2]
+    assert uploaded == (tmp_path / "v.cbz").stat().st_size
+    other = run(service, tmp_path / "v.cbz", "--again")[1].split()[1]
+    assert other != first
+    assert service.dispatcher.metrics.uploaded.family().samples[0][2] == uploaded
+
+
+def test_a_job_that_was_cancelled_goes_on_by_the_same_command(service, tmp_path):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    job = run(service, tmp_path / "v.zip")[1].split()[1]
+    jobs.cancel(service.table, job, 1.0)
+    (service.config.layout.incoming / service.table.get(job).input_path).unlink()  # to be sent again
+    assert run(service, tmp_path / "v.zip")[0] == 0
+    assert (service.table.get(job).state, service.table.get(job).retries) == ("PENDING", 1)
+
+
+def test_a_folder_s_zip_has_the_same_bytes_at_every_reading_and_is_never_held(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(os.urandom(3 << 20))
+    source = submit.Input.of(tmp_path)
+    one, two = (hashlib.sha256(b"".join(source.pieces())).hexdigest() for _ in range(2))
+    assert one == two
+    assert max(map(len, source.pieces())) <= submit.PIECE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "number"),
+    [("Yotsuba v03.cbz", "Yotsuba", "03"), ("One_Piece_vol.12.zip", "One_Piece", "12"),
+     ("よつばと 第03巻", "よつばと", "03"), ("20th Century 07.zip", "20th Century", "07"),
+     ("Akira", "Akira", "01"), ("12", "12", "01")],
+)  # fmt: skip
+def test_title_and_volume_come_from_the_name(name, title, number):
+    assert submit.title_and_volume(Path(name)) == (title, number)
+
+
+# ---------------------------------------------------------------- refusals
+def test_a_refusal_names_each_bad_field(service, tmp_path):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    status, _, err = run(service, tmp_path / "v.zip", "--scale", "9", "--model", "nope")
+    assert status == 2 and "422" in err
+    assert re.search(r"params\.scale: .*1 to 4", err) and re.search(r"params\.model: .*realesr", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["nowhere.zip"], "is not there"), ([], "either a PATH or a --job"), (["."], "holds no pages"),
+     (["server.py"], "no folder, .zip or .cbz"), (["--job", "none", "--watch"], "there is no job"),
+     (["v.zip", "--param", "x"], "KEY=VALUE")],
+)  # fmt: skip
+def test_what_can_t_be_done_is_said_in_one_line(service, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "server.py").touch()
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    status, _, err = run(service, *arguments)
+    assert status == 2 and says in err and "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+def test_where_no_service_is_it_says_how_to_start_one(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    status, _, err = run(url, "--job", "x")
+    assert status == 2 and "python server.py" in err
+
+
+def test_a_token_is_taken_from_flag_or_environment(tmp_path):
+    with still(tmp_path, token="secret-token") as service:
+        job = queued(service).id
+        assert run(service, "--job", job)[0] == 0  # tells how to watch it; asks nothing yet
+        status, _, err = run(service, "--job", job, "--watch")
+        assert status == 2 and "the access token is missing or wrong" in err
+        jobs.cancel(service.table, job, 1.0)
+        assert run(service, "--job", job, "--watch", REICHAN_TOKEN="secret-token")[0] == 3
+        assert run(service, "--job", job, "--watch", "--token", "secret-token")[0] == 3
+
+
+# ---------------------------------------------------------------- watching
+def test_a_watch_shows_each_change_and_ends_with_the_job(service):
+    job = running(service)
+    with start(service, "--job", job.id, "--watch") as process:
+        until(service.live.count)
+        jobs.advance(service.table, job, "fail", 3000.0, last_error="no room (injected)")
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert "0/1 pages  inferring" in err and err.endswith("failed: no room (injected)\n")
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_watch_it_again(service):
+    job = running(service)
+    with start(service, "--job", job.id, "--watch") as process:
+        until(service.live.count)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"submit --job {job.id} --url {service.url} --watch" in err and "Traceback" not in err
+    assert service.table.get(job.id).state == "RUNNING"
+
+
+def test_a_watch_outlives_a_restart_of_the_service(tmp_path):
+    with still(tmp_path) as service:
+        job, port = queued(service), service.http.server_port
+        process = start(service, "--job", job.id, "--watch")
+        until(service.live.count)
+    config = server.Config(storage_root=tmp_path, port=port)
+    service = server.Service(config)
+    service.live.start()
+    service.http.start()
+    try:
+        until(service.live.count, 30)
+        jobs.cancel(service.table, job.id, 5000.0)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+        service.__exit__()
+    assert process.returncode == 3 and "Cancelled by user" in err
+
+
+# ---------------------------------------------------------------- downloading
+def test_a_download_that_breaks_twice_goes_on_where_it_broke(service, tmp_path):
+    job = finished(service, ARTIFACT)
+    with cutting(service, 1_000_000, 1_000_000) as cutter:
+        status, out, _ = run(cutter.url, "--job", job.id, "--download", tmp_path / "to")
+    assert status == 0 and hashlib.sha256(ARTIFACT).hexdigest() in out
+    assert [path.read_bytes() for path in (tmp_path / "to").iterdir()] == [ARTIFACT]
+    fetched = [head for head in cutter.heads if "GET" in head and "/artifact" in head]
+    begins = [int(found[1]) for head in fetched if (found := re.search("Range: bytes=([0-9]+)-\r", head))]
+    assert len(fetched) == 3 and 900_000 < begins[0] < 1_000_000 < begins[1] < 2_000_000
+    assert all(f'If-Range: "{job.artifact_hash}"' in head for head in fetched[1:])
+
+
+@pytest.mark.parametrize("left", [b"", ARTIFACT[:99], b"wrong" * 99, ARTIFACT, ARTIFACT + b"more"])
+def test_what_an_earlier_try_left_is_gone_on_with_only_if_it_is_the_beginning(service, tmp_path, left):
+    job = finished(service, ARTIFACT)
+    (tmp_path / f".{job.artifact_hash[:32]}.part").write_bytes(left)
+    assert run(service, "--job", job.id, "--download", tmp_path)[0] == 0
+    assert (tmp_path / "t 1.zip").read_bytes() == ARTIFACT
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_download_never_replaces_another_file_and_isn_t_repeated(service, tmp_path):
+    job = finished(service, ARTIFACT)
+    (tmp_path / "t 1.zip").write_bytes(b"mine")
+    for _ in range(2):
+        status, out, _ = run(service, "--job", job.id, "--download", tmp_path)
+        assert status == 0 and f"t 1 ({job.artifact_hash[:8]}).zip" in out
+    assert (tmp_path / "t 1.zip").read_bytes() == b"mine"
+    codes = service.dispatcher.metrics.requests.family().samples
+    # Twice /health, the job and HEAD; once GET.
+    assert {labels["code"]: value for _, labels, value in codes} == {"200": 7}
+
+
+def test_an_artifact_that_is_not_what_its_job_promises_is_refused(service, tmp_path):
+    job = finished(service, ARTIFACT)
+    path = service.config.layout.artifact(job.title, job.volume, job.id)
+    path.write_bytes(b"x" + ARTIFACT[1:])
+    status, _, err = run(service, "--job", job.id, "--download", tmp_path / "to")
+    assert status == 4 and "is not the artifact" in err and "try again with" in err
+    path.unlink()
+    status, _, err = run(service, "--job", job.id, "--download", tmp_path / "to")
+    assert status == 4 and "no longer on disk" in err
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_a_client_s_process_loads_nothing_of_the_service_but_storage():
+    code = "import submit, sys; print(*({'jobs', 'dispatch', 'server', 'torch', 'numpy'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
