@@ -1263,6 +1263,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="server.py submit PATH: a client in the terminal, see server.py submit --help",
     )
     add = parser.add_argument
+    add("command", nargs="?", choices=("doctor",), help="look whether all that a start needs is there")
     add("--demo", action="store_true", help="upscale a drawn sample volume, then go on serving")
     add("--host", help="address to listen on (REICHAN_BIND; 127.0.0.1)")
     add("--port", type=int, help="port, 0 for any free one (REICHAN_BIND; 8001)")
@@ -1274,6 +1275,17 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def examine(flags: argparse.Namespace) -> int:
+    """`server.py doctor`, with the settings that a start would have."""
+    import doctor
+
+    try:
+        return doctor.run(read_config(os.environ, flags))
+    except ConfigError as error:
+        print(f"server.py: {error}", file=sys.stderr)
+        return 2
+
+
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
     if sys.argv[1:2] == ["submit"]:
@@ -1281,6 +1293,8 @@ def main() -> int:
 
         return submit.main(sys.argv[2:], os.environ)
     flags = parse_flags()
+    if flags.command == "doctor":
+        return examine(flags)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
