@@ -1071,6 +1071,7 @@ def delete(table: JobTable, layout: Layout, job_id: str) -> None:
     if not table.delete(job):
         table.get(job_id)  # unknown: another request was quicker
         raise JobIsRunning(f"job {job_id} has just started; cancel it first")
+    log.info("deleted", extra=logs.of(job_id))
 
 
 def remove_files(layout: Layout, job: Job, outputs: bool = True, artifact: bool = True) -> None:

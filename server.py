@@ -814,6 +814,7 @@ class Api:
             # Another upload was quicker, and made a folder of this name or a file of a folder's.
             raise storage.NameTaken(f"{path!r} is a folder, or lies below a file") from error
         self.count.uploaded.add(size)
+        log.info("uploaded %s: %d bytes", path, size)
         if existed:
             return Answer(204)
         stored = {"path": f"incoming/{path}", "bytes": size, "sha256": digest.hexdigest()}

@@ -56,10 +56,12 @@ def sole_job(service):
 
 
 class Cutter:
-    """A proxy that ends each answer after so many bytes, and notes the heads of requests."""
+    """A proxy that ends artifacts after so many bytes, and as many uploads as it is told amid
+    their bytes; it notes the heads of requests."""
 
-    def __init__(self, port: int, cuts: list[int]) -> None:
-        self.port, self.cuts, self.heads = port, cuts, []
+    def __init__(self, port: int, cuts: list[int], uploads: int) -> None:
+        self.port, self.cuts, self.uploads = port, cuts, uploads
+        self.heads: list[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.thread = threading.Thread(target=self._run)
@@ -72,9 +74,18 @@ class Cutter:
 
     def _serve(self, line: socket.socket) -> None:
         with line, socket.create_connection(("127.0.0.1", self.port)) as behind:
-            head = line.recv(65536)
+            head, gap, body = line.recv(65536).partition(b"\r\n\r\n")
             self.heads.append(head.decode())
-            behind.sendall(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+            behind.sendall(head + b"\r\nConnection: close" + gap + body)
+            found = re.search(rb"Content-Length: (\d+)", head)
+            left = int(found[1]) - len(body) if found else 0
+            if head.startswith(b"PUT") and self.uploads:
+                self.uploads -= 1
+                behind.sendall(line.recv(left // 2))
+                return
+            while left and (piece := line.recv(min(left, 65536))):
+                behind.sendall(piece)
+                left -= len(piece)
             left = self.cuts.pop(0) if self.cuts and b"GET" in head and b"/artifact" in head else 1 << 40
             while left and (piece := behind.recv(min(left, 65536))):
                 line.sendall(piece)
@@ -87,8 +98,8 @@ class Cutter:
 
 
 @contextlib.contextmanager
-def cutting(service, *cuts: int) -> Iterator[Cutter]:
-    cutter = Cutter(service.http.server_port, list(cuts))
+def cutting(service, *cuts: int, uploads: int = 0) -> Iterator[Cutter]:
+    cutter = Cutter(service.http.server_port, list(cuts), uploads)
     try:
         yield cutter
     finally:
@@ -152,7 +163,24 @@ def test_title_and_volume_come_from_the_name(name, title, number):
     assert submit.title_and_volume(Path(name)) == (title, number)
 
 
+def test_an_upload_that_breaks_off_is_sent_again(service, tmp_path):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": os.urandom(2 << 20)}))
+    with cutting(service, uploads=2) as cutter:
+        assert run(cutter.url, tmp_path / "v.zip")[0] == 0
+    assert sum(head.startswith("PUT") for head in cutter.heads) == 3
+    stored = service.config.layout.incoming / sole_job(service).input_path
+    assert stored.read_bytes() == (tmp_path / "v.zip").read_bytes()
+
+
 # ---------------------------------------------------------------- refusals
+def test_a_volume_that_is_too_large_is_refused_amid_its_upload(tmp_path):
+    (tmp_path / "v.zip").write_bytes(bytes(8 << 20))
+    with still(tmp_path / "root", upload_bytes=1 << 20) as service:
+        status, _, err = run(service, tmp_path / "v.zip")
+        assert list(service.config.layout.incoming.iterdir()) == []
+    assert status == 2 and "413" in err and "REICHAN_MAX_UPLOAD_BYTES" in err
+
+
 def test_a_refusal_names_each_bad_field(service, tmp_path):
     (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
     status, _, err = run(service, tmp_path / "v.zip", "--scale", "9", "--model", "nope")
@@ -243,7 +271,7 @@ def test_a_download_that_breaks_twice_goes_on_where_it_broke(service, tmp_path):
     assert status == 0 and hashlib.sha256(ARTIFACT).hexdigest() in out
     assert [path.read_bytes() for path in (tmp_path / "to").iterdir()] == [ARTIFACT]
     fetched = [head for head in cutter.heads if "GET" in head and "/artifact" in head]
-    begins = [int(found[1]) for head in fetched if (found := re.search("Range: bytes=([0-9]+)-\r", head))]
+    begins = [int(found[1]) for head in fetched if (found := re.search(r"Range: bytes=(\d+)-", head))]
     assert len(fetched) == 3 and 900_000 < begins[0] < 1_000_000 < begins[1] < 2_000_000
     assert all(f'If-Range: "{job.artifact_hash}"' in head for head in fetched[1:])
 
