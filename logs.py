@@ -101,6 +101,8 @@ def setup(form: str, process: str) -> None:
     handler.setFormatter(JsonLines(process) if form == "json" else TextLines(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # websockets' own: two lines for each that only say that it came and went.
+    logging.getLogger("live.protocol").setLevel(logging.WARNING)
     log = logging.getLogger(process.partition("-")[0])
 
     def thread_died(end: threading.ExceptHookArgs) -> None:

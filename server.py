@@ -59,7 +59,7 @@ import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
 from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
-from metrics import Family, expose, gauge, gauges, process_families
+from metrics import Family, expose, gauge, gauges, processor_seconds
 from openapi import COOKIE, Route
 from retention import Keep
 from storage import Layout
@@ -899,7 +899,7 @@ class Api:
     def metrics(self, _request: Request) -> Answer:
         """GET /metrics, in Prometheus' text format 0.0.4."""
         media = "text/plain; version=0.0.4; charset=utf-8"
-        families = itertools.chain(self._gauges(), self.count.families(), process_families())
+        families = itertools.chain(self._gauges(), self.count.families(), [processor_seconds()])
         return Answer(200, {"Content-Type": media}, expose(families).encode("utf-8", "replace"))
 
     def _gauges(self) -> Iterator[Family]:
@@ -955,7 +955,7 @@ class Api:
             raise jobs.ShuttingDown("the service is shutting down; connect again after its restart")
         if self.live.count() >= self.config.watchers:
             raise Refused(503, "TOO_MANY", "too many WebSockets are open", {"Retry-After": "5"})
-        protocol = ServerProtocol(max_size=MESSAGE_BYTES, logger=logging.getLogger("live"))
+        protocol = ServerProtocol(max_size=MESSAGE_BYTES, logger=logging.getLogger("live.protocol"))
         protocol.receive_data(_handshake_bytes(request))
         handshake = next(iter(protocol.events_received()), None)
         if not isinstance(handshake, UpgradeRequest):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import TextIO
+
+log = logging.getLogger("sidecar")
 
 
 def take_stdout() -> TextIO:
@@ -30,7 +33,10 @@ def ready_line(url: str, token: str | None) -> str:
 
 def call_at_end_of_stdin(ended: Callable[[], None]) -> None:
     """Call `ended` from a thread once stdin is at its end. Raises OSError where there is no stdin."""
-    stdin = os.dup(0)
+    try:
+        stdin = os.dup(0)
+    except OSError as error:
+        raise OSError("--exit-with-stdin takes a stdin that its parent holds open: a pipe") from error
     # On Windows a child that inherits a pipe which is being read hangs at its start; on all systems a
     # worker has no business with our parent.
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -41,6 +47,7 @@ def call_at_end_of_stdin(ended: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             while os.read(stdin, 4096):
                 pass
+        log.info("stdin is at its end, and so the service ends")
         ended()
 
     threading.Thread(target=wait, name="stdin", daemon=True).start()

@@ -69,4 +69,5 @@ def test_without_a_stdin_that_is_held_open_it_does_not_serve(tmp_path, stdin):
     shell = ["sh", "-c", 'exec "$@" <&-', "sh", *line] if stdin == "closed" else line
     done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
     assert done.returncode == (2 if stdin == "closed" else 0)
-    assert stdin == "empty" or b"server.py: " in done.stderr
+    says = b"server.py: --exit-with-stdin takes a stdin" if stdin == "closed" else b"stdin is at its end"
+    assert says in done.stderr
