@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,10 +278,10 @@ def check_run(run: dict[str, Any]) -> Iterator[Check]:
 
 
 # ---------------------------------------------------------------- the whole
-def measured(config: Config) -> tuple[dict[str, Any] | None, str]:
-    """(what the child found, why there is nothing)."""
+def measured(config: Config, models: Sequence[str] = MODELS) -> tuple[dict[str, Any] | None, str]:
+    """(what the child found, running these models; why there is nothing)."""
     choice = asdict(EngineChoice(config.device, config.precision, config.engine, config.layout.models))
-    command = [sys.executable, str(ROOT / "doctor.py"), json.dumps(choice, default=str)]
+    command = [sys.executable, str(ROOT / "doctor.py"), json.dumps(choice, default=str), *models]
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=CHILD_S, check=False
@@ -329,7 +329,7 @@ def run(config: Config) -> int:
 
 
 # ---------------------------------------------------------------- the child
-def examine(choice: EngineChoice) -> dict[str, Any]:
+def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
     """What only torch can tell, as JSON values."""
     import torch
 
@@ -349,7 +349,7 @@ def examine(choice: EngineChoice) -> dict[str, Any]:
         "cudaError": cuda_error,
         "devices": infer.describe_devices(),
         "models": infer.describe_models(choice.model_root),
-        "runs": [run_model(choice, name) for name in MODELS],
+        "runs": [run_model(choice, name) for name in models],
     }
 
 
@@ -427,4 +427,5 @@ def page_seconds(engine: Any, params: Params) -> float:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(json.dumps(examine(EngineChoice(**given | {"model_root": Path(given["model_root"])}))))
+    wanted = EngineChoice(**given | {"model_root": Path(given["model_root"])})
+    print(json.dumps(examine(wanted, sys.argv[2:])))
