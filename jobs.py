@@ -26,7 +26,7 @@ import time
 import unicodedata
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -377,6 +377,15 @@ class JobTable:
         with self._lock:
             row = self._db.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
         return _job_from_row(row) if row else None
+
+    def newest_submission(self, input_paths: Sequence[str]) -> float | None:
+        """When a job of one of these inputs was last submitted, if ever."""
+        marks = ", ".join("?" * len(input_paths))
+        with self._lock:
+            row = self._db.execute(
+                f"SELECT max(created_s) FROM jobs WHERE input_path IN ({marks})", [*input_paths]
+            ).fetchone()
+        return None if row[0] is None else float(row[0])
 
     def page_of_jobs(self, state: str | None, text: str, limit: int, before: int | None) -> list[Job]:
         """Up to `limit` jobs, newest first, older than number `before`."""

@@ -63,6 +63,7 @@ from metrics import Family, expose, gauge, gauges, processor_seconds
 from openapi import COOKIE, Route
 from retention import Keep
 from storage import Layout
+from watch import Watch
 from wire import Answer, Refused, Request, json_answer, json_list_answer
 
 log = logging.getLogger("server")
@@ -110,6 +111,8 @@ class Config:
     upload_bytes: int = 16 << 30
     reserve_bytes: int = 64 << 20  # of free space, which no upload and no job may be expected to use
     checks_room: bool = True
+    watch_s: int | None = None  # for which an upload must lie still to become a job; None: never
+    watch_params: dict[str, Any] = field(default_factory=dict)  # of those jobs, as in POST /jobs
 
     @property
     def layout(self) -> Layout:
@@ -170,6 +173,17 @@ def read_keep(setting: Callable[[str, str], str]) -> Keep:
     )
 
 
+def read_watch_params(text: str) -> dict[str, Any]:
+    """REICHAN_WATCH_PARAMS; a model can only be checked once the model root is known. Raises ConfigError."""
+    try:
+        given = json.loads(text or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(f'REICHAN_WATCH_PARAMS must be a JSON object like {{"scale": 2}}, not {text!a}')
+    return given
+
+
 def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
     """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
 
@@ -219,6 +233,8 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
         checks_room=choice("check_room") == "on",
         upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
+        watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
+        watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
     )
 
 
@@ -1170,6 +1186,7 @@ class Service:
                 self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep,
                 config.reserve_bytes if config.checks_room else None,
             )
+            self.watch = self._watch(config) if config.watch_s else None
             self.live = Live(layout)
             self.table.listeners.append(self.live.publish)
             self.rebuild = rebuild.Rebuild(self.table, layout)
@@ -1179,6 +1196,17 @@ class Service:
             self._ending.close()
             raise
         self.api.connections = lambda: len(self.http.peers)
+
+    def _watch(self, config: Config) -> Watch:
+        """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
+        errors: list[tuple[str, str]] = []
+        params = jobs.parse_params(config.watch_params, storage.model_names(config.layout.models), errors)
+        if errors:
+            raise ConfigError("REICHAN_WATCH_PARAMS: " + "; ".join(map(" ".join, errors)))
+        return Watch(
+            self.table, config.layout, config.limits, float(config.watch_s or 0), params,
+            self.dispatcher.reserve_bytes, self.dispatcher.wake,
+        )
 
     @property
     def url(self) -> str:
@@ -1191,9 +1219,13 @@ class Service:
         self.live.start()
         self.rebuild.start()
         self.http.start()
+        if self.watch:
+            self.watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.watch:
+            self.watch.stop()
         # Work stops first, so that clients still hear of it; then the lines.
         self.dispatcher.stop()
         self.rebuild.stop()
