@@ -279,6 +279,25 @@ def is_junk(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
+# What tools call a file that they are still receiving: Copyparty (x.zip.PARTIAL, and with a time and
+# an address behind it where that is taken), browsers, WinSCP, aria2, torrents; our own .tmp.
+UNFINISHED = re.compile(
+    r".+\.(?:partial(?:-\d+\.\d{6}-.+)?|part|filepart|crdownload|download|tmp|temp|aria2|!ut|!qb)",
+    re.IGNORECASE,
+)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is still being received."""
+    return UNFINISHED.fullmatch(name) is not None
+
+
+def awaits(name: str, beside: Iterable[str]) -> str | None:
+    """The unfinished file, of those beside it, that is to become the file of this name."""
+    waits = (other for other in beside if is_unfinished(other))
+    return next((other for other in waits if other.lstrip(".").startswith(name + ".")), None)
+
+
 def output_stems(names: Sequence[str]) -> list[str]:
     """Distinct output paths without suffix for source names, in their order.
 
@@ -740,6 +759,10 @@ def list_folder(root: Path, limits: Limits) -> Listing:
                 raise LimitExceeded("entries", seen, limits.entries, "files in the folder")
             path = Path(folder, name)
             if is_page_name([name]):
+                # Copyparty reserves a page's name with an empty file while it receives the page.
+                if not path.lstat().st_size and awaits(name, files):
+                    left_out += 1
+                    continue
                 found.append((os.fsencode(path.relative_to(root).as_posix()), path))
                 total_bytes += path.lstat().st_size
             else:

@@ -22,12 +22,6 @@ from pathlib import Path
 import storage
 from messages import Limits
 
-# What tools call a file that they are still receiving: Copyparty (x.zip.PARTIAL, and with a time and
-# an address behind it where that is taken), browsers, WinSCP, aria2, torrents; our own .tmp.
-UNFINISHED = re.compile(
-    r".+\.(?:partial(?:-\d+\.\d{6}-.+)?|part|filepart|crdownload|download|tmp|temp|aria2|!ut|!qb)",
-    re.IGNORECASE,
-)
 NUMBERED = re.compile(
     r"(?P<title>.*?)[\s_.,\-]*(?:\b(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
     re.IGNORECASE,
@@ -36,11 +30,6 @@ TITLE_CHARACTERS = 300  # jobs.TITLE_CHARACTERS; that module is not for Copypart
 
 
 # ---------------------------------------------------------------- names
-def is_unfinished(name: str) -> bool:
-    """Whether a file of this name is still being received."""
-    return UNFINISHED.fullmatch(name) is not None
-
-
 def is_archive_name(name: str) -> bool:
     """Whether a file of this name is a volume by itself."""
     suffix = os.path.splitext(name)[1].lower()
@@ -102,14 +91,13 @@ def _find(folder: Path, parts: tuple[str, ...], limits: Limits, inside: bool) ->
     files, folders = _entries(folder)
     for entry in files:
         if is_archive_name(entry.name):
-            waits = (other.name for other in files if is_unfinished(other.name))
-            partial = next((name for name in waits if name.lstrip(".").startswith(entry.name)), None)
+            partial = storage.awaits(entry.name, (other.name for other in files))
             yield _upload((*parts, entry.name), "zip", [(entry.name, entry)], partial)
     whole = bool(parts) and not inside and any(storage.is_page_name([entry.name]) for entry in files)
     if whole:
         held = list(_files_below(folder, limits.depth))
-        partial = next((name for name, _ in held if is_unfinished(name.rpartition("/")[2])), None)
-        yield _upload(parts, "folder", [item for item in held if not is_unfinished(item[0])], partial)
+        partial = next((name for name, _ in held if storage.is_unfinished(name.rpartition("/")[2])), None)
+        yield _upload(parts, "folder", [item for item in held if not storage.is_unfinished(item[0])], partial)
     if len(parts) < limits.depth:
         for below in folders:
             yield from _find(folder / below, (*parts, below), limits, inside or whole)
@@ -131,7 +119,7 @@ def _files_below(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[s
     """(name, entry) of the pages below a folder, and of what is still being received there."""
     files, folders = _entries(folder)
     for entry in files:
-        if storage.is_page_name([entry.name]) or is_unfinished(entry.name):
+        if storage.is_page_name([entry.name]) or storage.is_unfinished(entry.name):
             yield prefix + entry.name, entry
     for below in folders if depth else ():
         yield from _files_below(folder / below, depth - 1, f"{prefix}{below}/")
@@ -169,7 +157,7 @@ def content_of(
         return _sha256(place, goes_on)
     digest = hashlib.sha256()
     for name, entry in _files_below(place, limits.depth):
-        if not is_unfinished(entry.name):
+        if not storage.is_unfinished(entry.name):
             line = f"{name}\0{_sha256(Path(entry.path), goes_on)}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1317,3 +1317,20 @@ def test_a_path_too_long_for_the_file_system_is_outside_incoming(layout):
     path = "/".join(["d" * 200] * 20) + "/" + "x" * 70 + ".zip"
     with pytest.raises(storage.OutsideIncoming):
         storage.resolve_incoming(layout, path)
+
+
+def test_only_what_is_being_received_counts_as_unfinished():
+    taken = "x.zip.PARTIAL-1732500000.123456-1.2.3.4"
+    for name in ("x.zip.PARTIAL", ".x.zip.PARTIAL", taken, "a.part", "b.TMP"):
+        assert storage.is_unfinished(name), name
+    for name in ("x.zip", "partial.zip", "x.partial-cut.zip", ".tmp", "part", "1.png"):
+        assert not storage.is_unfinished(name), name
+
+
+def test_an_empty_page_whose_bytes_arrive_beside_it_is_left_out(tmp_path):
+    """As Copyparty does it. One that is merely empty is a page, and says so."""
+    for name in ("1.png", "2.png", "2.png.PARTIAL", "22.png", "3.png", ".3.png.PARTIAL"):
+        (tmp_path / name).write_bytes(b"" if name in ("2.png", "22.png", "3.png") else b"x")
+    listing = storage.list_folder(tmp_path, Limits())
+    assert [page.name for page in listing.pages] == ["1.png", "22.png"]
+    assert listing.left_out == 3

@@ -279,11 +279,3 @@ def test_settings_are_checked_at_the_start(tmp_path):
 )
 def test_title_and_volume_come_from_the_path(path, kind, title, number):
     assert uploads.title_and_volume(path, kind) == (title, number)
-
-
-def test_only_what_is_being_received_counts_as_unfinished():
-    taken = "x.zip.PARTIAL-1732500000.123456-1.2.3.4"
-    for name in ("x.zip.PARTIAL", ".x.zip.PARTIAL", taken, "a.part", "b.TMP"):
-        assert uploads.is_unfinished(name), name
-    for name in ("x.zip", "partial.zip", "x.partial-cut.zip", ".tmp", "part", "1.png"):
-        assert not uploads.is_unfinished(name), name
