@@ -86,6 +86,7 @@ BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
+SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
 
@@ -183,10 +184,17 @@ class WorkerSlot:
             self.exclusive = False
         return task
 
+    def is_open(self) -> bool:
+        """Whether it is up, and no page has it, or waits to have it, for itself."""
+        return bool(self.capacity) and not (self.exclusive or self.kept_for or self.doom)
+
     def room(self) -> int:
         """How many more pages it takes now."""
-        closed = self.exclusive or self.kept_for or self.doom
-        return 0 if closed else self.capacity - len(self.tasks)
+        return self.capacity - len(self.tasks) if self.is_open() else 0
+
+    def singles(self) -> int:
+        """How many pages outside any job it has."""
+        return sum(isinstance(key, str) and isinstance(task, ComputePage) for key, task in self.tasks.items())
 
     def kill(self, why: str) -> None:
         """End it now; its sentinel wakes the dispatcher."""
@@ -241,7 +249,7 @@ class Dispatcher:
         self.not_before_s = 0.0  # no new worker before this moment: one could not start
         self.boot_failures = 0  # in a row
         self.probed: Probed | None = None
-        self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # previews and probes, by key
+        self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # what is outside jobs, by key
         self._lock = threading.Lock()  # of _asked
         self._stopping = threading.Event()
         self._woken = threading.Event()
@@ -272,8 +280,9 @@ class Dispatcher:
             with contextlib.suppress(OSError):
                 self._wake_w.send_bytes(b"!")
 
-    def ask(self, key: str, task: Probe | Preview) -> Future[Any]:
-        """Have a worker answer a Probe or Preview; one question a key at a time."""
+    def ask(self, key: str, task: Probe | Preview | ComputePage) -> Future[Any]:
+        """Have a worker answer a Probe or Preview, or compute a page outside any job; one question a
+        key at a time."""
         with self._lock:
             if key not in self._asked:
                 self._asked[key] = (task, Future())
@@ -314,8 +323,9 @@ class Dispatcher:
             with contextlib.suppress(JobError):
                 lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
         with self._lock:
-            for _, future in self._asked.values():
-                future.cancel()
+            asked = list(self._asked.values())
+        for _, future in asked:  # outside the lock: whoever is told of it may be asking just now
+            future.cancel()
 
     def _turn(self) -> None:
         self._drop_ended_runs()
@@ -349,7 +359,8 @@ class Dispatcher:
                 event = slot.conn.recv()
                 slot.heard_s = time.monotonic()
                 try:
-                    self._on_event(slot, event)
+                    if not self._is_answer(slot, event):
+                        self._on_event(slot, event)
                 except sqlite3.OperationalError as error:
                     run = self._run_of(event) if hasattr(event, "attempt") else None
                     if run is None:
@@ -431,9 +442,23 @@ class Dispatcher:
         for key, (task, _) in asked:
             if any(key in slot.tasks for slot in self.workers.values()):
                 continue
-            slot = next((slot for slot in self.workers.values() if not slot.doom), None) or self._hire()
+            if isinstance(task, ComputePage):
+                slot = self._for_single()
+            else:
+                slot = next((slot for slot in self.workers.values() if not slot.doom), None) or self._hire()
             if slot:
                 slot.give(key, task)
+
+    def _for_single(self) -> WorkerSlot | None:
+        """A worker for a page outside any job: beyond its room, for somebody waits for that page, but a
+        few only, and none where a suspect page is alone or about to be."""
+        able = [slot for slot in self.workers.values() if slot.is_open() and slot.singles() < SINGLES]
+        if able:
+            return min(able, key=lambda slot: len(slot.tasks))
+        booting = any(slot.capacity == 0 for slot in self.workers.values())
+        if not booting:
+            self._hire()
+        return None
 
     def _deal_one(self, run: Run) -> bool:
         """Give one task of this run to a worker, if there is one to give and one to take it."""
@@ -544,6 +569,15 @@ class Dispatcher:
         return True
 
     # -- events
+    def _is_answer(self, slot: WorkerSlot, event: object) -> bool:
+        """Whether it ends a page outside any job, whose key stands for a job's id."""
+        key = getattr(event, "job_id", None)
+        if key is None or key not in slot.tasks:
+            return False
+        slot.free(key)
+        self._answer(key, event)
+        return True
+
     def _on_event(self, slot: WorkerSlot, event: object) -> None:
         match event:
             case Beat(busy_s, limit_s, card):

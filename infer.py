@@ -43,6 +43,7 @@ import pages
 import sandbox
 import storage
 import windows
+from lanes import Lanes
 from messages import (
     AUTO_MODEL,
     Beat,
@@ -700,7 +701,7 @@ class Worker:
         encoders = max(1, min(16 if at_once > 1 else 2, cores - 1))
         self.capacity = encoders + at_once + 1  # some in each step, and one decoded
         self.decoders = ThreadPoolExecutor(max(1, encoders // 2), "decode")
-        self.device = ThreadPoolExecutor(at_once, "device")
+        self.device = Lanes(at_once, "device")
         self.encoders = ThreadPoolExecutor(encoders, "encode")
         self.files = ThreadPoolExecutor(1, "files")
 
@@ -792,14 +793,14 @@ class Worker:
             self.encoders.submit(self._page_step, task, self._carry)
             return
         spent = time.perf_counter() - started
-        self.device.submit(self._page_step, task, self._infer, page, spent)
+        self.device.submit(self._page_step, task, self._infer, page, spent, first=task.plan is None)
 
     def _infer(self, task: ComputePage, page: pages.Decoded, spent: float) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         started = time.perf_counter()
-        plan = plan_for(task.plan, page.pixels)
         try:
+            plan = plan_for(task.plan or self.engines.plan(task.params), page.pixels)
             result, deviation = self.engines.compute(page.pixels, task.params, plan)
         finally:
             del self.computing[threading.get_ident()]

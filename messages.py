@@ -144,7 +144,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ComputePage:
-    """Task: one page from staging to outputs. `carry` says why it is only copied."""
+    """Task: one page from staging to outputs. `carry` says why it is only copied.
+
+    Without a plan it is a page outside any job: job_id is the key of the question (Dispatcher.ask),
+    the worker settles the plan, and PageDone, PageFailed or TaskFailed is the answer.
+    """
 
     job_id: str
     attempt: int
@@ -152,7 +156,7 @@ class ComputePage:
     source: Path
     target_stem: Path  # without the suffix: a carried page keeps its source's
     params: Params
-    plan: Plan
+    plan: Plan | None
     limits: Limits
     carry: str | None = None
 

@@ -223,7 +223,9 @@ def _ref(name: str) -> dict[str, str]:
 
 def _content(what: str) -> dict[str, Any]:
     if "/" in what:
-        return {media: {"schema": {"type": "string", "format": "binary"}} for media in what.split(", ")}
+        binary = {"type": "string", "format": "binary"}
+        form = _object({"image": binary})
+        return {media: {"schema": form if "form-data" in media else binary} for media in what.split(", ")}
     media = "application/problem+json" if what == "Problem" else "application/json"
     return {media: {"schema": _ref(what)}}
 

@@ -51,6 +51,7 @@ import dispatch
 import jobs
 import logs
 import openapi
+import reader
 import rebuild
 import sidecar
 import storage
@@ -111,6 +112,8 @@ class Config:
     upload_bytes: int = 16 << 30
     reserve_bytes: int = 64 << 20  # of free space, which no upload and no job may be expected to use
     checks_room: bool = True
+    page_wait_s: int = 25  # for POST /pages; Suwayomi gives up after 30
+    page_cache_bytes: int = 1 << 30  # of its finished pages
     watch_s: int | None = None  # for which an upload must lie still to become a job; None: never
     watch_params: dict[str, Any] = field(default_factory=dict)  # of those jobs, as in POST /jobs
 
@@ -233,6 +236,8 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
         checks_room=choice("check_room") == "on",
         upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
+        page_wait_s=whole("REICHAN_PAGE_WAIT_S", setting("PAGE_WAIT_S", "25"), most=100),
+        page_cache_bytes=whole("REICHAN_PAGE_CACHE_BYTES", setting("PAGE_CACHE_BYTES", "1G"), least=0),
         watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
         watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
     )
@@ -299,6 +304,7 @@ def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
 ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*, application/octet-stream", "text/plain", "text/html"
 ASSET = "text/javascript, text/css"
 WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
+TEXT_OF_PARAM = {"type": "string", "description": "as in POST /jobs; unusable, the page comes back as it was"}
 CURSOR = {"type": "integer", "minimum": 0, "maximum": 2**62}
 CONDITIONS = {
     name: {"type": "string", "description": text}
@@ -432,6 +438,15 @@ ROUTES = (
         body="application/octet-stream",
         body_optional=True,
     ),
+    Route(
+        "POST",
+        "/pages",
+        "convert",
+        "One page upscaled, for a manga reader; as it came where that fails",
+        {200: IMAGE, 413: "Problem", 415: "Problem", 503: "Problem"},
+        query=dict.fromkeys(reader.PARAMETERS, TEXT_OF_PARAM),
+        body="multipart/form-data, image/*, application/octet-stream",
+    ),
     Route("GET", "/models", "models", "Models and their weights", {200: "ModelList"}),
     Route("POST", "/session", "open_session", "A cookie for browsers", {204: None, 401: "Problem"}),
     Route("DELETE", "/session", "close_session", "Drop the cookie", {204: None, 401: "Problem"}),
@@ -488,6 +503,9 @@ class Api:
         self.live = live
         self.rebuild = rebuild
         self.count = dispatcher.metrics
+        self.reader = reader.Reader(
+            dispatcher, self.layout, config.limits, config.page_wait_s, config.page_cache_bytes
+        )
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
         self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
@@ -841,6 +859,27 @@ class Api:
     def _check_room(self, size_bytes: int) -> None:
         if storage.free_bytes(self.layout) < size_bytes + self.config.reserve_bytes:
             raise Refused(507, "DISK_FULL", "the service's disk is nearly full; make room and try again")
+
+    def convert(self, request: Request) -> Answer:
+        """POST /pages."""
+        with self.reader.holding_body():
+            body = request.body.read(reader.PAGE_BYTES)
+            page = reader.image_of(request.headers.one("content-type") or "", body)
+            outcome = self._converted(page, request.query)
+            if outcome.file is not None:
+                size = os.fstat(outcome.file.fileno()).st_size
+                headers = _image_headers(outcome.file.read(16)) | {"X-Reichan-Page": "finished"}
+                return Answer(200, headers, outcome.file, 0, size)
+            log.info("POST /pages: the page stays as it was: %s", outcome.reason)
+            why = {"X-Reichan-Page": "original", "X-Reichan-Reason": ascii(outcome.reason)[1:-1][:300]}
+            return Answer(200, _image_headers(bytes(page[:16])) | why, bytes(page))
+
+    def _converted(self, page: memoryview, query: dict[str, str]) -> reader.Outcome:
+        try:
+            params = reader.params_of(query, storage.model_names(self.layout.models))
+        except jobs.InvalidFields as error:
+            return reader.Outcome(None, error.detail)
+        return self.reader.convert(page, params)
 
     # -- the service itself
     def _probe(self) -> Probed | None:

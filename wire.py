@@ -285,7 +285,8 @@ def _framing(headers: Headers, minor: str) -> tuple[int | None, bool]:
 
 # ---------------------------------------------------------------- body
 class Body:
-    """A request's body, read in pieces. before_read runs once, before the first byte."""
+    """A request's body, read in pieces. before_read runs once, before the first byte; after_read
+    once it was read to its end."""
 
     def __init__(self, source: io.BufferedReader, length: int | None, chunked: bool) -> None:
         self.source = source
@@ -293,6 +294,7 @@ class Body:
         self.chunked = chunked
         self.before_read: Callable[[], None] = lambda: None
         self.progress: Callable[[int], None] = lambda _count: None
+        self.after_read: Callable[[], None] = lambda: None
         self.done = not chunked and not length  # read to its end
 
     def pieces(self, limit_bytes: int, setting: str = "") -> Iterator[bytes]:
@@ -315,6 +317,7 @@ class Body:
         except OSError as error:  # a reset is a cut-off too: nobody is left to be told of it
             raise EOFError from error
         self.done = True
+        self.after_read()
 
     def refuse_over(self, limit_bytes: int, setting: str = "") -> None:
         """Raises Refused 413 where the body says itself that it is over the limit."""
@@ -632,7 +635,8 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(request)
 
     def _answer(self, request: Request) -> bool:
-        self.peer.enter("answer", 120.0)  # until the first byte; a preview waits for a worker
+        self._await_answer()
+        request.body.after_read = self._await_answer  # what the body's own time leaves is too little
         try:
             answer = self.server.handle(self, request)
         except EOFError:
@@ -653,6 +657,9 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(EOFError, Refused):
                 request.body.read(CHUNK_BYTES)
         return request.body.done
+
+    def _await_answer(self) -> None:
+        self.peer.enter("answer", 120.0)  # until the first byte; a preview waits for a worker
 
     def _begin_body(self, request: Request) -> None:
         started_s = time.monotonic()

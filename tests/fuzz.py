@@ -67,7 +67,8 @@ def serve(conn: Any, root: Path, log: Path, plant: str) -> None:
     if plant:
         module, name = plant.split(":")
         getattr(importlib.import_module(module), name)()
-    with still(root, token=TOKEN) as service:
+    # A page for a reader would be waited for in vain.
+    with still(root, token=TOKEN, page_wait_s=0) as service:
         conn.send(populated(service))
         with contextlib.suppress(EOFError):
             conn.recv()

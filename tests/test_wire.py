@@ -558,6 +558,19 @@ def test_a_body_that_keeps_coming_may_take_longer_than_a_stall(hasty):
         assert one(exchange(http.server_port, *parts, pause_s=0.1))[0] == 200
 
 
+def test_an_answer_may_be_waited_for_longer_than_a_body_may_stall(hasty):
+    """A page for a reader: sent at once, computed for half a minute."""
+
+    def handle(_handler: wire.Handler, request: wire.Request) -> wire.Answer:
+        body = request.body.read(100)
+        time.sleep(1.5)  # the reaper looks twice a second
+        return wire.Answer(200, {}, body)
+
+    with serving(handle) as http:
+        answer = exchange(http.server_port, posted(b"Content-Length: 4\r\n", b"page"))
+        assert one(answer)[0::2] == (200, b"page")
+
+
 @contextlib.contextmanager
 def serving_a_file(root: Path) -> Iterator[tuple[wire.HttpServer, list[io.BufferedReader]]]:
     """A server of one file that no socket's buffer holds, and what it opened."""
