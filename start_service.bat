@@ -1,15 +1,37 @@
 @echo off
 rem Starts the service; makes the environment on the first run. Arguments go to server.py.
+rem REICHAN_UNATTENDED=1: no waiting for a key after a failure.
 setlocal
 cd /d "%~dp0"
-if not exist .venv\Scripts\python.exe (
-  py -3 -m venv .venv || goto failed
-  rem PyPI has only the CPU build for Windows; with an NVIDIA card take the CUDA build.
-  where nvidia-smi >nul 2>nul && .venv\Scripts\python.exe -m pip install "torch>=2.10,<2.14" --index-url https://download.pytorch.org/whl/cu128
-  .venv\Scripts\python.exe -m pip install -e . || goto failed
-)
+set PYTHONUTF8=1
+rem The package comes last: with it, everything is there. What a broken-off first run left is gone on with.
+.venv\Scripts\python.exe -c "import importlib.metadata as m; m.version('manga-upscale-service')" >nul 2>nul && goto start
+
+set PYTHON=py -3
+py -3 -c "" >nul 2>nul || set PYTHON=python
+%PYTHON% -c "import sys; sys.exit(sys.version_info < (3, 11))" || goto nopython
+echo Making the environment in .venv; this takes a few minutes.
+%PYTHON% -m venv .venv || goto failed
+rem PyPI has only the CPU build for Windows; where an NVIDIA card answers, take the CUDA build.
+nvidia-smi -L >nul 2>nul || goto package
+.venv\Scripts\python.exe -m pip install "torch>=2.10,<2.14" --index-url https://download.pytorch.org/whl/cu128 || goto failed
+:package
+.venv\Scripts\python.exe -m pip install -e . || goto failed
+
+:start
 .venv\Scripts\python.exe server.py %*
-exit /b %errorlevel%
+set STATUS=%errorlevel%
+if not "%STATUS%"=="0" goto ended
+exit /b 0
+
+:nopython
+echo Python 3.11 or newer is needed: https://www.python.org/downloads/windows/
+set STATUS=1
+goto ended
 :failed
-echo Setting up failed; delete the folder .venv and try again.
-exit /b 1
+echo Setting up failed, see above. Start again to try once more.
+set STATUS=1
+:ended
+rem Started by a double click, the window would close before anybody has read why.
+if not defined REICHAN_UNATTENDED pause
+exit /b %STATUS%

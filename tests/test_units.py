@@ -1,0 +1,73 @@
+"""What starts the service elsewhere: the systemd unit; start_service.bat, as far as reading it tells."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import require
+
+import server
+
+ROOT = Path(server.__file__).parent
+UNIT = ROOT / "contrib/manga-upscale.service"
+BAT = ROOT / "start_service.bat"
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit, as if this checkout lay where it says."""
+    require(shutil.which("systemd-analyze"), "systemd-analyze is not there")
+    text = UNIT.read_text().replace("/opt/manga-upscale/.venv/bin/python", sys.executable)
+    copy = tmp_path / UNIT.name
+    copy.write_text(text.replace("/opt/manga-upscale", str(ROOT)))
+    return copy
+
+
+def analyzed(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = ["systemd-analyze", "--no-pager", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_systemd_takes_the_unit_without_a_word(unit):
+    done = analyzed("verify", unit)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    broken = unit.read_text().replace("KillMode=mixed", "KillMode=gently")
+    unit.write_text(broken)
+    assert "kill mode" in analyzed("verify", unit).stderr  # else the line above would prove nothing
+
+
+def test_the_unit_leaves_the_service_little_to_reach(unit):
+    """systemd's own measure: 0 is nothing, 10 all; a unit without hardening has 9.2."""
+    done = analyzed("security", "--offline=true", unit)
+    level = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    assert level and float(level[1]) < 2.5, done.stdout + done.stderr
+
+
+def test_a_bad_setting_is_no_reason_to_start_again():
+    """main() ends with 2 there, and the unit names that number."""
+    assert "RestartPreventExitStatus=2" in UNIT.read_text().splitlines()
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "70000"]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 2
+
+
+def test_the_batch_file_has_the_line_ends_and_labels_that_cmd_needs():
+    data = BAT.read_bytes()
+    assert data.count(b"\n") == data.count(b"\r\n") and data.isascii()
+    text = data.decode()
+    jumps = set(re.findall(r"goto (\w+)", text))
+    assert jumps and jumps <= set(re.findall(r"^:(\w+)", text, re.MULTILINE))
+
+
+def test_a_cuda_build_is_asked_for_within_the_tested_versions():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [torch] = [one for one in dependencies if one.startswith("torch")]
+    cuda = re.compile(r'pip install "(torch[^"]+)" --index-url (\S+)')
+    asked = [cuda.search(path.read_text(encoding="utf-8")) for path in (BAT, ROOT / "README.md")]
+    assert [match and match[1] for match in asked] == [torch, torch]
+    assert asked[0][2] == asked[1][2]
