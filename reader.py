@@ -246,7 +246,11 @@ class Reader:
         assert self._cache is not None
         # With a suffix: a page that is large enough already is taken over under it.
         source = self._cache.folder / f"{SOURCE}{key}.{storage.sniff(bytes(data[:16]))}"
-        source.write_bytes(data)  # read once, soon: no need to sync it
+        try:
+            source.write_bytes(data)  # read once, soon: no need to sync it
+        except OSError:
+            storage.remove_file(source)
+            raise
         page = ComputePage(key, 0, 1, source, self._cache.folder / key, params, None, self.limits)
         future = self.dispatcher.ask(key, page)
         self._underway[key] = future

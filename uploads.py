@@ -80,27 +80,45 @@ def find_uploads(incoming: Path, limits: Limits) -> Iterator[Upload]:
 
 
 def find_upload(incoming: Path, path: str, limits: Limits) -> Upload | None:
-    """The upload at this very path, if there is one. Raises OSError."""
+    """The upload at this very path, if there is one; nothing else is looked at. Raises OSError."""
     parts = tuple(path.split("/"))
-    found = _find(incoming.joinpath(*parts[:-1]), parts[:-1], limits, inside=False)
+    place = incoming.joinpath(*parts)
+    if place.is_dir():
+        found = _in_folder(place, parts, _entries(place)[0], limits, inside=False)
+    else:
+        found = _in_folder(place.parent, parts[:-1], _entries(place.parent)[0], limits, inside=True)
     return next((upload for upload in found if upload.path == path), None)
 
 
 def _find(folder: Path, parts: tuple[str, ...], limits: Limits, inside: bool) -> Iterator[Upload]:
-    """inside: below a folder that is an upload itself; only archives count there."""
     files, folders = _entries(folder)
+    for upload in _in_folder(folder, parts, files, limits, inside):
+        yield upload
+        inside = inside or upload.kind == "folder"
+    if len(parts) < limits.depth:
+        for below in folders:
+            yield from _find(folder / below, (*parts, below), limits, inside)
+
+
+def _in_folder(
+    folder: Path,
+    parts: tuple[str, ...],
+    files: list[os.DirEntry[str]],
+    limits: Limits,
+    inside: bool,
+) -> Iterator[Upload]:
+    """The archives right in a folder, and the folder itself if it holds a page.
+
+    inside: it lies in a folder that is an upload itself; only archives count there.
+    """
     for entry in files:
         if is_archive_name(entry.name):
             partial = storage.awaits(entry.name, (other.name for other in files))
             yield _upload((*parts, entry.name), "zip", [(entry.name, entry)], partial)
-    whole = bool(parts) and not inside and any(storage.is_page_name([entry.name]) for entry in files)
-    if whole:
+    if parts and not inside and any(storage.is_page_name([entry.name]) for entry in files):
         held = list(_files_below(folder, limits.depth))
         partial = next((name for name, _ in held if storage.is_unfinished(name.rpartition("/")[2])), None)
         yield _upload(parts, "folder", [item for item in held if not storage.is_unfinished(item[0])], partial)
-    if len(parts) < limits.depth:
-        for below in folders:
-            yield from _find(folder / below, (*parts, below), limits, inside or whole)
 
 
 def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:

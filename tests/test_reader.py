@@ -209,6 +209,18 @@ def test_a_page_that_nobody_computes_is_waited_for_and_given_back(tmp_path):
         assert reply.body == png(shade=1) and "shutting down" in reply.headers["x-reichan-reason"]
 
 
+def test_a_disk_that_takes_no_page_costs_no_page(tmp_path, monkeypatch):
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with still(tmp_path) as service:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        reply = post(Client(service.url), png())
+        assert reply.body == png() and "No space left" in reply.headers["x-reichan-reason"]
+        assert not leftovers(service)
+
+
 def test_the_cache_stays_within_its_bytes_and_keeps_what_is_used(tmp_path):
     cache = reader.Cache(tmp_path, 250)
     for key in ("a", "b"):

@@ -86,6 +86,16 @@ def test_an_upload_that_grows_waits_until_it_rests(watched):
     assert watched.look() == ["t/1.zip"]
 
 
+def test_an_upload_is_found_by_its_path_as_a_look_at_all_finds_it(watched):
+    for name in ("T/1.zip", "T/ch1/1.png", "T/ch1/more/2.png", "T/ch1/bonus.cbz", "U v1/1.png"):
+        watched.put(name, png())
+    found = list(uploads.find_uploads(watched.incoming, Limits()))
+    assert [one.path for one in found] == ["T/1.zip", "T/ch1/bonus.cbz", "T/ch1", "U v1"]
+    assert [uploads.find_upload(watched.incoming, one.path, Limits()) for one in found] == found
+    for other in ("T", "T/ch1/1.png", "nothing/there.zip"):
+        assert uploads.find_upload(watched.incoming, other, Limits()) is None
+
+
 def test_a_folder_is_one_volume_with_all_below_it(watched):
     for name in ("Title v02/001.png", "Title v02/extra/002.png", "D/Vol 1/ch1/1.png", "D/Vol 1/ch2/1.png"):
         watched.put(name, png())
