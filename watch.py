@@ -138,7 +138,7 @@ class Watch:
 
     def _try(self, upload: Upload, waiting: Waiting, present: Collection[str]) -> None:
         if upload.unfinished:
-            self._tell(waiting, f"{upload.path} waits: {upload.unfinished} in it is still being received")
+            self._tell(waiting, f"{upload.path!a} waits: {upload.unfinished!a} is still being received")
             return
         try:
             content = self._content(upload)
@@ -151,7 +151,7 @@ class Watch:
             waiting.tries += 1
             waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2**waiting.tries)
             reason = storage.reason_of(error)
-            self._tell(waiting, f"{upload.path} can't be submitted now: {reason}; it is tried again later")
+            self._tell(waiting, f"{upload.path!a} can't be submitted now: {reason}; it is tried again later")
 
     def _tell(self, waiting: Waiting, text: str) -> None:
         if waiting.told != text:
