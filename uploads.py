@@ -154,7 +154,8 @@ def _upload(
             continue  # the next look finds another stamp
         facts = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n"
         digest.update(facts.encode("utf-8", "surrogateescape"))
-        changed_s = max(changed_s, stat.st_ctime)
+        # Windows keeps the time of creation there, sometimes that of a file of this name before.
+        changed_s = max(changed_s, stat.st_ctime, stat.st_mtime if os.name == "nt" else 0.0)
     return Upload("/".join(parts), kind, digest.hexdigest(), changed_s, unfinished)
 
 
