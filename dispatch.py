@@ -805,7 +805,7 @@ class Dispatcher:
             for n in filter(None, blamed):
                 deaths = run.pages[n].deaths + slot.exclusive
                 self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
-            if 0 in blamed:
+            if 0 in blamed and not slot.singles():  # a reader's page is likelier to have done it
                 count = self.careless_deaths.get(run.job.id, 0) + 1
                 self.careless_deaths[run.job.id] = count
                 if count >= CARELESS_DEATHS:

@@ -13,8 +13,9 @@ import faults
 import numpy as np
 import pytest
 from client import Client, Reply
-from serving import png, still, until, volume
+from serving import png, queued, still, until, volume
 
+import dispatch
 import jobs
 import lanes
 import messages
@@ -207,6 +208,23 @@ def test_a_page_that_nobody_computes_is_waited_for_and_given_back(tmp_path):
         reply = post(Client(service.url), png(shade=1))
         waiting.join()
         assert reply.body == png(shade=1) and "shutting down" in reply.headers["x-reichan-reason"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_job_that_was_staging_is_not_blamed_for_what_a_readers_page_did(tmp_path, beside):
+    """A page can kill as many workers as it likes: only without one beside it the job ends by that."""
+    page = messages.ComputePage("key", 0, 1, tmp_path, tmp_path, messages.Params(), None, messages.Limits())
+    with still(tmp_path) as service:
+        job, dispatcher, layout = queued(service), service.dispatcher, service.config.layout
+        tasks = {"key": page} if beside else {}
+        for _ in range(dispatch.CARELESS_DEATHS):
+            claimed = jobs.claim(service.table, 1000.0)
+            run = dispatch.Run(claimed, layout.staging / job.id, layout.outputs)
+            dispatcher.runs[job.id] = run
+            slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)  # dead: without a process
+            slot.tasks, slot.doom, slot.exclusive = {run.key(0): page, **tasks}, None, False
+            dispatcher._lose(run, slot, "it was killed")
+        assert service.table.get(job.id).state == (jobs.PENDING if beside else jobs.FAILED)
 
 
 def test_a_disk_that_takes_no_page_costs_no_page(tmp_path, monkeypatch):
