@@ -52,6 +52,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service
         patched.setenv("FAULTS", str(folder))
         config = server.Config(storage_root=tmp_path_factory.mktemp("root"), port=0, page_wait_s=100)
         with server.Service(config, worker=faults.by_width) as running:
+            running.dispatcher.ask("probe", messages.Probe()).result(180)  # a cold worker loads torch first
             yield running
 
 
