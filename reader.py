@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import forms
 import jobs
-import multipart
 import storage
 from dispatch import Dispatcher
 from jobs import JobError
@@ -81,9 +81,9 @@ def image_of(content_type: str, body: bytes) -> memoryview:
     if not MEDIA.fullmatch(content_type):
         raise Refused(415, "MEDIA_TYPE", 'send the image itself, or a form with the field "image"')
     try:
-        boundary = multipart.boundary_of(content_type)
-        return multipart.field(body, boundary, "image") if boundary else memoryview(body)
-    except multipart.BadForm as error:
+        boundary = forms.boundary_of(content_type)
+        return forms.field(body, boundary, "image") if boundary else memoryview(body)
+    except forms.BadForm as error:
         raise Refused(400, "BAD_FORM", str(error)) from error
 
 

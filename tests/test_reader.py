@@ -16,10 +16,10 @@ from client import Client, Reply
 from serving import png, queued, still, until, volume
 
 import dispatch
+import forms
 import jobs
 import lanes
 import messages
-import multipart
 import reader
 import server
 import storage
@@ -315,12 +315,12 @@ OTHER = part("form-data; name=other", b"--b is no boundary within a line")
     ],
 )
 def test_forms_that_libraries_write_are_read(body):
-    assert bytes(multipart.field(body, b"b", "image")) == b"PAGE"
+    assert bytes(forms.field(body, b"b", "image")) == b"PAGE"
 
 
 def test_a_page_may_hold_anything_but_the_boundary_line():
     content = b"\r\n--\r\n\r\n--a\r\n--\r\nb\r\n"
-    assert bytes(multipart.field(part("form-data; name=image", content) + b"--b--", b"b", "image")) == content
+    assert bytes(forms.field(part("form-data; name=image", content) + b"--b--", b"b", "image")) == content
 
 
 @pytest.mark.parametrize(
@@ -346,21 +346,21 @@ def test_a_page_may_hold_anything_but_the_boundary_line():
         part("form-data; name=image", more="Content-Disposition: form-data; name=image\r\n") + b"--b--",
         part("form-data; name=image", more="Content-Transfer-Encoding: base64\r\n") + b"--b--",
         part("form-data; name=image", more="no colon\r\n") + b"--b--",
-        part("form-data; name=image", more="X: " + "x" * multipart.HEAD_BYTES + "\r\n") + b"--b--",
+        part("form-data; name=image", more="X: " + "x" * forms.HEAD_BYTES + "\r\n") + b"--b--",
     ],
 )
 def test_forms_that_could_be_read_in_two_ways_are_refused(body):
-    with pytest.raises(multipart.BadForm):
-        multipart.field(body, b"b", "image")
+    with pytest.raises(forms.BadForm):
+        forms.field(body, b"b", "image")
 
 
 def test_the_boundary_is_what_content_type_says():
-    assert multipart.boundary_of(f"multipart/form-data; boundary={BOUNDARY}") == BOUNDARY.encode()
-    assert multipart.boundary_of('Multipart/Form-Data; charset=utf-8; boundary="a b"') == b"a b"
-    assert multipart.boundary_of("image/png") is None
+    assert forms.boundary_of(f"multipart/form-data; boundary={BOUNDARY}") == BOUNDARY.encode()
+    assert forms.boundary_of('Multipart/Form-Data; charset=utf-8; boundary="a b"') == b"a b"
+    assert forms.boundary_of("image/png") is None
     for bad in ("", "; boundary=", '; boundary="a "', "; boundary=" + "x" * 71, "; boundary=a; boundary=b"):
-        with pytest.raises(multipart.BadForm):
-            multipart.boundary_of("multipart/form-data" + bad)
+        with pytest.raises(forms.BadForm):
+            forms.boundary_of("multipart/form-data" + bad)
 
 
 def test_params_of_a_query_are_those_of_a_job():
