@@ -78,6 +78,16 @@ def pages_of(client: Client, job: str) -> list[dict[str, Any]]:
     return pages
 
 
+def amid(client: Client) -> str:
+    """A job of v.zip whose pages are being computed; one over before it was seen is followed by the next."""
+    phase = ""
+    while phase != "inferring":
+        job = client.submit("v.zip")
+        while (phase := client.state(job).phase) not in ("inferring", "done"):
+            time.sleep(0.01)
+    return job
+
+
 def leftovers(layout: storage.Layout) -> list[Path]:
     return [*layout.root.rglob("*.tmp"), *layout.staging.iterdir()]
 
@@ -113,8 +123,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
 def test_a_service_killed_amid_a_cancel_keeps_the_cancel_and_a_resume_finishes_the_job(process, calm):
     """C05."""
     process.client.call("PUT", "/incoming/v.zip", volume(SMALL))
-    job = process.client.submit("v.zip")
-    until(lambda: process.client.state(job).phase == "inferring", 60)
+    job = amid(process.client)
     process.client.post(job, "cancel")
     process.kill()
     process.start()
@@ -129,8 +138,7 @@ def test_a_service_killed_amid_a_cancel_keeps_the_cancel_and_a_resume_finishes_t
 def test_a_service_ended_amid_a_job_exits_with_0_and_goes_on_at_its_next_start(process, calm):
     """C08."""
     process.client.call("PUT", "/incoming/v.zip", volume(SMALL))
-    job = process.client.submit("v.zip")
-    until(lambda: process.client.state(job).phase == "inferring", 60)
+    job = amid(process.client)
     (worker,) = process.workers()
     assert process.end() == 0
     until(lambda: not kills.is_alive(worker))
@@ -190,9 +198,9 @@ RECOVERY = (
 def test_a_service_killed_at_every_step_of_its_recovery_recovers_in_the_end(process, calm):
     """C07. A job that is over has left a working copy, which is to be removed."""
     process.client.call("PUT", "/incoming/v.zip", volume(SMALL))
-    over, job = process.client.submit("v.zip"), process.client.submit("v.zip")
+    over = process.client.submit("v.zip")
     assert finish(process.client, over).status == "SUCCESS"
-    until(lambda: process.client.state(job).phase == "inferring", 60)
+    job = amid(process.client)
     process.kill()
     (process.layout.staging / over).mkdir()
     for when, step in RECOVERY:
@@ -506,8 +514,7 @@ def test_a_locked_database_is_waited_for_and_no_event_is_lost(tmp_path, calm):
     """C16; for 3 s, of the 30 that it waits."""
     with serving(tmp_path / "root") as (service, client):
         client.call("PUT", "/incoming/v.zip", volume(SMALL))
-        job = client.submit("v.zip")
-        until(lambda: client.state(job).phase == "inferring", 60)
+        job = amid(client)
         with locked(service.config.layout.database):
             time.sleep(3)
         second = client.submit("v.zip")
@@ -558,8 +565,7 @@ def test_a_clock_set_back_makes_no_negative_time_and_loses_no_attempt(tmp_path):
     """C21."""
     with serving(tmp_path / "root") as (service, client):
         client.call("PUT", "/incoming/v.zip", volume(SMALL))
-        job = client.submit("v.zip")
-        until(lambda: client.state(job).phase == "inferring", 60)
+        job = amid(client)
         service.table.clock = lambda: time.time() - 3600
         states, _ = client.watch(job)
         second = client.submit("v.zip")
