@@ -523,8 +523,9 @@ class Throughput:
         self.copy_at = sorted(random.Random(seed).choices(range(2 * count), k=50), reverse=True)
 
     def ended(self) -> list[str]:
-        """Ids of the jobs that were told to be over, in that order."""
-        return [state.job_id for _, state in list(self.listener.told) if state.is_over]
+        """Ids of those of its jobs that were told to be over, in that order."""
+        ours = {*self.ids}
+        return [s.job_id for _, s in list(self.listener.told) if s.is_over and s.job_id in ours]
 
     def run(self) -> None:
         """Submit all, wait for all."""

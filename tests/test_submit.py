@@ -35,11 +35,30 @@ def service(tmp_path):
         yield service
 
 
+# Run from a shell's background, SIGINT is ignored and children inherit that.
+HEEDING_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import server
+sys.exit(server.main())
+"""
+
+
 def start(service, *arguments):
     """The command in a process of its own."""
-    command = [sys.executable, str(ROOT / "server.py"), "submit", *map(str, arguments), "--url", service.url]
+    command = [sys.executable, "-c", HEEDING_CTRL_C, "submit", *map(str, arguments), "--url", service.url]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen(command, env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONUTF8": "1"}, **pipes)
+
+
+@contextlib.contextmanager
+def started(service, *arguments):
+    """start(), and an end for it even where the test fails."""
+    with start(service, *arguments) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run(service, *arguments, **environ):
@@ -225,7 +244,7 @@ def test_a_token_is_taken_from_flag_or_environment(tmp_path):
 # ---------------------------------------------------------------- watching
 def test_a_watch_shows_each_change_and_ends_with_the_job(service):
     job = running(service)
-    with start(service, "--job", job.id, "--watch") as process:
+    with started(service, "--job", job.id, "--watch") as process:
         until(service.live.count)
         jobs.advance(service.table, job, "fail", 3000.0, last_error="no room (injected)")
         _, err = process.communicate(timeout=30)
@@ -235,7 +254,7 @@ def test_a_watch_shows_each_change_and_ends_with_the_job(service):
 
 def test_ctrl_c_leaves_the_job_and_says_how_to_watch_it_again(service):
     job = running(service)
-    with start(service, "--job", job.id, "--watch") as process:
+    with started(service, "--job", job.id, "--watch") as process:
         until(service.live.count)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
