@@ -51,7 +51,7 @@ PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
 BUSY_S = 30.0  # for another process that has the database locked
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MIGRATIONS = {  # version -> what makes the next
     1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
     2: "ALTER TABLE pages ADD COLUMN model TEXT",
@@ -59,6 +59,8 @@ MIGRATIONS = {  # version -> what makes the next
     " ALTER TABLE jobs ADD COLUMN artifact_removed_s REAL",
     4: "ALTER TABLE jobs ADD COLUMN seal INTEGER; ALTER TABLE pages ADD COLUMN seal INTEGER;"
     " ALTER TABLE counter ADD COLUMN schema_seal INTEGER",
+    5: "ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;"
+    " CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number)",
 }
 REMOVED = {  # by age: field of Keep -> column that says when, and what in words
     "outputs_days": ("outputs_removed_s", "the pages were"),
@@ -195,6 +197,7 @@ class Job:
     request_hash: str | None
     outputs_removed_s: float | None  # by age, see retention.py
     artifact_removed_s: float | None
+    priority: int = 0  # higher ones are claimed first
 
     @property
     def is_over(self) -> bool:
@@ -251,9 +254,10 @@ CREATE TABLE jobs (
     message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
     artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
     started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT,
-    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER
+    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER, priority INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
+CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number);
 CREATE TABLE pages (
     job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, n INTEGER NOT NULL,
     name TEXT NOT NULL, staged TEXT NOT NULL, source_sha256 TEXT NOT NULL,
@@ -490,8 +494,15 @@ class JobTable:
                 self._changed.add(job.id)
         return bool(done)
 
-    def take_oldest(self, now_s: float) -> Job | None:
-        """The oldest PENDING job, now RUNNING in a new attempt. One statement: claimed once."""
+    def highest_waiting(self) -> int | None:
+        """The highest priority among PENDING jobs, if there are any."""
+        with self._lock:
+            row = self._db.execute("SELECT max(priority) FROM jobs WHERE state = ?", (PENDING,)).fetchone()
+        return None if row[0] is None else int(row[0])
+
+    def take_next(self, now_s: float) -> Job | None:
+        """The PENDING job of the highest priority, among equals the oldest, now RUNNING in a new
+        attempt. One statement: claimed once."""
         with self.transaction() as db:
             # Without one, nothing is written: a turn on a full disk must get past this.
             if not db.execute("SELECT 1 FROM jobs WHERE state = ? LIMIT 1", (PENDING,)).fetchone():
@@ -499,7 +510,8 @@ class JobTable:
             row = db.execute(
                 "UPDATE jobs SET state = ?, attempt = attempt + 1, phase = 'staging',"
                 " started_s = coalesce(started_s, max(?, created_s)), eta_s = NULL, seq = ?"
-                " WHERE number = (SELECT min(number) FROM jobs WHERE state = ?) RETURNING *",
+                " WHERE number = (SELECT number FROM jobs WHERE state = ?"
+                " ORDER BY priority DESC, number LIMIT 1) RETURNING *",
                 (RUNNING, now_s, self._next_seq(), PENDING),
             ).fetchone()
             if row is None:
@@ -733,8 +745,8 @@ def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -
 
 
 def claim(table: JobTable, now_s: float) -> Job | None:
-    """Take the oldest waiting job; no one else gets it."""
-    job = table.take_oldest(now_s)
+    """Take the waiting job whose turn it is; no one else gets it."""
+    job = table.take_next(now_s)
     if job:
         log.info("%s -> %s (claim, attempt %d)", PENDING, RUNNING, job.attempt, extra=logs.of(job.id))
     return job
@@ -753,6 +765,16 @@ def cancel(table: JobTable, job_id: str, now_s: float) -> Job:
             return job
         with contextlib.suppress(StaleAttempt):  # it moved between the two lines: look again
             return advance(table, job, "cancel", now_s, cancelled=True, message=CANCEL_MESSAGE)
+
+
+def prioritize(table: JobTable, job_id: str, priority: int) -> Job:
+    """Give a job, in whatever state, another priority: one that runs may come to wait again. Raises
+    UnknownJob."""
+    with table.transaction():
+        job = table.get(job_id)
+        if job.priority != priority:
+            table.change(job, job.state, priority=priority)
+        return table.get(job_id)
 
 
 def _still_running(table: JobTable, job: Job) -> Job:
@@ -870,6 +892,7 @@ class Submission:
     input_path: str
     params: Params
     manifest: dict[str, Any] | None
+    priority: int = 0
 
 
 CHOICES = {
@@ -889,6 +912,7 @@ RANGES = {  # name: (least, most, may be null)
     "target_height": (16, 65_500, True),
 }
 TITLE_CHARACTERS = 300
+PRIORITIES = (-100, 100)  # least, most
 
 
 def camel(name: str) -> str:
@@ -924,9 +948,19 @@ def parse_submission(body: dict[str, Any], models: dict[str, str]) -> Submission
         errors.append(("params", "must be an object"))
         given = None
     params = parse_params(given or {}, models, errors)
+    priority = 0 if body.get("priority") is None else parse_priority(body, errors)
     if errors:
         raise InvalidFields(errors)
-    return Submission(title, volume, str(kind), str(path), params, manifest)
+    return Submission(title, volume, str(kind), str(path), params, manifest, priority)
+
+
+def parse_priority(body: dict[str, Any], errors: list[tuple[str, str]]) -> int:
+    """A request's `priority`; a fault is added to `errors`."""
+    value, (least, most) = body.get("priority"), PRIORITIES
+    if type(value) is not int or not least <= value <= most:
+        errors.append(("priority", f"must be a whole number from {least} to {most}"))
+        return 0
+    return value
 
 
 def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tuple[str, str]]) -> Params:
@@ -1008,6 +1042,7 @@ def submit(
                 "input_path": place,
                 "params": wanted.params,
                 "manifest": wanted.manifest,
+                "priority": wanted.priority,
                 "idempotency_key": key,
                 "request_hash": body_hash,
             }
@@ -1130,6 +1165,7 @@ def to_state(job: Job, layout: Layout) -> dict[str, Any]:
         "finishedAt": iso(job.finished_s),
         "errorCode": job.error_code,
         "leftOut": job.left_out,
+        "priority": job.priority,
     }
 
 

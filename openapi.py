@@ -127,8 +127,10 @@ def schemas() -> dict[str, Any]:
             "finishedAt": _nullable("string", format="date-time"),
             "errorCode": _nullable("string"),
             "leftOut": {"type": "integer", "minimum": 0},
+            "priority": WHOLE,
         }
     )
+    priority = {"type": "integer", "minimum": jobs.PRIORITIES[0], "maximum": jobs.PRIORITIES[1]}
     page = _object(
         {
             "n": {"type": "integer", "minimum": 1},
@@ -179,8 +181,10 @@ def schemas() -> dict[str, Any]:
                 "input": _object({"type": kind, "path": path}),
                 "params": params | {"type": ["object", "null"], "required": []},
                 "manifest": _object({"files": {"type": "array"}}) | {"type": ["object", "null"]},
+                "priority": priority
+                | {"type": ["integer", "null"], "default": 0, "description": "higher ones start first"},
             },
-            optional=("params", "manifest"),
+            optional=("params", "manifest", "priority"),
         ),
         "Resume": {
             "type": "object",
@@ -189,6 +193,14 @@ def schemas() -> dict[str, Any]:
                 {"properties": {"inputPath": {"type": "null"}, "inputType": {"type": "null"}}},
             ],
         },
+        "Priority": _object({"priority": priority}),
+        "Queue": _object(
+            {
+                "waiting": WHOLE,
+                "running": WHOLE,
+                "highestPriority": _nullable("integer", description="of those that wait"),
+            }
+        ),
         "PageList": _object({"pages": {"type": "array", "items": page}}),
         "Report": _object(state["properties"] | {"report": report, "timings": timings}),
         "Stored": _object({"path": TEXT_TYPE, "bytes": WHOLE, "sha256": HASH}),

@@ -382,6 +382,22 @@ ROUTES = (
         body_optional=True,
     ),
     Route("POST", "/jobs/{id}/cancel", "cancel", "Stop a job", {200: "JobState", 404: "Problem"}),
+    Route(
+        "POST",
+        "/jobs/{id}/priority",
+        "prioritize",
+        "Let a job start earlier or later",
+        {
+            200: "JobState",
+            400: "Problem",
+            404: "Problem",
+            413: "Problem",
+            415: "Problem",
+            422: "Problem",
+        },
+        body="Priority",
+    ),
+    Route("GET", "/queue", "queue", "What waits", {200: "Queue"}),
     Route("GET", "/jobs/{id}/pages", "pages", "Every page of a job", {200: "PageList", 404: "Problem"}),
     Route(
         "GET",
@@ -691,6 +707,21 @@ class Api:
         job = jobs.cancel(self.table, id, self.table.clock())
         self.dispatcher.wake()
         return self._state_answer(job)
+
+    def prioritize(self, request: Request, id: str) -> Answer:
+        """POST /jobs/{id}/priority."""
+        self.table.get(id)
+        body, errors = _json_body(request), list[tuple[str, str]]()
+        priority = jobs.parse_priority(body, errors)
+        if errors:
+            raise jobs.InvalidFields(errors)
+        return self._state_answer(jobs.prioritize(self.table, id, priority))
+
+    def queue(self, _request: Request) -> Answer:
+        """GET /queue."""
+        counts = self.table.counts()
+        numbers = {"waiting": counts[jobs.PENDING], "running": counts[jobs.RUNNING]}
+        return json_answer({**numbers, "highestPriority": self.table.highest_waiting()})
 
     def pages(self, _request: Request, id: str) -> Answer:
         """GET /jobs/{id}/pages."""

@@ -25,9 +25,10 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
         _fill_in(case.body.get("input"), "type", "path")
         _fill_in(case.body, "inputType", "inputPath")
         params = case.body.get("params")
+        # 2.0 is an integer to JSON Schema, and none to this service (see the README).
+        for values in filter(lambda one: isinstance(one, dict), (case.body, params)):
+            values |= {key: int(n) for key, n in values.items() if type(n) is float and n.is_integer()}
         if isinstance(params, dict):
-            # 2.0 is an integer to JSON Schema, and none to this service (see the README).
-            params |= {key: int(n) for key, n in params.items() if type(n) is float and n.is_integer()}
             if isinstance(params.get("model"), str):
                 params["model"] = "realesr-animevideov3"
 

@@ -54,9 +54,11 @@ MOVES = sorted({move for _, move in LEGAL})
 EDGES = {
     (None, PENDING), (PENDING, RUNNING), (PENDING, FAILED), (RUNNING, RUNNING), (RUNNING, PENDING),
     (RUNNING, SUCCESS), (RUNNING, FAILED), (SUCCESS, PENDING), (FAILED, PENDING),
-    (SUCCESS, SUCCESS), (FAILED, FAILED),  # age removed something
+    (PENDING, PENDING),  # another priority
+    (SUCCESS, SUCCESS), (FAILED, FAILED),  # the same, or age removed something
 }  # fmt: skip
 PHASES = {PENDING: {"queued"}, RUNNING: {"staging", "inferring"}, SUCCESS: {"done"}, FAILED: {"done"}}
+PRIORITIES = (-1, 0, 0, 1)
 INPUTS, KEYS = ("a.zip", "b.zip"), (None, None, "k", "l")
 KEEP = Keep(outputs_days=1, artifacts_days=2, jobs_days=5)
 UNKNOWN = "no-such-job"
@@ -92,6 +94,7 @@ class MJob:
     ends: int = 0
     finished_s: float | None = None
     aged: set[str] = field(default_factory=set)  # fields of Keep
+    priority: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -246,10 +249,13 @@ class Machine(RuleBasedStateMachine):
         return bool(page.where) and storage.file_is(path, digest(page.source.encode()))
 
     # -- what clients ask for
-    @rule(path=st.sampled_from(INPUTS), key=st.sampled_from(KEYS), body=st.sampled_from("xy"))
+    @rule(
+        path=st.sampled_from(INPUTS), key=st.sampled_from(KEYS), body=st.sampled_from("xy"),
+        priority=st.sampled_from(PRIORITIES),
+    )  # fmt: skip
     @survives
-    def submit(self, path: str, key: str | None, body: str) -> None:
-        wanted = jobs.Submission("作品", "1", "zip", path, Params(), None)
+    def submit(self, path: str, key: str | None, body: str, priority: int) -> None:
+        wanted = jobs.Submission("作品", "1", "zip", path, Params(), None, priority)
         before = next((job for job in self.jobs if key and job.key == key), None)
 
         def submit() -> Job:
@@ -262,11 +268,20 @@ class Machine(RuleBasedStateMachine):
         elif path not in self.inputs:
             self.refused(storage.InputMissing, submit)
         else:
-            self.jobs.append(MJob(self.call(submit).id, path, key, body, self.now_s))
+            self.jobs.append(MJob(self.call(submit).id, path, key, body, self.now_s, priority=priority))
 
     @initialize(path=st.sampled_from(INPUTS))
     def begin(self, path: str) -> None:
-        self.submit(path=path, key=None, body="x")
+        self.submit(path=path, key=None, body="x", priority=0)
+
+    @with_jobs
+    @rule(n=which, priority=st.sampled_from(PRIORITIES))
+    @survives
+    def prioritize(self, n: int, priority: int) -> None:
+        job, before = self.pick(n), self.dump()
+        self.call(lambda: jobs.prioritize(self.table, job.id, priority))
+        assert (self.dump() != before) == (job.priority != priority)
+        job.priority = priority
 
     @with_jobs
     @rule(n=which)
@@ -324,13 +339,14 @@ class Machine(RuleBasedStateMachine):
         self.lost[job.id] = job.ends
         self.jobs.remove(job)
 
-    @rule(what=st.sampled_from(["cancel", "resume", "delete"]))
+    @rule(what=st.sampled_from(["cancel", "resume", "delete", "prioritize"]))
     @survives
     def name_an_unknown_job(self, what: str) -> None:
         calls = {
             "cancel": lambda: jobs.cancel(self.table, UNKNOWN, self.now_s),
             "resume": lambda: jobs.resume(self.table, self.layout, UNKNOWN, None),
             "delete": lambda: jobs.delete(self.table, self.layout, UNKNOWN),
+            "prioritize": lambda: jobs.prioritize(self.table, UNKNOWN, 1),
         }
         self.refused(jobs.UnknownJob, calls[what])
 
@@ -395,12 +411,13 @@ class Machine(RuleBasedStateMachine):
         return row, self.modelled(row)
 
     def _claim(self) -> None:
-        oldest = next((job for job in self.jobs if job.state == PENDING), None)
+        waiting = [job for job in self.jobs if job.state == PENDING]
+        due = max(waiting, key=lambda job: job.priority, default=None)  # the first of several equals
         row = self.call(lambda: jobs.claim(self.table, self.now_s))
-        assert (row and row.id) == (oldest and oldest.id)
-        if oldest:
-            oldest.began_s = max(oldest.began_s, self.now_s) if not oldest.attempt else oldest.began_s
-            oldest.state, oldest.attempt, oldest.staged = RUNNING, oldest.attempt + 1, False
+        assert (row and row.id) == (due and due.id)
+        if due:
+            due.began_s = max(due.began_s, self.now_s) if not due.attempt else due.began_s
+            due.state, due.attempt, due.staged = RUNNING, due.attempt + 1, False
             self.attempts.append(row)
 
     def _stage(self, row: Job, job: MJob | None, copied: bool) -> None:
@@ -586,6 +603,7 @@ class Machine(RuleBasedStateMachine):
             )  # fmt: skip
             assert (state.artifact_hash, state.artifact_path is not None) == (job.artifact, has_artifact)
             assert (row.finished_s, row.attempt) == (job.finished_s, job.attempt)
+            assert row.priority == job.priority
             times = [at for at in (state.created_at, state.started_at, state.finished_at) if at]
             assert times == sorted(times)
             assert state.phase in PHASES[job.state]
@@ -713,7 +731,7 @@ def a_page_whose_row_and_count_are_two_transactions(patch: pytest.MonkeyPatch) -
 
 
 def an_event_too_few(patch: pytest.MonkeyPatch) -> None:
-    take = JobTable.take_oldest
+    take = JobTable.take_next
 
     def silently(self: JobTable, now_s: float) -> Job | None:
         listeners, self.listeners = self.listeners, []
@@ -722,7 +740,11 @@ def an_event_too_few(patch: pytest.MonkeyPatch) -> None:
         finally:
             self.listeners = listeners
 
-    patch.setattr(JobTable, "take_oldest", silently)
+    patch.setattr(JobTable, "take_next", silently)
+
+
+def a_turn_out_of_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jobs, "prioritize", lambda table, job_id, priority: table.get(job_id))
 
 
 def a_removal_by_age_without_its_setting(patch: pytest.MonkeyPatch) -> None:
@@ -734,7 +756,8 @@ def a_removal_by_age_without_its_setting(patch: pytest.MonkeyPatch) -> None:
     [
         an_edge_too_many, an_edge_too_few, no_guard_on_the_attempt, a_resume_that_is_not_counted,
         a_recovery_that_starts_from_scratch, a_page_whose_row_and_count_are_two_transactions,
-        an_event_too_few, a_removal_by_age_without_its_setting,
+        an_event_too_few, a_turn_out_of_order,
+        a_removal_by_age_without_its_setting,
     ],
 )  # fmt: skip
 def test_a_defect_planted_in_the_job_table_is_found(monkeypatch, defect):

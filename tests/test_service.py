@@ -236,6 +236,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
             db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         for name in ("jobs", "pages"):
             db.execute(f"ALTER TABLE {name} DROP COLUMN seal")
+        db.execute("DROP INDEX jobs_waiting")
+        db.execute("ALTER TABLE jobs DROP COLUMN priority")
         db.execute("ALTER TABLE counter DROP COLUMN schema_seal")
         db.execute("PRAGMA user_version = 1")
     table = jobs.JobTable(tmp_path / "jobs.db")
