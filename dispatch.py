@@ -248,6 +248,7 @@ class Dispatcher:
         self.careless_deaths: dict[str, int] = {}  # by job id, see CARELESS_DEATHS
         self.not_before_s = 0.0  # no new worker before this moment: one could not start
         self.boot_failures = 0  # in a row
+        self.paused_s: float | None = None  # monotonic, since when the queue stands still
         self.probed: Probed | None = None
         self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # what is outside jobs, by key
         self._lock = threading.Lock()  # of _asked
@@ -332,6 +333,7 @@ class Dispatcher:
         self._tidy()
         self._record_failures()
         self.retention.turn()
+        self._see_pause()
         self._claim()
         self._deal()
         self._wait()
@@ -383,6 +385,23 @@ class Dispatcher:
                 continue
             self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
 
+    def _see_pause(self) -> None:
+        """While the queue is paused nothing is claimed, and no task of a job dealt; what is under way
+        ends, and then the workers, which give the device's memory back after their idle time."""
+        now_s = time.monotonic()
+        paused = self.table.is_paused
+        if paused and self.paused_s is None:
+            self.paused_s = now_s
+            log.info("the queue is paused; %d running jobs are held", len(self.runs))
+            for run in self.runs.values():  # nobody knows when they will be done
+                self.table.change(run.job, RUNNING, eta_s=None)
+        elif not paused and self.paused_s is not None:
+            for run in self.runs.values():
+                if run.started_s:  # no page's rate is to blame for the pause
+                    run.started_s += now_s - max(self.paused_s, run.started_s)
+            self.paused_s = None
+            log.info("the queue goes on")
+
     def _drop_ended_runs(self) -> None:
         """Stop working on jobs that were cancelled (or otherwise moved) behind our back."""
         for run in list(self.runs.values()):
@@ -428,7 +447,7 @@ class Dispatcher:
     # -- dealing
     def _deal(self) -> None:
         self._deal_asked()
-        while True:
+        while self.paused_s is None:
             # The job with the fewest pages under way comes first: several share fairly.
             for run in sorted(self.runs.values(), key=lambda run: len(run.in_flight)):
                 if self._deal_one(run):
@@ -656,7 +675,7 @@ class Dispatcher:
                 event,
                 page,
                 current_page=run.pages[underway].name if underway else None,
-                eta_s=run.eta_s(time.monotonic()),
+                eta_s=run.eta_s(time.monotonic()) if self.paused_s is None else None,
             )
             self._maybe_pack(run)
 

@@ -60,6 +60,7 @@ MIGRATIONS = {  # version -> what makes the next
     4: "ALTER TABLE jobs ADD COLUMN seal INTEGER; ALTER TABLE pages ADD COLUMN seal INTEGER;"
     " ALTER TABLE counter ADD COLUMN schema_seal INTEGER",
     5: "ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;"
+    " ALTER TABLE counter ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;"
     " CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number)",
 }
 REMOVED = {  # by age: field of Keep -> column that says when, and what in words
@@ -266,8 +267,8 @@ CREATE TABLE pages (
     error TEXT, deviation TEXT, color_spread REAL, model TEXT, seconds REAL, tries INTEGER NOT NULL,
     alone INTEGER NOT NULL, deaths INTEGER NOT NULL, seal INTEGER, PRIMARY KEY (job_id, n)
 ) WITHOUT ROWID;
-CREATE TABLE counter (seq INTEGER NOT NULL, schema_seal INTEGER);
-INSERT INTO counter VALUES (0, NULL);
+CREATE TABLE counter (seq INTEGER NOT NULL, schema_seal INTEGER, paused INTEGER NOT NULL DEFAULT 0);
+INSERT INTO counter VALUES (0, NULL, 0);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 # SQLite finds damage to its structure, and none to a value. So each row has a checksum of its
@@ -494,6 +495,18 @@ class JobTable:
                 self._changed.add(job.id)
         return bool(done)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the queue stands still; see pause()."""
+        with self._lock:
+            return bool(self._db.execute("SELECT paused FROM counter").fetchone()[0])
+
+    def pause(self, paused: bool) -> None:
+        """Let the queue stand still, or go on; kept over restarts. From then on nothing is claimed;
+        what running jobs do is the dispatcher's."""
+        with self.transaction() as db:
+            db.execute("UPDATE counter SET paused = ?", (paused,))
+
     def highest_waiting(self) -> int | None:
         """The highest priority among PENDING jobs, if there are any."""
         with self._lock:
@@ -502,8 +515,10 @@ class JobTable:
 
     def take_next(self, now_s: float) -> Job | None:
         """The PENDING job of the highest priority, among equals the oldest, now RUNNING in a new
-        attempt. One statement: claimed once."""
+        attempt; none while the queue is paused. One statement: claimed once."""
         with self.transaction() as db:
+            if self.is_paused:
+                return None
             # Without one, nothing is written: a turn on a full disk must get past this.
             if not db.execute("SELECT 1 FROM jobs WHERE state = ? LIMIT 1", (PENDING,)).fetchone():
                 return None

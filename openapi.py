@@ -196,6 +196,7 @@ def schemas() -> dict[str, Any]:
         "Priority": _object({"priority": priority}),
         "Queue": _object(
             {
+                "paused": TRUTH,
                 "waiting": WHOLE,
                 "running": WHOLE,
                 "highestPriority": _nullable("integer", description="of those that wait"),
@@ -213,6 +214,7 @@ def schemas() -> dict[str, Any]:
                 "registered_jobs": WHOLE,
                 "default_model": TEXT_TYPE,
                 "max_concurrency": WHOLE,
+                "paused": TRUTH,
             }
         ),
         "Problem": _object(

@@ -397,7 +397,9 @@ ROUTES = (
         },
         body="Priority",
     ),
-    Route("GET", "/queue", "queue", "What waits", {200: "Queue"}),
+    Route("GET", "/queue", "queue", "What waits, and whether it stands still", {200: "Queue"}),
+    Route("POST", "/queue/pause", "pause_queue", "Start nothing more, compute no more pages", {200: "Queue"}),
+    Route("POST", "/queue/resume", "resume_queue", "Go on", {200: "Queue"}),
     Route("GET", "/jobs/{id}/pages", "pages", "Every page of a job", {200: "PageList", 404: "Problem"}),
     Route(
         "GET",
@@ -721,7 +723,21 @@ class Api:
         """GET /queue."""
         counts = self.table.counts()
         numbers = {"waiting": counts[jobs.PENDING], "running": counts[jobs.RUNNING]}
-        return json_answer({**numbers, "highestPriority": self.table.highest_waiting()})
+        return json_answer(
+            {"paused": self.table.is_paused, **numbers, "highestPriority": self.table.highest_waiting()}
+        )
+
+    def pause_queue(self, request: Request) -> Answer:
+        """POST /queue/pause."""
+        self.table.pause(True)
+        self.dispatcher.wake()
+        return self.queue(request)
+
+    def resume_queue(self, request: Request) -> Answer:
+        """POST /queue/resume."""
+        self.table.pause(False)
+        self.dispatcher.wake()
+        return self.queue(request)
 
     def pages(self, _request: Request, id: str) -> Answer:
         """GET /jobs/{id}/pages."""
@@ -972,6 +988,7 @@ class Api:
                 "registered_jobs": sum(counts.values()),
                 "default_model": Params().model,
                 "max_concurrency": self.config.max_concurrency,
+                "paused": self.table.is_paused,
                 "version": VERSION,
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
                 "workers": len(self.dispatcher.workers),

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-KILLER, CLUMSY, STOPPER, SLEEPER = 40, 41, 42, 43  # page widths in pixels
+KILLER, CLUMSY, STOPPER, SLEEPER, WAITER = 40, 41, 42, 43, 44  # page widths in pixels
 
 
 def note(what: str) -> int:
@@ -147,4 +147,19 @@ def losing_its_working_copy(conn: Any, choice: Any, slot: int) -> None:
         decode(self, task)
 
     infer.Worker._decode = late  # type: ignore[method-assign]
+    infer.worker_main(conn, choice, slot)
+
+
+def with_leave(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, in which pages of the width WAITER wait until there is a file `go`."""
+    import infer
+
+    upscale = infer.NativeEngine.upscale
+
+    def patient(self: Any, pixels: Any, *rest: Any) -> Any:
+        while pixels.shape[1] == WAITER and not Path(os.environ["FAULTS"], "go").exists():
+            time.sleep(0.02)
+        return upscale(self, pixels, *rest)
+
+    infer.NativeEngine.upscale = patient  # type: ignore[method-assign]
     infer.worker_main(conn, choice, slot)

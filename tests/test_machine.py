@@ -157,6 +157,7 @@ class Machine(RuleBasedStateMachine):
         self.events: list[Job] = []  # what listeners were told
         self.lost: Counter[str] = Counter()  # endings of deleted jobs
         self.fuse: int | None = None  # statements until the power goes
+        self.paused = False
         self.open()
 
     def teardown(self) -> None:
@@ -282,6 +283,14 @@ class Machine(RuleBasedStateMachine):
         self.call(lambda: jobs.prioritize(self.table, job.id, priority))
         assert (self.dump() != before) == (job.priority != priority)
         job.priority = priority
+
+    @rule(paused=st.sampled_from([False, False, True]))
+    @survives
+    def pause(self, paused: bool) -> None:
+        before, told = self.dump(), len(self.events)
+        self.call(lambda: self.table.pause(paused))
+        self.paused = paused
+        assert self.dump() == before and len(self.events) == told
 
     @with_jobs
     @rule(n=which)
@@ -411,7 +420,7 @@ class Machine(RuleBasedStateMachine):
         return row, self.modelled(row)
 
     def _claim(self) -> None:
-        waiting = [job for job in self.jobs if job.state == PENDING]
+        waiting = [job for job in self.jobs if job.state == PENDING and not self.paused]
         due = max(waiting, key=lambda job: job.priority, default=None)  # the first of several equals
         row = self.call(lambda: jobs.claim(self.table, self.now_s))
         assert (row and row.id) == (due and due.id)
@@ -586,6 +595,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def api_table_and_events_agree(self) -> None:
         newest = {row.id: row for row in self.events}
+        assert self.table.is_paused == self.paused
         assert [row.id for row in reversed(self.table.page_of_jobs(None, "", 500, None))] == [
             job.id for job in self.jobs
         ]
@@ -747,6 +757,16 @@ def a_turn_out_of_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jobs, "prioritize", lambda table, job_id, priority: table.get(job_id))
 
 
+def a_pause_that_a_restart_forgets(patch: pytest.MonkeyPatch) -> None:
+    recover = jobs.recover
+
+    def forgetful(table: JobTable, *rest: Any) -> None:
+        recover(table, *rest)
+        table.pause(False)
+
+    patch.setattr(jobs, "recover", forgetful)
+
+
 def a_removal_by_age_without_its_setting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(retention, "DAY_S", DAY_S / 4)
 
@@ -756,7 +776,7 @@ def a_removal_by_age_without_its_setting(patch: pytest.MonkeyPatch) -> None:
     [
         an_edge_too_many, an_edge_too_few, no_guard_on_the_attempt, a_resume_that_is_not_counted,
         a_recovery_that_starts_from_scratch, a_page_whose_row_and_count_are_two_transactions,
-        an_event_too_few, a_turn_out_of_order,
+        an_event_too_few, a_turn_out_of_order, a_pause_that_a_restart_forgets,
         a_removal_by_age_without_its_setting,
     ],
 )  # fmt: skip

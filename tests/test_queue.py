@@ -1,15 +1,18 @@
-"""Whose turn it is: priorities."""
+"""Whose turn it is: priorities, and a queue that stands still."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
-from serving import queued, still
-from test_service import Client, png, volume
+from serving import queued, running, still, until
+from test_service import Client, check_artifact, png, volume
 
+import dispatch
 import jobs
 import server
 
@@ -97,3 +100,58 @@ def test_a_priority_out_of_range_is_refused_and_named(resting, value):
 def test_an_unknown_job_has_no_priority(resting):
     job = "00000000-0000-4000-8000-000000000000"
     assert Client(resting.url).call("POST", f"/jobs/{job}/priority", {"priority": 1})[0] == 404
+
+
+def test_a_running_job_holds_at_a_page_border_over_a_restart_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULTS", str(tmp_path))
+    pages = {f"{n:02}.png": png(n, faults.WAITER if n > 1 else 32) for n in range(12)}
+    config = server.Config(tmp_path / "root", port=0)
+    with server.Service(config, worker=faults.with_leave) as service:
+        client = Client(service.url)
+        client.call("PUT", "/incoming/v.zip", volume(pages))
+        job = client.submit("v.zip", outputFormat="png")
+        client.wait(job, lambda state: state["processed"] > 0)
+        waiting = client.submit("v.zip")
+        queue = json.loads(client.call("POST", "/queue/pause")[2])
+        assert queue == {"paused": True, "waiting": 1, "running": 1, "highestPriority": 0}
+        until(lambda: service.dispatcher.paused_s)
+        (tmp_path / "go").touch()
+        until(lambda: not any(slot.tasks for slot in service.dispatcher.workers.values()))
+        held = client.state(job)
+        assert held["status"] == "RUNNING" and held["processed"] < held["total"] == len(pages)
+        assert held["etaSeconds"] is None
+        assert client.state(waiting)["status"] == "PENDING"
+        reader = client.call("POST", "/pages", png(99), Content_Type="image/png")
+        assert reader[1]["x-reichan-page"] == "finished"  # somebody waits for that one
+        assert client.state(job)["processed"] == held["processed"]
+    with server.Service(config) as service:
+        client = Client(service.url)
+        assert json.loads(client.call("GET", "/health")[2])["paused"] is True
+        assert client.state(job)["status"] == "PENDING" and not service.dispatcher.workers
+        assert client.call("POST", f"/jobs/{waiting}/cancel")[0] == 200
+        assert json.loads(client.call("POST", "/queue/resume")[2])["paused"] is False
+        state = client.wait(job)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+    assert [item["status"] for item in report["items"]] == ["upscaled"] * len(pages)
+    assert state["processed"] == len(pages) and state["retries"] == 0
+
+
+def test_a_held_job_can_be_cancelled_and_the_pause_is_no_time_of_its_pages(tmp_path):
+    with still(tmp_path) as resting:
+        dispatcher = resting.dispatcher
+        runs = [dispatch.Run(running(resting, title), tmp_path, tmp_path) for title in ("a", "b")]
+        dispatcher.runs = {run.job.id: run for run in runs}
+        for run in runs:
+            run.started_s, run.finished, run.left = time.monotonic() - 10, 5, 5
+        resting.table.pause(True)
+        dispatcher._see_pause()
+        dispatcher.paused_s -= 1000  # so long ago
+        for run in runs:
+            run.started_s -= 1000
+        client = Client(resting.url)
+        assert client.call("POST", f"/jobs/{runs[0].job.id}/cancel")[0] == 200
+        dispatcher._drop_ended_runs()
+        assert [*dispatcher.runs.values()] == runs[1:]
+        resting.table.pause(False)
+        dispatcher._see_pause()
+        assert dispatcher.paused_s is None and runs[1].eta_s(time.monotonic()) == pytest.approx(10, abs=5)

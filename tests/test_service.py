@@ -238,7 +238,8 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
             db.execute(f"ALTER TABLE {name} DROP COLUMN seal")
         db.execute("DROP INDEX jobs_waiting")
         db.execute("ALTER TABLE jobs DROP COLUMN priority")
-        db.execute("ALTER TABLE counter DROP COLUMN schema_seal")
+        for column in ("schema_seal", "paused"):
+            db.execute(f"ALTER TABLE counter DROP COLUMN {column}")
         db.execute("PRAGMA user_version = 1")
     table = jobs.JobTable(tmp_path / "jobs.db")
     try:
