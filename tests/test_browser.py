@@ -227,6 +227,27 @@ def test_what_others_do_is_seen_at_once(tmp_path, visit):
         see(page, "every page failed", "#jobs")
 
 
+def test_the_queue_is_paused_and_a_volume_put_first_by_keys_in_both_languages(tmp_path, visit):
+    with still(tmp_path) as service:
+        held = running(service, "Held")
+        first, second = queued(service, "First"), queued(service, "Second")
+        page = visit(service.url)
+        button(page, "Pause: Queue").press("Enter")
+        see(page, "The queue is paused")
+        see(page, "paused", "#running")
+        assert service.table.is_paused and service.table.get(held.id).state == jobs.RUNNING
+        button(page, "Start next: Second 1").press("Enter")
+        see(page, "Second 1 starts next.")
+        see(page, "priority 1", "#jobs")
+        button(page, "中文").press("Enter")
+        button(page, "排到最前：First 1").press("Enter")
+        see(page, "优先级 2", "#jobs")
+        button(page, "继续：队列").press("Enter")
+        page.locator("#paused").wait_for(state="hidden")
+        turns = [jobs.claim(service.table, 1000.0) for _ in range(2)]
+        assert [job and job.id for job in turns] == [first.id, second.id]
+
+
 def test_what_is_no_volume_is_refused_with_its_name(tmp_path, visit):
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     with still(tmp_path / "root") as service:
