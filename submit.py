@@ -45,6 +45,7 @@ NAME_AND_NUMBER = re.compile(
 ARCHIVES = (".zip", ".cbz")
 MANIFEST = "manifest.json"
 OVER = ("SUCCESS", "FAILED")
+MOST_PRIORITY = 100
 PIECE_BYTES = 1 << 20
 ANSWER_S = 60.0  # for an answer to begin, and between two pieces
 PATIENCE_S = 20.0  # with broken lines, without any progress
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     for flag, (key, kind, text) in PARAMS.items():
         add(flag, dest=key, type=kind, help=text, metavar=flag[2:].upper())
     add("--param", action="append", default=[], metavar="KEY=VALUE", help="any other of params")
+    add("--priority", type=int, metavar="N", help="-100 to 100: of waiting jobs the highest starts first")
     add("--again", action="store_true", help="a new job, also where the same one was submitted before")
     add("--watch", action="store_true", help="show how it goes, until it is over")
     add("--download", metavar="DIR", type=Path, help="watch, then fetch the artifact into this folder")
@@ -115,6 +117,14 @@ def params_of(given: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             params[key] = value
     return params
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raises Failure for flags that don't go together, or can't be."""
+    if (given.path is None) == (given.job is None):
+        raise Failure("name either a PATH or a --job")
+    if given.priority is not None and abs(given.priority) > MOST_PRIORITY:
+        raise Failure(f"--priority takes -{MOST_PRIORITY} to {MOST_PRIORITY}, not {given.priority}")
 
 
 def title_and_volume(path: Path) -> tuple[str, str]:
@@ -177,8 +187,9 @@ class Service:
         with self.open(method, path, body, headers) as answer:
             return _json_object(answer.read())
 
-    def check(self) -> None:
-        """Raises Failure unless one of ours is there: else a misspelt address would be waited for."""
+    def check(self) -> dict[str, Any]:
+        """Its health. Raises Failure unless one of ours is there: else a misspelt address would be
+        waited for."""
         try:
             health = self.ask("GET", "/health")
         except (OSError, http.client.HTTPException) as error:
@@ -187,6 +198,7 @@ class Service:
             raise Failure(f"no service at {self.url}: {refusal}") from refusal
         if "registered_jobs" not in health:
             raise Failure(f"what answers at {self.url} is no Manga Upscale Service")
+        return health
 
     def socket(self, path: str) -> Any:
         """An open WebSocket."""
@@ -418,6 +430,12 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> str:
     return job
 
 
+def prioritize(service: Service, job: str, priority: int) -> None:
+    """Not part of what is submitted: with another priority the same volume is still the same job."""
+    path = f"/jobs/{urllib.parse.quote(job, safe='')}/priority"
+    patiently(lambda: service.ask("POST", path, {"priority": priority}), "the priority")
+
+
 # ---------------------------------------------------------------- watching
 def describe(state: dict[str, Any]) -> str:
     """A job's state as one line with a bar."""
@@ -561,13 +579,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names in any script, terminals in one
     line, job, service = Line(), given.job, None
     try:
-        if (given.path is None) == (job is None):
-            raise Failure("name either a PATH or a --job")
+        check(given)
         service = Service(given.url, given.token or environ.get("REICHAN_TOKEN", "").strip() or None)
-        service.check()
+        is_paused = service.check().get("paused", False)
         if job is None:
             job = submit(service, given, line)
+        if given.priority is not None:
+            prioritize(service, job, given.priority)
         print(f"job       {job}", flush=True)
+        if is_paused:
+            print(f"the queue is paused; it goes on with POST {service.url}/queue/resume", file=sys.stderr)
         if given.watch or given.download:
             return closing(service, watch(service, job, line), given, line)
         print(f"watch it  {again(service, job, given)}")

@@ -164,6 +164,18 @@ def test_a_job_that_was_cancelled_goes_on_by_the_same_command(service, tmp_path)
     assert (service.table.get(job).state, service.table.get(job).retries) == ("PENDING", 1)
 
 
+def test_a_priority_is_given_to_the_same_job_whether_it_was_there_or_not(service, tmp_path):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    job = run(service, tmp_path / "v.zip", "--priority", "7")[1].split()[1]
+    assert sole_job(service).priority == 7
+    service.table.pause(True)
+    status, _, err = run(service, tmp_path / "v.zip", "--priority", "-2")
+    assert status == 0 and "the queue is paused" in err
+    assert (sole_job(service).id, sole_job(service).priority) == (job, -2)
+    run(service, "--job", job, "--priority", "3")
+    assert sole_job(service).priority == 3
+
+
 def test_a_folder_s_zip_has_the_same_bytes_at_every_reading_and_is_never_held(tmp_path):
     for n in range(3):
         (tmp_path / f"{n}.png").write_bytes(os.urandom(3 << 20))
@@ -212,7 +224,7 @@ def test_a_refusal_names_each_bad_field(service, tmp_path):
     ("arguments", "says"),
     [(["nowhere.zip"], "is not there"), ([], "either a PATH or a --job"), (["."], "holds no pages"),
      (["server.py"], "no folder, .zip or .cbz"), (["--job", "none", "--watch"], "there is no job"),
-     (["v.zip", "--param", "x"], "KEY=VALUE")],
+     (["v.zip", "--param", "x"], "KEY=VALUE"), (["v.zip", "--priority", "101"], "-100 to 100")],
 )  # fmt: skip
 def test_what_can_t_be_done_is_said_in_one_line(service, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
