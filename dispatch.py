@@ -30,6 +30,7 @@ from typing import Any
 
 import logs
 import storage
+from cache import Keeper
 from jobs import (
     FAILED,
     RUNNING,
@@ -111,7 +112,7 @@ class Run:
     file_task: str | None = "stage"  # the stage or pack task that is due
     pack_tries: int = 0
     started_s: float = 0.0  # monotonic, when the first page was dealt
-    finished: int = 0  # pages in this attempt
+    finished: int = 0  # pages that this attempt computed, or took over
     left: int = 0  # pages that are not finished
 
     def key(self, n: int) -> TaskKey:
@@ -230,10 +231,12 @@ class Dispatcher:
         entry: Callable[..., None] | None = None,
         keep: Keep | None = None,
         reserve_bytes: int | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         self.table = table
         self.layout = layout
-        self.choice = choice
+        self.cache = Keeper(layout.cache, cache_bytes)
+        self.choice = replace(choice, cache_root=layout.cache) if cache_bytes else choice
         self.slots = slots
         self.limits = limits or Limits()
         self.idle_s = idle_s
@@ -311,6 +314,10 @@ class Dispatcher:
                 storage.sweep_temporaries(folder)
             except OSError as error:  # of a read-only folder, say: no reason to do no work at all
                 log.warning("unfinished files in %s can't be removed: %s", folder.name, error)
+        try:
+            self.cache.load()
+        except OSError as error:
+            log.warning("the cache of pages can't be read: %s", storage.reason_of(error))
         while not self._stopping.is_set():
             try:
                 self._turn()
@@ -643,6 +650,8 @@ class Dispatcher:
             future.set_result(event)
 
     def _on_page(self, event: PageDone | PageFailed, task: Task | None) -> None:
+        if isinstance(event, PageDone) and event.cache_key:
+            self.cache.used(event.cache_key)
         run = self._run_of(event)
         if run is None:
             return
@@ -662,9 +671,10 @@ class Dispatcher:
                 run.give_up(event.n, event.step, event.error)
             return
         self._count_page(run, event)
-        what = f"kept as it is: {event.error}" if event.error else "carried" if event.carried else "upscaled"
+        what = "carried" if event.carried else "taken from the cache" if event.cached else "upscaled"
+        what = f"kept as it is: {event.error}" if event.error else what
         log.info("%s %s in %.2f s", page.name, what, event.seconds, extra=logs.of(event.job_id, event.n))
-        run.finished += 1
+        run.finished += not event.cached  # which tells nothing of how long the others take
         run.left -= 1
         run.pages[event.n] = replace(page, status="upscaled")
         underway = min(run.in_flight, default=None)
@@ -680,11 +690,11 @@ class Dispatcher:
             self._maybe_pack(run)
 
     def _count_page(self, run: Run, event: PageDone) -> None:
-        self.metrics.pages.add(1, "carried" if event.carried else "upscaled")
+        self.metrics.pages.add(1, "carried" if event.carried else "cached" if event.cached else "upscaled")
         self.metrics.page_bytes.add(event.size_bytes)
         if event.error:
             self.metrics.page_failures.add(1, run.blamed[event.n])
-        elif not event.carried:
+        elif not (event.carried or event.cached):
             self.metrics.page_seconds.observe(event.seconds, event.model or "")
 
     def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
@@ -696,6 +706,8 @@ class Dispatcher:
                 self._finish(run, event)
             elif event.page is not None and run.pack_tries < PACK_TRIES:
                 self._redo_damaged(run, event)
+            elif event.code == storage.NoRoom.code and self.cache.clear():
+                run.file_task = "stage"  # look again: what nobody asked to keep goes first
             else:
                 if event.trace:
                     log.error("%s: %s", event.code, event.trace, extra=logs.of(run.job.id))
@@ -759,6 +771,8 @@ class Dispatcher:
 
     def _fail(self, run: Run, code: str, detail: str) -> None:
         self._abandon(run)
+        if code == storage.DiskRefused.code:
+            self.cache.clear()  # most often it is full, and a resume needs the room
         log.error("failed: %s: %s", code, detail, extra=logs.of(run.job.id))
         self.unrecorded[run.job.id] = (run.job, _failure(code, detail))
         self._record_failures()

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -43,6 +44,7 @@ import pages
 import sandbox
 import storage
 import windows
+from cache import Entry, PageCache
 from lanes import Lanes
 from messages import (
     AUTO_MODEL,
@@ -84,6 +86,8 @@ FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compi
 LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animevideov3"
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
+# Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
+PIPELINE = ("infer", "messages", "models", "pages", "rolling", "windows")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -695,6 +699,7 @@ class Worker:
         self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = Engines(choice, slot, self._tick)
+        self.cache = PageCache(choice.cache_root, program(slot)) if choice.cache_root else None
         at_once = max(kind.pages for kind in DEVICES.values() if kind.count())
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
@@ -786,6 +791,14 @@ class Worker:
     def _decode(self, task: ComputePage) -> None:
         started = time.perf_counter()
         data, params = task.source.read_bytes(), task.params
+        key = found = None
+        if self.cache and task.plan and task.plan.engine == "native":
+            key = self.cache.key(data, params, task.plan, task.limits)
+            found = self.cache.find(key)
+        if found:
+            spent = time.perf_counter() - started
+            self.encoders.submit(self._page_step, task, self._reuse, found, key, spent)
+            return
         page = pages.decode_page(data, params, task.limits)
         height, width = page.pixels.shape[:2]
         wanted = pages.target_size(width, height, params)
@@ -793,9 +806,15 @@ class Worker:
             self.encoders.submit(self._page_step, task, self._carry)
             return
         spent = time.perf_counter() - started
-        self.device.submit(self._page_step, task, self._infer, page, spent, first=task.plan is None)
+        self.device.submit(self._page_step, task, self._infer, page, spent, key, first=task.plan is None)
 
-    def _infer(self, task: ComputePage, page: pages.Decoded, spent: float) -> None:
+    def _reuse(self, task: ComputePage, entry: Entry, key: str, spent: float) -> None:
+        """Write a cached page: a copy, so that what befalls one job's file is no other's harm."""
+        facts = {name: getattr(entry, name) for name in ("width", "height", "mode", "color_spread", "model")}
+        facts |= {"seconds": round(spent, 3), "cache_key": key, "cached": True}
+        self._finish(task, entry.data, entry.suffix, **facts)
+
+    def _infer(self, task: ComputePage, page: pages.Decoded, spent: float, key: str | None) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         started = time.perf_counter()
@@ -806,10 +825,16 @@ class Worker:
             del self.computing[threading.get_ident()]
         spent += time.perf_counter() - started
         done = replace(page, pixels=result)
-        self.encoders.submit(self._page_step, task, self._encode, done, plan.model, deviation, spent)
+        self.encoders.submit(self._page_step, task, self._encode, done, plan.model, deviation, spent, key)
 
     def _encode(
-        self, task: ComputePage, page: pages.Decoded, model: str, deviation: str | None, spent: float
+        self,
+        task: ComputePage,
+        page: pages.Decoded,
+        model: str,
+        deviation: str | None,
+        spent: float,
+        key: str | None,
     ) -> None:
         started = time.perf_counter()
         data, suffix, other = pages.encode(page.pixels, task.params, page.profile)
@@ -826,6 +851,7 @@ class Worker:
             deviation="; ".join(filter(None, (deviation, other))) or None,
             color_spread=round(page.spread, 2),
             model=model,
+            cache_key=key,
         )
 
     def _carry(self, task: ComputePage) -> None:
@@ -854,9 +880,20 @@ class Worker:
             digest = storage.write_whole(target, data)
         except OSError as error:
             raise storage.DiskRefused(error) from error
-        self.send(
-            PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
-        )
+        done = PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
+        if self.cache and done.cache_key and not done.cached:
+            done = replace(done, cache_key=self._keep(self.cache, target, done))
+        self.send(done)
+
+    def _keep(self, cache: PageCache, page: Path, done: PageDone) -> str | None:
+        """The key under which the cache took a page, if it did. What deviated from its plan is not
+        what another attempt would give."""
+        if done.deviation is not None or done.cache_key is None:
+            return None
+        facts = {"suffix": page.suffix, "width": done.width, "height": done.height, "mode": done.mode}
+        facts |= {"color_spread": done.color_spread, "model": done.model}
+        kept = cache.keep(done.cache_key, page, done.sha256, done.size_bytes, facts)
+        return done.cache_key if kept else None
 
     def _file_step(self, task: Stage | Pack, step: Callable[..., None]) -> None:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
@@ -992,6 +1029,26 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
                 free, whole = module.mem_get_info(device)
                 return str(device), whole - free, whole
     return None
+
+
+def program(slot: int) -> str:
+    """What computes in this worker: the code of the pipeline, its libraries, the hardware. Pages are
+    promised to be alike to the bit where all of it is."""
+    code = hashlib.sha256()
+    for module in PIPELINE:
+        code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
+    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        processor += sorted({line.strip() for line in lines if line.startswith(("model name", "flags"))})
+    # Cards of several kinds may be here: a worker takes back only what its own would compute.
+    devices = [
+        (row["device"], row["name"])
+        for row in describe_devices()
+        if row["index"] == slot % DEVICES[row["device"]].count()
+    ]
+    return str([code.hexdigest(), versions, processor, torch.get_num_threads(), devices])
 
 
 def keep_freed_memory() -> None:

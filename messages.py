@@ -97,6 +97,7 @@ class EngineChoice:
     model_root: Path = Path("models")
     sandbox: bool = True  # whether workers give up rights they don't need
     log: str = "text"  # of logs.FORMS
+    cache_root: Path | None = None  # of cache.PageCache; None: every page is computed
 
 
 # ---------------------------------------------------------------- tasks
@@ -269,6 +270,8 @@ class PageDone:
     color_spread: float | None = None  # see pages.colour_spread; None where nothing decoded it
     carried: bool = False
     model: str | None = None  # that computed it
+    cache_key: str | None = None  # under which the cache holds it
+    cached: bool = False  # it was taken from there
 
 
 @dataclass(frozen=True, slots=True)

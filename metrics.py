@@ -98,7 +98,8 @@ class Metrics:
     def __init__(self) -> None:
         seconds = "Seconds that decoding, computing and encoding of an upscaled page took."
         self.page_seconds = Histogram("reichan_page_duration_seconds", seconds, "model", PAGE_SECONDS)
-        self.pages = Counter("reichan_pages_total", "Pages finished.", "status", ("upscaled", "carried"))
+        finished = ("upscaled", "carried", "cached")
+        self.pages = Counter("reichan_pages_total", "Pages finished.", "status", finished)
         self.page_failures = Counter(
             "reichan_page_failures_total",
             "Pages that could not be upscaled, by the step that failed.",

@@ -116,6 +116,7 @@ class Config:
     page_cache_bytes: int = 1 << 30  # of its finished pages
     watch_s: int | None = None  # for which an upload must lie still to become a job; None: never
     watch_params: dict[str, Any] = field(default_factory=dict)  # of those jobs, as in POST /jobs
+    job_cache_bytes: int = 0  # of finished pages kept for other jobs; 0: none
 
     @property
     def layout(self) -> Layout:
@@ -235,6 +236,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         keep=read_keep(setting),
         reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
         checks_room=choice("check_room") == "on",
+        job_cache_bytes=whole("REICHAN_JOB_CACHE_BYTES", setting("JOB_CACHE_BYTES", "0"), least=0),
         upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
         page_wait_s=whole("REICHAN_PAGE_WAIT_S", setting("PAGE_WAIT_S", "25"), most=100),
         page_cache_bytes=whole("REICHAN_PAGE_CACHE_BYTES", setting("PAGE_CACHE_BYTES", "1G"), least=0),
@@ -648,11 +650,10 @@ class Api:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
         wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
         self._check_room(0)
+        limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
+        given = (self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve)
         with _blaming("input.path"):
-            limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
-            job = jobs.submit(
-                self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve
-            )
+            job = self.dispatcher.cache.with_room(lambda: jobs.submit(*given))
         self.dispatcher.wake()
         answer = json_answer({"jobId": job.id}, 202)
         answer.headers["Location"] = f"/jobs/{job.id}"
@@ -904,7 +905,10 @@ class Api:
         return answer
 
     def _check_room(self, size_bytes: int) -> None:
-        if storage.free_bytes(self.layout) < size_bytes + self.config.reserve_bytes:
+        def is_short() -> bool:
+            return storage.free_bytes(self.layout) < size_bytes + self.config.reserve_bytes
+
+        if is_short() and not (self.dispatcher.cache.clear() and not is_short()):
             raise Refused(507, "DISK_FULL", "the service's disk is nearly full; make room and try again")
 
     def convert(self, request: Request) -> Answer:
@@ -1019,6 +1023,8 @@ class Api:
         used, whole = ({device: sizes[i] for device, sizes in cards.items()} for i in (0, 1))
         yield gauges("reichan_gpu_memory_used_bytes", "Memory in use on a card, by anyone.", "device", used)
         yield gauges("reichan_gpu_memory_size_bytes", "Memory of a card that a worker uses.", "device", whole)
+        kept = self.dispatcher.cache.bytes
+        yield gauge("reichan_job_cache_bytes", "Finished pages kept for other jobs.", kept)
         yield gauge("reichan_watchers", "Open WebSockets.", self.live.count())
         yield gauge("reichan_http_connections", "Open HTTP connections.", self.connections())
         uptime_s = round(time.monotonic() - self.started_s, 1)
@@ -1271,7 +1277,7 @@ class Service:
             slots, limits = config.max_concurrency, config.limits
             self.dispatcher = dispatch.Dispatcher(
                 self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep,
-                config.reserve_bytes if config.checks_room else None,
+                config.reserve_bytes if config.checks_room else None, config.job_cache_bytes,
             )
             self.watch = self._watch(config) if config.watch_s else None
             self.live = Live(layout)
@@ -1292,7 +1298,7 @@ class Service:
             raise ConfigError("REICHAN_WATCH_PARAMS: " + "; ".join(map(" ".join, errors)))
         return Watch(
             self.table, config.layout, config.limits, float(config.watch_s or 0), params,
-            self.dispatcher.reserve_bytes, self.dispatcher.wake,
+            self.dispatcher.reserve_bytes, self.dispatcher.wake, make_room=self.dispatcher.cache.clear,
         )
 
     @property

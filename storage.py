@@ -168,10 +168,11 @@ class Layout:
     outputs: Path = field(init=False)
     artifacts: Path = field(init=False)
     previews: Path = field(init=False)
+    cache: Path = field(init=False)
     database: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("incoming", "staging", "outputs", "artifacts", "previews"):
+        for name in ("incoming", "staging", "outputs", "artifacts", "previews", "cache"):
             object.__setattr__(self, name, self.root / name)
         object.__setattr__(self, "database", self.root / "jobs.sqlite3")
 

@@ -79,6 +79,7 @@ class Watch:
         reserve_bytes: int | None,
         wake: Callable[[], None],
         monotonic: Callable[[], float] = time.monotonic,
+        make_room: Callable[[], object] = lambda: None,
     ) -> None:
         self.table = table
         self.layout = layout
@@ -88,6 +89,7 @@ class Watch:
         self.reserve_bytes = reserve_bytes  # see jobs.submit
         self.wake = wake
         self.monotonic = monotonic
+        self.make_room = make_room  # for a submission that had none
         self.memory = Memory(layout.root / "watched.json")
         self.waiting: dict[str, Waiting] = {}  # by path
         self._stumbled = ""  # over what the last look did
@@ -148,6 +150,8 @@ class Watch:
             self.memory.keep(upload.path, upload.stamp, content, present)
             self.waiting.pop(upload.path, None)
         except (storage.NoRoom, OSError, sqlite3.Error) as error:
+            if isinstance(error, storage.NoRoom):
+                self.make_room()
             waiting.tries += 1
             waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2**waiting.tries)
             reason = storage.reason_of(error)

@@ -205,8 +205,11 @@ def test_a_refused_upload_is_told_once_and_tried_again_when_it_changes(watched, 
 def test_a_full_disk_is_waited_for_and_told_once(watched, caplog):
     watched.put("t/1.zip", volume({"1.png": png()}))
     watched.watch.reserve_bytes = 1 << 60
+    asked: list[int] = []
+    watched.watch.make_room = lambda: asked.append(1)
     assert [watched.look() for _ in range(4)] == [[]] * 4
     assert caplog.text.count("can't be submitted now") == 1
+    assert asked  # for room that something else may give up
     watched.watch.reserve_bytes = None
     assert watched.look(watch.LONGEST_WAIT_S) == ["t/1.zip"]
 
