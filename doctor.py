@@ -373,12 +373,12 @@ def run_model(choice: EngineChoice, name: str) -> dict[str, Any]:
 
 
 def probe_colours() -> Any:
-    """(96, 96, 3) uint8, BGR: infer's drawn page, turned another way in each channel."""
+    """(96, 96, 3) uint8, BGR: the drawn page, turned another way in each channel."""
     import numpy as np
 
-    import infer
+    import windows
 
-    grey = infer.probe_page()
+    grey = windows.probe_page()
     return np.dstack([grey, grey[::-1], grey.T])
 
 

@@ -39,12 +39,14 @@ import numpy as np
 import torch
 from torch import nn
 
+import community
 import logs
 import pages
 import sandbox
 import storage
 import windows
 from cache import Entry, PageCache
+from community import CommunityNetwork
 from lanes import Lanes
 from messages import (
     AUTO_MODEL,
@@ -72,10 +74,10 @@ from messages import (
     Task,
     TaskFailed,
 )
-from models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
+from models import Model, OwnNetwork, RRDBNet, SRVGGNetCompact, copy_network, load_model
 from pages import PageError, Pixels
 from rolling import roll
-from windows import RESIZE_REACH, Box
+from windows import RESIZE_REACH, Box, probe_page
 
 log = logging.getLogger("infer")
 
@@ -87,7 +89,7 @@ LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animev
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 # Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
-PIPELINE = ("infer", "messages", "models", "pages", "rolling", "windows")
+PIPELINE = ("community", "infer", "messages", "models", "pages", "rolling", "windows")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -120,6 +122,8 @@ class DeviceKind:
     networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
     its halo costs less the larger the window; out of memory halves them. On a processor the
     rows of a 6B window that all layers keep take 1 MB a pixel of its width.
+    window: sides of a window, with its halo, of a network of another architecture. It goes back to
+    network scale as a whole: 4x and 64 channels of fp32 are 420 MB of each layer at 320.
     rolls: whether a window is as high as the page and computed a few rows at a time, each
     row once. Caches gain by it; a card would wait for the many small steps.
     pages: computed at a time, by a thread each: a card takes up the next page while the
@@ -130,6 +134,7 @@ class DeviceKind:
     fast_precision: str
     tile: tuple[int, int] = (512, 864)
     batch: tuple[int, int] = (4, 1)
+    window: int = 512
     rolls: bool = False
     pages: int = 2
 
@@ -149,7 +154,7 @@ DEVICES = {
     "cuda": DeviceKind(lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16"),
     "xpu": DeviceKind(_xpu_count, "fp16"),
     "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16"),
-    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 1280), (1, 1), rolls=True, pages=1),
+    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
 }
 
 
@@ -177,28 +182,34 @@ def make_plan(
     model: Model,
     slot: int,
     pays: Callable[[Model, Plan, str, int], bool] | None = None,
+    halo_of: Callable[[Model, str, int], int] | None = None,
 ) -> Plan:
     """Settle how pages are computed with one model. Raises DeviceMissing.
 
-    pays: tells whether a reduced precision does; None: faster_and_near.
+    pays: tells whether a reduced precision does; None: faster_and_near. halo_of: a model's
+    halo on a device, in input pixels; None: halo_for.
     """
-    pays = pays or faster_and_near
+    pays, halo_of = pays or faster_and_near, halo_of or halo_for
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
     size = isinstance(model.network, RRDBNet)
+    halo_px = halo_of(model, device, slot) if params.tile_pad is None else params.tile_pad
+    other = isinstance(model.network, CommunityNetwork)
+    tile = max(kind.window - 2 * halo_px, SMALLEST_TILE) if other else kind.tile[size]
     plan = Plan(
         model=model.name,
         weights_sha256=model.weights_sha256,
         weights_source=model.source,
         device=device,
-        precision="fp32" if choice.precision == "auto" else choice.precision,
+        precision=choice.precision if supports(model, choice.precision) else "fp32",
         engine=choice.engine,
-        tile=params.tile_size or (kind.tile[size] if native else 0),
-        halo_px=model.halo_px if params.tile_pad is None else params.tile_pad,
-        batch=params.batch_size or kind.batch[size],
+        tile=params.tile_size or (tile if native else 0),
+        halo_px=halo_px,
+        batch=1 if other else params.batch_size or kind.batch[size],
     )
-    if choice.precision == "auto" and native and pays(model, plan, kind.fast_precision, slot):
+    tries = choice.precision == "auto" and native and supports(model, kind.fast_precision)
+    if tries and pays(model, plan, kind.fast_precision, slot):
         plan = replace(plan, precision=kind.fast_precision)
     return plan
 
@@ -206,6 +217,7 @@ def make_plan(
 def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
     """Whether a reduced precision pays here: native or measured faster, and near fp32 on a
     drawn probe (older cards are slower in fp16, and even gave black)."""
+    own = not isinstance(model.network, CommunityNetwork)
     if plan.device == "cpu" and not _native_bf16():
         return False
     probe = probe_page()
@@ -222,17 +234,25 @@ def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool
             return False
     squared = float(((results[0].astype(np.float64) - results[1]) ** 2).mean())
     near = squared <= 255**2 / 10 ** (PROBE_PSNR_DB / 10)
-    return near and (plan.device == "cpu" or seconds[1] < seconds[0])
+    return near and ((own and plan.device == "cpu") or seconds[1] < seconds[0])
 
 
-def probe_page() -> Pixels:
-    """(96, 96) uint8: strokes, screentone and a gradient, drawn."""
-    y, x = np.mgrid[0:96, 0:96]
-    page = np.where((x // 2 + y // 2) % 2 == 0, 190, 240) - y // 2
-    page[np.abs(x - y) < 3] = 10
-    page[(x - 60) ** 2 + (y - 30) ** 2 < 120] = 255
-    drawn: Pixels = page.astype(np.uint8)
-    return drawn
+def supports(model: Model, precision: str) -> bool:
+    """Whether a model's network is known to compute in a precision; never in "auto"."""
+    known = precision in PRECISIONS
+    if known and isinstance(model.network, CommunityNetwork):
+        return model.network.supports(PRECISIONS[precision])
+    return known
+
+
+def halo_for(model: Model, device: str, slot: int) -> int:
+    """Input pixels around a tile that a model needs, measured on the device where nobody knows."""
+    if not isinstance(model.network, CommunityNetwork):
+        return model.network.halo_px
+    place = torch_device(device, slot)
+    network = copy_network(model.network).to(place)
+    assert isinstance(network, CommunityNetwork)
+    return community.measured_halo(network, place)
 
 
 # ---------------------------------------------------------------- model "auto"
@@ -301,18 +321,20 @@ class NativeEngine:
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
-        self.input_dtype = self.network.first.weight.dtype
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.input_dtype = self.network.dtype
+        if not isinstance(self.network, CommunityNetwork):
+            self.input_dtype = self.network.first.weight.dtype
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for module in self.network.modules():
-            if isinstance(module, nn.Conv2d):  # roll() calls none of them, and ticks itself
+            if isinstance(module, nn.Conv2d | nn.Linear):  # roll() calls none of them, and ticks itself
                 module.register_forward_pre_hook(lambda _module, _inputs: tick())
 
     @torch.inference_mode()
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine."""
         padded = windows.pad_to_multiple(pixels, self.model.multiple)
-        if DEVICES[self.plan.device].rolls:
-            return self._by_columns(padded, pixels.shape[:2], outscale, grain)
+        if DEVICES[self.plan.device].rolls and not isinstance(self.network, CommunityNetwork):
+            return self._by_columns(self.network, padded, pixels.shape[:2], outscale, grain)
         height, width = pixels.shape[:2]
         result = self._by_windows(padded, outscale)[: height * outscale, : width * outscale]
         return np.ascontiguousarray(result) if grain is None else add_grain(result, grain)
@@ -328,7 +350,7 @@ class NativeEngine:
         result = torch.empty(size, dtype=torch.uint8, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         queued: deque[torch.Event] = deque()
-        boxes = list(windows.tiles(height, width, self.plan.tile, self.plan.halo_px, self.model.multiple))
+        boxes = list(self._boxes(height, width))
         for i in range(0, len(boxes), self.plan.batch):
             batch = boxes[i : i + self.plan.batch]
             stack = torch.stack([window.of(source) for _, window in batch])
@@ -345,6 +367,13 @@ class NativeEngine:
         pixels: Pixels = host.numpy()
         return pixels
 
+    def _boxes(self, height: int, width: int) -> Iterator[tuple[Box, Box]]:
+        """(core, window) boxes that cover a page."""
+        tile, halo_px = self.plan.tile, self.plan.halo_px
+        if isinstance(self.network, CommunityNetwork):
+            return windows.grid_tiles(height, width, tile, halo_px, community.GRID_PX)
+        return windows.tiles(height, width, tile, halo_px, self.model.multiple)
+
     def _keep_one_queued(self, queued: deque[torch.Event]) -> None:
         """Wait for the batch before the last: a cancel must not find minutes of work queued."""
         if self.device.type == "cpu":
@@ -356,11 +385,13 @@ class NativeEngine:
             queued.popleft().synchronize()
 
     # A processor: each column comes down a few rows at a time.
-    def _by_columns(self, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None) -> Pixels:
+    def _by_columns(
+        self, network: OwnNetwork, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
+    ) -> Pixels:
         """size: the page's own, without what pads it to a multiple."""
         height, width = size
         result = np.empty((height * outscale, width * outscale, *page.shape[2:]), np.uint8)
-        for padded_core, window, computed in self._strips(page):
+        for padded_core, window, computed in self._strips(network, page):
             core = replace(padded_core, y1=min(padded_core.y1, height), x1=min(padded_core.x1, width))
             reduced = windows.reduce_to(computed, window, outscale)
             if grain is not None:
@@ -372,7 +403,7 @@ class NativeEngine:
             core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
         return result
 
-    def _strips(self, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+    def _strips(self, network: OwnNetwork, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
         """(core, window, the window computed) for strips whose cores cover the page once."""
         height, width = page.shape[:2]
         white, scale = pages.levels(page), self.model.scale
@@ -381,7 +412,7 @@ class NativeEngine:
             column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
             held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
-            for rows in roll(self.network, column, self.tick):
+            for rows in roll(network, column, self.tick):
                 if not bool(windows.is_finite(rows)):
                     raise Insane("the result is not finite")
                 levels = windows.to_levels(rows, white, grey=page.ndim == 2)[0]
@@ -400,7 +431,7 @@ class NativeEngine:
                 top = kept
 
     def _to_input(self, stack: torch.Tensor, white: int) -> torch.Tensor:
-        return windows.to_input(stack, white, self.input_dtype)
+        return windows.to_input(stack, white, self.input_dtype, self.network.channels)
 
 
 def add_grain(page: Pixels, grain: Pixels) -> Pixels:
@@ -425,6 +456,8 @@ class UpstreamEngine:
         self.scale = model.scale
         self.turn = threading.Lock()  # it keeps the page that it computes in itself
         network = model.network
+        if isinstance(network, CommunityNetwork):
+            raise EngineMissing(f"the reference engine has no {network.architecture} ({model.name})")
         if isinstance(network, SRVGGNetCompact):
             theirs = UpstreamCompact(3, 3, *network.shape, "prelu")
         else:
@@ -514,6 +547,7 @@ class Engines:
         self.fitted: dict[tuple[str, str, str], int] = {}
         # (weights, device, precision) -> faster_and_near's answer. It costs seconds: not once a job.
         self.pays: dict[tuple[str, str, str], bool] = {}
+        self.halos: dict[tuple[str, str], int] = {}  # (weights, device) -> halo_for's answer
 
     def model(self, name: str) -> Model:
         """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
@@ -561,7 +595,13 @@ class Engines:
                 self.pays[key] = faster_and_near(model, plan, precision, slot)
             return self.pays[key]
 
-        return make_plan(params, self.choice, model, self.slot, pays)
+        def halo_of(model: Model, device: str, slot: int) -> int:
+            key = (model.weights_sha256, device)
+            if key not in self.halos:
+                self.halos[key] = halo_for(model, device, slot)
+            return self.halos[key]
+
+        return make_plan(params, self.choice, model, self.slot, pays, halo_of)
 
     def is_current(self, plan: Plan) -> bool:
         """Whether the weights that this plan was made for are those that are here."""
@@ -1012,7 +1052,7 @@ def describe_models(model_root: Path) -> list[dict[str, Any]]:
         try:
             model = load_model(file)
             facts |= {"sha256": model.weights_sha256, "scale": model.scale}
-            facts |= {"architecture": type(model.network).__name__}
+            facts |= {"architecture": model.architecture}
         except (storage.WeightsRefused, OSError) as error:
             facts |= {"sha256": None, "available": False, "error": str(error)}
         models.append(facts)

@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import storage
+from community import CommunityNetwork, network_of
 
 # ---------------------------------------------------------------- networks
 # Module names are those of the published checkpoints, so that their keys fit one to one. How a
@@ -52,6 +54,7 @@ class SRVGGNetCompact(nn.Module):
         self.body = nn.Sequential(*layers, conv3x3(features, 3 * scale * scale))
         self.shape = (features, convs, scale)
         self.scale = scale
+        self.channels = 3
         self.multiple = 1
         self.halo_px = convs + 2  # the receptive field: tiles are exact
 
@@ -122,6 +125,7 @@ class RRDBNet(nn.Module):
         super().__init__()
         self.shape = (features, blocks, growth, scale)
         self.scale = scale
+        self.channels = 3
         self.multiple = 4 // scale  # sides must be multiples of it
         self.conv_first = conv3x3(3 * self.multiple**2, features)
         self.body = nn.Sequential(*(RRDB(features, growth) for _ in range(blocks)))
@@ -156,7 +160,8 @@ class RRDBNet(nn.Module):
         return cast(Tensor, self.conv_last(out))
 
 
-Network = SRVGGNetCompact | RRDBNet
+OwnNetwork = SRVGGNetCompact | RRDBNet
+Network = OwnNetwork | CommunityNetwork
 
 
 # ---------------------------------------------------------------- weights to models
@@ -167,13 +172,22 @@ class Model:
     name: str
     network: Network
     scale: int
-    halo_px: int
+    halo_px: int | None  # None: to be measured, see community.measured_halo
     multiple: int
     weights_sha256: str
     source: str
 
+    @property
+    def architecture(self) -> str:
+        """What its network is called."""
+        own = type(self.network).__name__
+        return self.network.architecture if isinstance(self.network, CommunityNetwork) else own
+
 
 NCNN_FP16_FLAG = 0x01306B47  # before weights stored as fp16 (ncnn, modelbin.cpp)
+
+# What trainers lay around a network's tensors.
+WRAPPERS = ("params_ema", "params-ema", "params", "model_state_dict", "state_dict", "model", "net")
 
 # Key names of ESRGAN's first releases -> those in use since.
 OLD_KEYS = (
@@ -197,7 +211,7 @@ def load_model(file: storage.WeightsFile) -> Model:
     data, companion, digest = storage.read_weights(file)
     try:
         if companion:
-            network = _from_ncnn(data.decode("ascii"), companion)
+            network: Network = _from_ncnn(data.decode("ascii"), companion)
         else:
             network = _from_tensors(_read_tensors(file.path.suffix, data))
     except storage.WeightsRefused:
@@ -221,15 +235,14 @@ def _read_tensors(suffix: str, data: bytes) -> dict[str, Tensor]:
         tensors: Any = safetensors.torch.load(data)
     else:
         tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    for wrapper in ("params_ema", "params"):
+    for wrapper in WRAPPERS:
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
     if not isinstance(tensors, Mapping) or not tensors:
         raise storage.WeightsRefused("the file holds no named tensors")
     for key, tensor in tensors.items():
-        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if not dense or not tensor.is_floating_point():
-            raise storage.WeightsRefused(f"{key} is not a dense floating-point tensor")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise storage.WeightsRefused(f"{key} is not a dense tensor")
     return dict(tensors)
 
 
@@ -240,36 +253,46 @@ def _from_tensors(tensors: dict[str, Tensor]) -> Network:
         key = old
         for pattern, new in OLD_KEYS:
             key = re.sub("^" + pattern, new, key)
-        renamed[key] = tensor.float()
-    if "conv_first.weight" in renamed:
-        network = _empty_rrdbnet(renamed)
-    elif "body.0.weight" in renamed:
-        network = _empty_compact(renamed)
-    else:
-        raise storage.WeightsRefused("neither an RRDBNet nor an SRVGGNetCompact (by its keys)")
-    network.load_state_dict(renamed, strict=True)
+        renamed[key] = tensor
+    network: OwnNetwork | None = _empty_rrdbnet(renamed) or _empty_compact(renamed)
+    if network is None:
+        return network_of(tensors)
+    for key, tensor in renamed.items():
+        if not tensor.is_floating_point():
+            raise storage.WeightsRefused(f"{key} is not a floating-point tensor")
+    network.load_state_dict({key: tensor.float() for key, tensor in renamed.items()}, strict=True)
     return network
 
 
-def _empty_rrdbnet(tensors: Mapping[str, Tensor]) -> Network:
-    features, cin = tensors["conv_first.weight"].shape[:2]
-    growth = tensors["body.0.rdb1.conv1.weight"].shape[0]
+def _empty_rrdbnet(tensors: Mapping[str, Tensor]) -> RRDBNet | None:
+    """The RRDBNet that these tensors fill; None where they are of another network, or of an RRDBNet
+    with other channels or another tail than ours."""
+    first, last = tensors.get("conv_first.weight"), tensors.get("conv_last.weight")
+    dense = tensors.get("body.0.rdb1.conv1.weight")
+    if first is None or last is None or dense is None or "conv_up2.weight" not in tensors:
+        return None
+    scale = {3: 4, 12: 2, 48: 1}.get(first.shape[1])
+    more = any(key.endswith(("conv1x1.weight", "conv_up3.weight")) for key in tensors)
+    if scale is None or last.shape[0] != 3 or more:
+        return None
     blocks = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("body."))
-    scale = {3: 4, 12: 2, 48: 1}.get(cin)
-    if scale is None:
-        raise storage.WeightsRefused(f"an RRDBNet of {cin} input channels is not supported")
-    return RRDBNet(features, blocks, growth, scale)
+    return RRDBNet(first.shape[0], blocks, dense.shape[0], scale)
 
 
-def _empty_compact(tensors: Mapping[str, Tensor]) -> Network:
+def _empty_compact(tensors: Mapping[str, Tensor]) -> SRVGGNetCompact | None:
+    """The SRVGGNetCompact that these tensors fill; None where they are of another network, or of one
+    with other channels or another activation than ours."""
+    if not all(re.match(r"body\.\d+\.", key) for key in tensors):
+        return None
     last = max(int(key.split(".")[1]) for key in tensors)
-    if tensors.get("body.1.weight", torch.empty(0)).ndim != 1:
-        raise storage.WeightsRefused("an SRVGGNetCompact without PReLU is not supported")
-    scale = math.isqrt(tensors[f"body.{last}.weight"].shape[0] // 3)
-    return SRVGGNetCompact(tensors["body.0.weight"].shape[0], last // 2 - 1, scale)
+    shapes = [tuple(tensors.get(f"body.{n}.weight", torch.empty(0)).shape) for n in (0, 1, last)]
+    if [len(shape) for shape in shapes] != [4, 1, 4] or shapes[0][1] != 3:
+        return None
+    scale = math.isqrt(shapes[2][0] // 3)
+    return SRVGGNetCompact(shapes[0][0], last // 2 - 1, scale) if shapes[2][0] == 3 * scale**2 else None
 
 
-def _from_ncnn(param: str, blob: bytes) -> Network:
+def _from_ncnn(param: str, blob: bytes) -> OwnNetwork:
     """An ncnn pair whose layers stand in forward order: they fill our layers one to one."""
     shapes = []  # (values, are they behind a flag?) in file order
     convs = 0
@@ -282,7 +305,7 @@ def _from_ncnn(param: str, blob: bytes) -> Network:
         elif kind == "PReLU":
             shapes.append((int(fields["0"]), False))
     if "PixelShuffle" in param:
-        network: Network = SRVGGNetCompact(64, convs - 2, 4)
+        network: OwnNetwork = SRVGGNetCompact(64, convs - 2, 4)
     else:
         network = RRDBNet(64, (convs - 6) // 15, 32, 4)
     tensors = _ncnn_arrays(shapes, blob)
@@ -311,12 +334,14 @@ def _ncnn_arrays(shapes: list[tuple[int, bool]], blob: bytes) -> Iterator[npt.ND
 
 
 def copy_network(network: Network, dtype: torch.dtype = torch.float32) -> Network:
-    """A second instance with the same tensors, rounded to dtype (deepcopy would copy hooks along).
+    """A second instance with the same tensors, rounded to dtype.
 
     For bf16 the first convolution stays in fp32, and takes its input so: bf16 shifts a page's levels
     by up to half a step, and on screentone the 6B model makes several dB of that. It is 0.3% of the
     arithmetic at most.
     """
+    if isinstance(network, CommunityNetwork):
+        return deepcopy(network).to(dtype)  # no hooks on it; it may hold more than its tensors tell
     copy = type(network)(*network.shape)
     copy.load_state_dict(network.state_dict())
     for module in copy.modules():

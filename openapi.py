@@ -160,6 +160,8 @@ def schemas() -> dict[str, Any]:
             "available": TRUTH,
             "source": _nullable("string"),
             "sha256": _nullable("string"),
+            "architecture": _nullable("string"),
+            "license": _nullable("string"),
             "error": _nullable("string"),
             "probed": TRUTH,
         }

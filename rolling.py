@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import LEAK, RDB_SHARE, RRDB, Network, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
+from models import LEAK, RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
 
 STRIP_PIXELS = 32_000  # of input at a time: more gain little (measured: bf16 and fp32, 2 cores)
 TAIL_SHARE = 4  # a row of an RRDBNet's tail is sixteen times as large as one of its trunk
@@ -253,7 +253,7 @@ class Stage(Protocol):
         ...
 
 
-def stages_of(network: Network, width: int) -> list[tuple[Stage, int]]:
+def stages_of(network: OwnNetwork, width: int) -> list[tuple[Stage, int]]:
     """A network's stages, each with the rows that it takes at a time."""
     scratch, rows = Scratch(width), rows_at_once(width)
     if isinstance(network, SRVGGNetCompact):
@@ -268,7 +268,7 @@ def stages_of(network: Network, width: int) -> list[tuple[Stage, int]]:
     ]
 
 
-def roll(network: Network, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
+def roll(network: OwnNetwork, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
     """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
 
     x: channels last, W and H multiples of network.multiple. tick is called before each

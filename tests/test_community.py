@@ -1,0 +1,280 @@
+"""Networks of other architectures beside spandrel's own call on the whole page: at most 1/255 apart.
+
+The weights are made here: small networks, drawn by a seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import faults
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from client import Client
+from drawn import colour, grey
+from engines import NO_FILES, apart, plan_for
+from helpers import require
+from serving import png, until, volume
+
+import community
+import infer
+import models
+import server
+import storage
+from messages import EngineChoice, Params
+from pages import Pixels
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks as small as these gain nothing by a second one, and wait for it on a busy machine."""
+    require(importlib.util.find_spec("spandrel"), "the extra models is not installed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SWIN = {"embed_dim": 32, "num_heads": (2,), "upscale": 2, "upsampler": "pixelshuffledirect", "img_size": 32}
+BLOCK = {"num_filters": 8, "num_blocks": 1}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ESRGAN x2, grey": ("ESRGAN", {"in_nc": 1, "out_nc": 1, "scale": 2, **BLOCK}),
+    "ESRGAN x1": ("ESRGAN", {"in_nc": 3, "out_nc": 3, "scale": 1, **BLOCK}),
+    "ESRGAN x2, to grey": ("ESRGAN", {"in_nc": 3, "out_nc": 1, "scale": 2, **BLOCK}),
+    "SPAN": ("SPAN", {"num_in_ch": 3, "num_out_ch": 3, "feature_channels": 8, "upscale": 2}),
+    "SwinIR": ("SwinIR", {"depths": (2,), "window_size": 8, **SWIN}),
+    "DAT": ("DAT", {"depth": (2,), "split_size": (8, 32), "expansion_factor": 2.0, **SWIN}),
+    "SAFMN": ("SAFMN", {"dim": 8, "n_blocks": 1, "ffn_scale": 2.0, "upscaling_factor": 2}),
+}
+WHOLE = {"num_feat": 16, "block_num": 1, "window_size": 8, "res_num": 1, "up_scale": 2, "pe": True}
+
+
+@functools.cache
+def weights(kind: str, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A small network's tensors, whose results have a page's mean and contrast."""
+    community.package()
+    name, arguments = NETWORKS.get(kind, ("OmniSR", WHOLE))
+    torch.manual_seed(seed)
+    network = getattr(importlib.import_module(f"spandrel.architectures.{name}"), name)(**arguments).eval()
+    last = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    x = torch.from_numpy(grey(64, 64)).float().expand(1, arguments.get("in_nc", 3), -1, -1) / 255
+    with torch.inference_mode():
+        last.weight *= 0.2 / network(x).std()
+        last.bias += x.mean() - network(x).mean()
+    return {key: tensor.clone().contiguous() for key, tensor in network.state_dict().items()}
+
+
+def loaded(root: Path, kind: str, name: str = "theirs") -> models.Model:
+    """The model that a file of these weights makes."""
+    safetensors.torch.save_file(weights(kind), root / f"{name}.safetensors")
+    return models.load_model(storage.find_weights(root)[storage.model_key(name)])
+
+
+def theirs(kind: str, page: Pixels) -> Pixels:
+    """spandrel's own call on the whole page, in fp32, rounded."""
+    descriptor = community.package().ModelLoader().load_from_state_dict(dict(weights(kind)))
+    planes = page[..., ::-1] if page.ndim == 3 else np.dstack([page] * 3)
+    x = torch.from_numpy(planes.copy()).permute(2, 0, 1)[None].float() / 255
+    if descriptor.input_channels == 1:
+        y = torch.cat([descriptor(plane[None]) for plane in x[0].split(1)], 1)
+    else:
+        y = descriptor(x).expand(-1, 3, -1, -1)
+    rgb = (y[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    if page.ndim == 2:
+        return np.rint(rgb @ np.float32([0.299, 0.587, 0.114])).astype(np.uint8)
+    return np.rint(rgb).astype(np.uint8)[..., ::-1]
+
+
+HALOS: dict[str, int] = {}
+
+
+def halo(model: models.Model) -> int:
+    """As measured, once."""
+    if model.weights_sha256 not in HALOS:
+        HALOS[model.weights_sha256] = infer.halo_for(model, "cpu", 0)
+    return HALOS[model.weights_sha256]
+
+
+def ours(model: models.Model, page: Pixels, **changes: Any) -> Pixels:
+    """Our engine's page at the network's own scale."""
+    plan = plan_for(model, **{"halo_px": halo(model)} | changes)
+    return infer.NativeEngine(model, plan, 0).upscale(page, model.scale)
+
+
+@pytest.mark.parametrize("draw", [grey, colour])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_tiles_are_spandrels_whole_page(tmp_path, kind, draw):
+    page = draw(101, 130)
+    model, wanted = loaded(tmp_path, kind), theirs(kind, page)
+    assert wanted.std() > 10  # or there were nothing to compare
+    assert apart(ours(model, page, tile=64), wanted) <= 1
+
+
+def test_without_its_halo_a_tile_shows(tmp_path):
+    page = colour(101, 130)
+    result = ours(loaded(tmp_path, "SPAN"), page, tile=64, halo_px=0)
+    assert apart(result, theirs("SPAN", page)) > 1
+
+
+def test_a_network_that_sees_all_it_is_given_is_spandrels_page_in_one_window(tmp_path):
+    model, page = loaded(tmp_path, "OmniSR"), colour(37, 45)
+    assert apart(ours(model, page), theirs("OmniSR", page)) <= 1
+    assert halo(model) == community.LARGEST_HALO_PX
+
+
+def test_a_page_smaller_than_a_network_takes_is_padded_as_spandrel_does(tmp_path):
+    page = colour(5, 3)
+    assert apart(ours(loaded(tmp_path, "DAT"), page), theirs("DAT", page)) <= 1
+
+
+def test_a_model_is_told_by_its_tensors(tmp_path):
+    told = [(model.architecture, model.scale, model.network.channels) for model in (
+        loaded(tmp_path, "ESRGAN x2, grey"), loaded(tmp_path, "SwinIR"), loaded(tmp_path, "ESRGAN x1"),
+    )]  # fmt: skip
+    assert told == [("ESRGAN", 2, 1), ("SwinIR", 2, 3), ("ESRGAN", 1, 3)]
+
+
+@pytest.mark.parametrize("asked, kind, got", [
+    ("fp16", "DAT", "fp32"), ("fp16", "SPAN", "fp16"), ("bf16", "DAT", "bf16"), ("fp32", "DAT", "fp32"),
+])  # fmt: skip
+def test_a_precision_is_taken_only_where_the_descriptor_has_it(tmp_path, asked, kind, got):
+    model, choice = loaded(tmp_path, kind), EngineChoice(model_root=NO_FILES, precision=asked)
+    plan = infer.make_plan(Params(model=model.name, batch_size=4), choice, model, 0, halo_of=lambda *_: 32)
+    assert (plan.precision, plan.tile, plan.batch) == (got, 256, 1)
+
+
+def test_auto_takes_bf16_only_where_it_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    now, slow = [0.0], [torch.bfloat16]
+    monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
+    forward = community.CommunityNetwork.forward
+
+    def timed(self: community.CommunityNetwork, x: torch.Tensor) -> torch.Tensor:
+        now[0] += 2.0 if self.dtype == slow[0] else 1.0
+        return forward(self, x)
+
+    monkeypatch.setattr(community.CommunityNetwork, "forward", timed)
+    model, choice = loaded(tmp_path, "SPAN"), EngineChoice(model_root=NO_FILES, precision="auto")
+    plans = []
+    for slow[0] in (torch.bfloat16, torch.float32):
+        plans.append(infer.make_plan(Params(model=model.name), choice, model, 0, halo_of=lambda *_: 32))
+    assert [plan.precision for plan in plans] == ["fp32", "bf16"]
+
+
+def test_bf16_stays_near_fp32(tmp_path):
+    model, page = loaded(tmp_path, "SPAN"), colour(60, 70)
+    exact, near = (ours(model, page, precision=kind).astype(float) for kind in ("fp32", "bf16"))
+    assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > infer.PROBE_PSNR_DB
+
+
+def test_a_halo_is_measured_once_a_worker(tmp_path, monkeypatch):
+    loaded(tmp_path, "SPAN")
+    asked = []
+    monkeypatch.setattr(infer, "halo_for", lambda model, *_: asked.append(model.name) or 32)
+    worker = infer.Engines(EngineChoice(model_root=tmp_path, precision="fp32"), 0, lambda: None)
+    assert {worker.plan(Params(model="theirs", jpeg_quality=q)).halo_px for q in (90, 95)} == {32}
+    assert asked == ["theirs"]
+
+
+def test_cancel_is_noticed_between_layers_of_any_network(tmp_path):
+    def tick() -> None:
+        raise infer.Cancelled
+
+    model = loaded(tmp_path, "SwinIR")
+    with pytest.raises(infer.Cancelled):
+        infer.NativeEngine(model, plan_for(model, halo_px=32), 0, tick).upscale(grey(32, 32), 2)
+
+
+def test_the_reference_engine_says_that_it_has_no_such_network(tmp_path, monkeypatch):
+    model = loaded(tmp_path, "SPAN")
+    for name in ("basicsr.archs.rrdbnet_arch", "realesrgan", "realesrgan.archs.srvgg_arch"):
+        stand_in = type(torch)(name)
+        stand_in.__dict__.update(RRDBNet=None, RealESRGANer=None, SRVGGNetCompact=None)
+        monkeypatch.setitem(importlib.import_module("sys").modules, name, stand_in)
+    with pytest.raises(infer.EngineMissing, match="SPAN"):
+        infer.UpstreamEngine(model, plan_for(model, engine="upstream", halo_px=32), 0)
+
+
+# ---------------------------------------------------------------- files
+def test_a_pth_of_any_architecture_is_vouched_for_first(tmp_path):
+    path = tmp_path / "theirs.pth"
+    torch.save({"state_dict": weights("SwinIR")}, path)
+    file = storage.find_weights(tmp_path)["theirs"]
+    with pytest.raises(storage.WeightsRefused, match=r"trusted\.sha256"):
+        models.load_model(file)
+    (tmp_path / "trusted.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert models.load_model(file).architecture == "SwinIR"
+
+
+def test_what_no_architecture_fits_is_refused(tmp_path):
+    four = {"in_nc": 4, "out_nc": 4, "num_filters": 8, "num_blocks": 1, "scale": 2}
+    torch.manual_seed(1)
+    esrgan = importlib.import_module("spandrel.architectures.ESRGAN").ESRGAN(**four).state_dict()
+    short = {key: tensor for key, tensor in weights("SPAN").items() if key != "conv_cat.bias"}
+    lies = {
+        "no architecture": {"encoder.weight": torch.zeros(3)},
+        "4 channels": esrgan,
+        "conv_cat.bias": short,
+    }
+    for told, tensors in lies.items():
+        safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
+        with pytest.raises(storage.WeightsRefused, match=told):
+            models.load_model(storage.find_weights(tmp_path)["odd"])
+
+
+# ---------------------------------------------------------------- through the service
+@pytest.fixture
+def model_root(tmp_path: Path) -> Path:
+    """A model root with a grey model of MangaJaNai's kind: ESRGAN's first key names, one channel, x2."""
+    root = tmp_path / "models"
+    root.mkdir()
+    loaded(root, "ESRGAN x2, grey", "2x_MangaJaNai_1200p_V1")
+    return root
+
+
+def test_a_volume_goes_through_a_model_that_auto_chose(tmp_path, model_root):
+    page = grey(90, 70)
+    data = cv2.imencode(".png", page)[1].tobytes()
+    with server.Service(
+        server.Config(storage_root=tmp_path / "root", port=0, model_root=model_root, precision="fp32")
+    ) as service:
+        client = Client(service.url)
+        client.call("PUT", "/incoming/v.zip", volume({"1.png": data}))
+        job = client.submit("v.zip", params={"model": "auto", "outputFormat": "png"})
+        assert client.watch(job)[0][-1].status == "SUCCESS"
+        artifact = client.call("GET", f"/jobs/{job}/artifact").body
+        until(lambda: client.call("GET", "/models").json()["probed"], 60)
+        listed = {one["name"]: one for one in client.call("GET", "/models").json()["models"]}
+    with zipfile.ZipFile(io.BytesIO(artifact)) as archive:
+        report = json.loads(archive.read("artifact-report.json"))
+        result = cv2.imdecode(np.frombuffer(archive.read("1.png"), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert report["items"][0]["model"] == "2x_MangaJaNai_1200p_V1"
+    assert apart(result, theirs("ESRGAN x2, grey", page)) <= 1
+    facts = listed["2x_MangaJaNai_1200p_V1"]
+    told = {key: facts[key] for key in ("architecture", "license", "scale", "error")}
+    assert told == {"architecture": "ESRGAN", "license": None, "scale": 2, "error": None}
+    assert listed["RealESRGAN_x4plus"]["license"] == "BSD-3-Clause"
+
+
+def test_without_the_extra_the_job_fails_and_names_it(tmp_path, model_root, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    config = server.Config(storage_root=tmp_path / "root", port=0, model_root=model_root)
+    with server.Service(config, faults.without_spandrel) as service:
+        client = Client(service.url)
+        client.call("PUT", "/incoming/v.zip", volume({"1.png": png()}))
+        job = client.submit("v.zip", params={"model": "2x_MangaJaNai_1200p_V1"})
+        state = client.watch(job)[0][-1]
+        assert (state.status, service.table.get(job).error_code) == ("FAILED", "MODEL_BAD")
+    assert "pip install '.[models]'" in state.message
