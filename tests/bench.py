@@ -2,7 +2,7 @@
 
     python tests/bench.py --encoders
     python tests/bench.py --memory --models NAME --size 3000x2000 [--pages 1]
-    python tests/bench.py --openvino 400 800 [--models NAME ...]
+    python tests/bench.py --openvino 200 1200 [--models NAME ...]
     python tests/bench.py [--models NAME ...] [--pages 2] [--size 1170x827] [--pairs 3] [--out bench.json]
 
 Same pages, same JPEG settings, one run: upstream and ours take turns in processes that stay
@@ -54,6 +54,7 @@ from messages import (  # noqa: E402
 )
 from models import Model  # noqa: E402
 from pages import Pixels  # noqa: E402
+from windows import Box  # noqa: E402
 
 JPEG = [
     *(cv2.IMWRITE_JPEG_QUALITY, 95),
@@ -251,40 +252,55 @@ def encoders(height: int = 2340, width: int = 1654, turns: int = 5) -> str:
     return "\n".join(rows)
 
 
+class PageNetwork(torch.nn.Module):
+    """A network from 8-bit levels to 8-bit levels, so that OpenVINO does all between them."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        """(1, h, w, 3) -> (1, h * scale, w * scale, 3), uint8, the channels' order kept."""
+        y = self.network((levels.float() / 255).permute(0, 3, 1, 2).flip(1)).flip(1)
+        return (y.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 class OpenVINOEngine(infer.NativeEngine):
-    """Our windows through OpenVINO (pip install openvino), which compiles a network for a shape."""
+    """Strips as wide as the page through OpenVINO (pip install openvino), which compiles a network
+    for a shape; plan.tile: rows of a strip, without its halo. For 8-bit colour pages."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         super().__init__(model, replace(plan, precision="fp32"), 0)  # it rounds to others by itself
         self.hint = OPENVINO[plan.precision]
         self.compiled: dict[tuple[int, ...], Any] = {}
-        self.network = self._compute  # type: ignore[assignment]
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, strip: Pixels) -> Pixels:
         import openvino
 
-        shape = tuple(x.shape)
-        if shape not in self.compiled:
-            converted = openvino.convert_model(self.model.network, example_input=x, input=[list(shape)])
+        if strip.shape not in self.compiled:
+            network, example = PageNetwork(self.model.network), torch.from_numpy(strip[None].copy())
+            converted = openvino.convert_model(network, example_input=example, input=[[1, *strip.shape]])
             hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.hint}
-            self.compiled[shape] = openvino.Core().compile_model(converted, "CPU", hints)
-        return torch.from_numpy(self.compiled[shape](x.contiguous().numpy())[0])
+            self.compiled[strip.shape] = openvino.Core().compile_model(converted, "CPU", hints)
+        computed: Pixels = self.compiled[strip.shape](np.ascontiguousarray(strip)[None])[0][0]
+        return computed
 
-    @torch.inference_mode()
-    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
-        """See infer.Engine; for networks that need no padding."""
-        return self._by_windows(pixels, outscale)
+    def _strips(self, network: Any, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+        height, width = page.shape[:2]
+        for y0, y1, wy0, wy1 in windows.spans(height, self.plan.tile, self.plan.halo_px):
+            window = Box(wy0, 0, wy1, width)
+            yield Box(y0, 0, y1, width), window, self._run(window.of(page))
 
 
 def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[str]]:
-    """Rows (engine, model, precision, pages/min, ratio, overlap, max difference): engines alone,
-    one page, taking turns; OpenVINO with each of some window sizes."""
-    choice = EngineChoice(model_root=ROOT / "no-such-folder")
+    """Rows (engine, model, precision, pages/min, ratio, overlap, PSNR, max difference): engines alone,
+    one page, taking turns; OpenVINO with strips of each of some heights. Both beside fp32."""
+    choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
     plan = infer.make_plan(Params(model=model.name), choice, model, 0)
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
         page = cv2.imread(str(write_pages(Path(name), 1, height, width)[0]), cv2.IMREAD_UNCHANGED)
-    plans = {f"OpenVINO, windows of {tile}": replace(plan, tile=tile) for tile in arguments.openvino}
+    plans = {f"OpenVINO, {rows} rows": replace(plan, tile=rows) for rows in arguments.openvino}
     engines: dict[str, infer.Engine] = {"ours": infer.NativeEngine(model, plan, 0)}
     engines |= {key: OpenVINOEngine(model, theirs) for key, theirs in plans.items()}
     seconds: dict[str, list[float]] = {key: [] for key in engines}
@@ -292,18 +308,20 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
         results = {}
         for key, engine in engines.items():
             started = time.perf_counter()
-            results[key] = engine.upscale(page, 2).astype(np.int16)
+            results[key] = engine.upscale(page, 2)
             if turn:  # the first one compiles
                 seconds[key].append(time.perf_counter() - started)
+    exact = infer.NativeEngine(model, replace(plan, precision="fp32"), 0).upscale(page, 2).astype(np.int16)
     rows = []
     for key, spent in seconds.items():
         ratios = [own / theirs for own, theirs in zip(seconds["ours"], spent, strict=True)]
-        boxes = windows.tiles(height, width, plans.get(key, plan).tile, plan.halo_px, model.multiple)
-        computed = sum((w.y1 - w.y0) * (w.x1 - w.x0) for _, w in boxes) if key in plans else height * width
+        strips = windows.spans(height, plans[key].tile, plan.halo_px) if key in plans else [(0, 0, 0, height)]
+        apart = np.abs(results[key] - exact)
         rows.append([key, model.name, plan.precision, f"{60 / statistics.median(spent):.2f}"])
         rows[-1].append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        rows[-1].append(f"{computed / (height * width) - 1:.0%}")
-        rows[-1].append(str(int(np.abs(results[key] - results["ours"]).max())))
+        rows[-1].append(f"{sum(end - start for *_, start, end in strips) / height - 1:.0%}")
+        rows[-1].append(f"{10 * np.log10(255**2 / max((apart.astype(np.float64) ** 2).mean(), 1e-9)):.1f}")
+        rows[-1].append(str(int(apart.max())))
     return rows
 
 
@@ -409,7 +427,7 @@ def main() -> None:
     parser.add_argument("--size", default="1170x827", help="height x width, input pixels")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
-    parser.add_argument("--openvino", type=int, nargs="+", metavar="TILE", help="only beside OpenVINO's")
+    parser.add_argument("--openvino", type=int, nargs="+", metavar="ROWS", help="only beside OpenVINO's")
     parser.add_argument("--memory", action="store_true", help="only the worker's peaks")
     parser.add_argument("--encoders", action="store_true", help="only what each format costs")
     arguments = parser.parse_args()
@@ -424,8 +442,9 @@ def main() -> None:
             head = ["model", "height x width", "pages", "idle MB", "peak MB after one", "after all"]
             print_table([head, *(memory(model, choice, arguments) for model in models)])
             return
-        head = ["engine", "model", "precision", "pages/min", "ratio to ours", "overlap", "max difference"]
-        print_table([head, *(row for model in models for row in beside_openvino(model, arguments))])
+        head = ["engine", "model", "precision", "pages/min", "ratio to ours", "overlap"]
+        found = [row for model in models for row in beside_openvino(model, arguments)]
+        print_table([[*head, "PSNR dB", "max difference"], *found])
         return
     rows = []
     for precision in arguments.precisions:
