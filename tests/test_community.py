@@ -86,7 +86,7 @@ def theirs(kind: str, page: Pixels) -> Pixels:
     """spandrel's own call on the whole page, in fp32, rounded."""
     descriptor = community.package().ModelLoader().load_from_state_dict(dict(weights(kind)))
     planes = page[..., ::-1] if page.ndim == 3 else np.dstack([page] * 3)
-    x = torch.from_numpy(planes.copy()).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(planes.transpose(2, 0, 1).copy())[None].float() / 255
     if descriptor.input_channels == 1:
         y = torch.cat([descriptor(plane[None]) for plane in x[0].split(1)], 1)
     else:
@@ -144,6 +144,20 @@ def test_a_model_is_told_by_its_tensors(tmp_path):
         loaded(tmp_path, "ESRGAN x2, grey"), loaded(tmp_path, "SwinIR"), loaded(tmp_path, "ESRGAN x1"),
     )]  # fmt: skip
     assert told == [("ESRGAN", 2, 1), ("SwinIR", 2, 3), ("ESRGAN", 1, 3)]
+
+
+def test_convolutions_alone_are_computed_channels_last(tmp_path):
+    layouts = [loaded(tmp_path, kind).network.layout for kind in ("SPAN", "ESRGAN x2, grey", "SwinIR")]
+    assert layouts == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+
+
+def test_a_network_that_can_t_have_channels_last_is_computed_without(tmp_path, monkeypatch):
+    span, page = importlib.import_module("spandrel.architectures.SPAN").SPAN, colour(40, 40)
+    forward = span.forward
+    monkeypatch.setattr(span, "forward", lambda self, x: forward(self, x.view(1, -1).view(x.shape)))
+    model = loaded(tmp_path, "SPAN")
+    assert model.network.layout == torch.contiguous_format
+    assert apart(ours(model, page), theirs("SPAN", page)) <= 1
 
 
 @pytest.mark.parametrize("asked, kind, got", [
