@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import logging
 import math
 import os
@@ -1079,6 +1080,8 @@ def program(slot: int) -> str:
         code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions.append("spandrel " + importlib.metadata.version("spandrel"))
     processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         processor += sorted({line.strip() for line in lines if line.startswith(("model name", "flags"))})
