@@ -12,6 +12,7 @@ Runs in: http-* threads, dispatcher, worker. Standard library only, but for the 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -38,6 +39,7 @@ PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz"})
 NESTED_SUFFIXES = ARCHIVE_SUFFIXES | {".rar", ".cbr", ".7z", ".cb7", ".pdf", ".epub"}
 REPORT_NAME = "artifact-report.json"
+REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
 CHUNK_BYTES = 1 << 20
 # Unmistakably ours, so that start-up may remove it wherever it lies.
 TEMPORARY = re.compile(r"\.reichan-[0-9a-f]{32}\.tmp")
@@ -128,11 +130,11 @@ class NameTaken(StorageError):
 
 
 class OutputDamaged(StorageError):
-    """A finished page on disk is not the page that was recorded."""
+    """A finished page on disk is not the page that was recorded; or, without a number, another file."""
 
     code = "OUTPUT_DAMAGED"
 
-    def __init__(self, name: str, page: int) -> None:
+    def __init__(self, name: str, page: int | None) -> None:
         super().__init__(f"{name} on disk is not what was written there")
         self.page = page
 
@@ -190,9 +192,9 @@ class Layout:
                 raise NameTaken(f"{self.relative(folder)} is a link or a file; remove it")
         return folder
 
-    def artifact(self, title: str, volume: str, job_id: str) -> Path:
-        """The artifact's path."""
-        return self.artifacts / f"{slug(title)}-{slug(volume)}-{job_id}.zip"
+    def artifact(self, title: str, volume: str, job_id: str, container: str = "zip") -> Path:
+        """The artifact's path. container: "zip" or "cbz"."""
+        return self.artifacts / f"{slug(title)}-{slug(volume)}-{job_id}.{container}"
 
     def relative(self, path: Path) -> str:
         """`path` from the storage root, with forward slashes, for people and clients."""
@@ -308,15 +310,15 @@ def output_stems(names: Sequence[str]) -> list[str]:
     """
     safe = [[safe_component(part) for part in name.split("/")] for name in names]
     for parts in safe:
-        if len(parts) > 1 and _fold(parts[0]) == REPORT_NAME:
+        if len(parts) > 1 and fold(parts[0]) == REPORT_NAME:
             parts[0] = "_" + parts[0]  # the report itself must go there
-    folders = {_fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
+    folders = {fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
     taken: set[str] = set()
     stems = []
     for parts in safe:
         whole = "/".join(parts)
         for stem in _stem_candidates(whole):
-            key = _fold(stem)
+            key = fold(stem)
             clash = any(key + suffix in folders for suffix in PAGE_SUFFIXES)
             if key not in taken and not clash:
                 break
@@ -335,7 +337,8 @@ def _stem_candidates(whole: str) -> Iterator[str]:
         n += 1
 
 
-def _fold(path: str) -> str:
+def fold(path: str) -> str:
+    """Equal for names that some file system takes for one."""
     return unicodedata.normalize("NFC", path.casefold())
 
 
@@ -417,10 +420,11 @@ def open_regular(path: Path) -> BinaryIO:
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as source:
-        return _sha256_of(source)
+        return sha256_of(source)
 
 
-def _sha256_of(file: IO[bytes]) -> str:
+def sha256_of(file: IO[bytes]) -> str:
+    """Hex SHA-256 of what is left of an open file, read in pieces."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK_BYTES):
         digest.update(chunk)
@@ -645,7 +649,7 @@ def _trusted(model_root: Path) -> set[str]:
 # ---------------------------------------------------------------- inputs and staging
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A page inside an input, before it is copied."""
+    """A page (or other file) inside an input, before it is copied."""
 
     name: str
     path: Path  # the file, or the archive that holds it
@@ -659,6 +663,7 @@ class Listing:
     pages: list[Entry]
     left_out: int  # files that are no pages
     manifest: dict[str, Any] | None
+    others: list[Entry] = field(default_factory=list)  # those files; a folder's names as they are
 
 
 def resolve_incoming(layout: Layout, path: str) -> Path:
@@ -747,7 +752,8 @@ def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
 def list_folder(root: Path, limits: Limits) -> Listing:
     """Walk a folder without following links. Raises LimitExceeded, UnsafeName."""
     found: list[tuple[bytes, Path]] = []
-    left_out = total_bytes = seen = 0
+    others: list[tuple[bytes, Path]] = []
+    reserved = total_bytes = seen = 0
     manifest = None
     for folder, subfolders, files in os.walk(root):
         depth = len(Path(folder).relative_to(root).parts) + 1
@@ -760,15 +766,16 @@ def list_folder(root: Path, limits: Limits) -> Listing:
             if seen > limits.entries:
                 raise LimitExceeded("entries", seen, limits.entries, "files in the folder")
             path = Path(folder, name)
+            raw = os.fsencode(path.relative_to(root).as_posix())
             if is_page_name([name]):
                 # Copyparty reserves a page's name with an empty file while it receives the page.
                 if not path.lstat().st_size and awaits(name, files):
-                    left_out += 1
+                    reserved += 1
                     continue
-                found.append((os.fsencode(path.relative_to(root).as_posix()), path))
+                found.append((raw, path))
                 total_bytes += path.lstat().st_size
-            else:
-                left_out += not is_junk([name])
+            elif not is_junk([name]):
+                others.append((raw, path))
                 if name == "manifest.json" and Path(folder) == root:
                     manifest = read_manifest(path)
     if total_bytes > limits.total_bytes:
@@ -778,7 +785,13 @@ def list_folder(root: Path, limits: Limits) -> Listing:
         Entry("/".join(member_parts(name, limits)), path, None)
         for name, (_, path) in zip(names, found, strict=True)
     ]
-    return Listing(sorted(pages, key=lambda page: natural_key(page.name)), left_out, manifest)
+    kept_apart = zip(decode_names([raw for raw, _ in others]), others, strict=True)
+    beside = [Entry(name, path, None) for name, (_, path) in kept_apart]
+    return Listing(_in_order(pages), len(beside) + reserved, manifest, _in_order(beside))
+
+
+def _in_order(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: natural_key(entry.name))
 
 
 def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> Listing:
@@ -788,7 +801,9 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
         raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
     _check_sizes(infos, source.stat().st_size, limits)
     _check_overlap(infos)
-    pages, left_out, manifest = [], 0, None
+    pages: list[Entry] = []
+    others: list[Entry] = []
+    manifest = None
     for info, name in zip(infos, _entry_names(infos), strict=True):
         mode = info.external_attr >> 16
         if info.create_system == 3 and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -802,11 +817,11 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
             if info.flag_bits & 1:
                 raise InputUnusable(f"{source.name} is encrypted; upload it without a password")
             pages.append(Entry("/".join(parts), source, info))
-        else:
-            left_out += not is_junk(parts)
+        elif not is_junk(parts):
+            others.append(Entry("/".join(parts), source, info))
             if parts == ["manifest.json"] and info.file_size <= MANIFEST_BYTES:
                 manifest = parse_manifest(_read_member(archive, info))
-    return Listing(sorted(pages, key=lambda page: natural_key(page.name)), left_out, manifest)
+    return Listing(_in_order(pages), len(others), manifest, _in_order(others))
 
 
 def _entry_names(infos: Sequence[zipfile.ZipInfo]) -> list[str]:
@@ -855,11 +870,17 @@ def output_bytes(name: str, size_bytes: int, params: Params) -> float:
 
 
 def check_room(
-    folder: Path, sizes: Iterable[tuple[str, int]], done: Container[str], params: Params, reserve: int
+    folder: Path,
+    sizes: Iterable[tuple[str, int]],
+    done: Container[str],
+    params: Params,
+    reserve: int,
+    others_bytes: int = 0,
 ) -> None:
     """Raises NoRoom unless the disk of `folder` holds a working copy, the pages that are not
-    `done`, and the artifact. sizes: names and bytes of the input's pages."""
-    needed = 0.0
+    `done`, and the artifact. sizes: names and bytes of the input's pages; others_bytes: what
+    the artifact will hold beside them."""
+    needed = float(others_bytes)
     for name, size_bytes in sizes:
         page = output_bytes(name, size_bytes, params)
         needed += size_bytes + page * (1 if name in done else 2)
@@ -894,7 +915,7 @@ def stage_input(
     with opened(source) as archive:
         listing = list_input(source, limits, archive)
         shutil.rmtree(staging, ignore_errors=True)
-        sizes = [(page.name, _entry_bytes(page)) for page in listing.pages]
+        sizes = [(page.name, entry_bytes(page)) for page in listing.pages]
         check([(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes])
         staging.mkdir(parents=True)
         for n, entry in enumerate(listing.pages, 1):
@@ -904,7 +925,8 @@ def stage_input(
     yield listing
 
 
-def _entry_bytes(entry: Entry) -> int:
+def entry_bytes(entry: Entry) -> int:
+    """How large an entry says it is. Raises OSError where its file is gone."""
     return entry.member.file_size if entry.member else entry.path.lstat().st_size
 
 
@@ -912,13 +934,13 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
     digest, size_bytes, error = hashlib.sha256(), 0, None
     with open(target, "xb") as copy:
         try:
-            with _open_entry(entry, archive, limits) as source:
+            with open_entry(entry, archive, limits) as source:
                 while chunk := source.read(CHUNK_BYTES):
                     _check_entry(size_bytes + len(chunk), limits)  # it may grow meanwhile
                     size_bytes += len(chunk)
                     digest.update(chunk)
                     copy.write(chunk)
-        except _ENTRY_ERRORS as problem:
+        except ENTRY_ERRORS as problem:
             if isinstance(problem, OSError) and problem.errno in OUR_DISK:
                 raise
             # What could be read stays: the page is carried as far as it exists.
@@ -929,7 +951,7 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
 
 
 # Everything that reading one entry of a hostile archive was seen to raise.
-_ENTRY_ERRORS = (
+ENTRY_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     OSError,
@@ -953,9 +975,10 @@ def _check_entry(size_bytes: int, limits: Limits) -> None:
         raise LimitExceeded("entry_bytes", size_bytes, limits.entry_bytes, "bytes in a page")
 
 
-def _open_entry(entry: Entry, archive: zipfile.ZipFile | None, limits: Limits) -> IO[bytes]:
+def open_entry(entry: Entry, archive: zipfile.ZipFile | None, limits: Limits) -> IO[bytes]:
+    """An entry's bytes, to be read in pieces. Raises ENTRY_ERRORS."""
     if archive is not None and entry.member is not None:
-        return _open_member(archive, entry.member)
+        return open_member(archive, entry.member)
     file = open_regular(entry.path)
     try:
         _check_entry(os.fstat(file.fileno()).st_size, limits)
@@ -965,7 +988,8 @@ def _open_entry(entry: Entry, archive: zipfile.ZipFile | None, limits: Limits) -
     return file
 
 
-def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    """A member's bytes, to be read in pieces. Raises ENTRY_ERRORS."""
     # zipfile unpacks the other methods in one go, however little the entry says it holds:
     # 300 bytes of bzip2 became 300 MB of memory.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -975,9 +999,9 @@ def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
-        with _open_member(archive, info) as file:
+        with open_member(archive, info) as file:
             return file.read(info.file_size)  # read() without a size would trust the stream
-    except _ENTRY_ERRORS:
+    except ENTRY_ERRORS:
         return b""
 
 
@@ -1003,11 +1027,11 @@ def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> by
         with opened(source) as archive:
             for entry in list_input(source, limits, archive).pages:
                 if entry.name == name:
-                    with _open_entry(entry, archive, limits) as file:
+                    with open_entry(entry, archive, limits) as file:
                         data = b"".join(iter(lambda: file.read(CHUNK_BYTES), b""))
                     if hashlib.sha256(data).hexdigest() == sha256:
                         return data
-    except (*_ENTRY_ERRORS, InputUnusable) as error:
+    except (*ENTRY_ERRORS, InputUnusable) as error:
         raise InputMissing(f"{name} can't be read from the input any more: {reason_of(error)}") from error
     raise InputMissing(f"{name} is no longer in the input as it was")
 
@@ -1048,12 +1072,12 @@ def reconcile(manifest: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         if isinstance(target, str):
             target = target.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
             expected.append("/".join(p for p in target.replace("\\", "/").split("/") if p not in ("", ".")))
-    wanted, present = {_fold(name) for name in expected}, {_fold(name) for name in names}
+    wanted, present = {fold(name) for name in expected}, {fold(name) for name in names}
     return {
         "expected": len(expected),
-        "matched": sum(_fold(name) in present for name in expected),
-        "missing": sorted((n for n in expected if _fold(n) not in present), key=natural_key),
-        "extra": sorted((n for n in names if _fold(n) not in wanted), key=natural_key),
+        "matched": sum(fold(name) in present for name in expected),
+        "missing": sorted((n for n in expected if fold(n) not in present), key=natural_key),
+        "extra": sorted((n for n in names if fold(n) not in wanted), key=natural_key),
     }
 
 
@@ -1063,56 +1087,116 @@ def report_bytes(report: dict[str, Any]) -> bytes:
     return json.dumps(report, ensure_ascii=False, indent=1).encode("utf-8") + b"\n"
 
 
-def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
+def members_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an artifact holds beside its report: the pages, then the other files of a cbz."""
+    others = [file for file in report.get("files", ()) if file["filename"] is not None]
+    return [*report["items"], *others]
+
+
+def entry_order(report: dict[str, Any]) -> list[str]:
+    """An artifact's names in their order. In a cbz the pages come first, as readers expect."""
+    names = [item["filename"] for item in members_of(report)]
+    return [*names, REPORT_NAME] if "files" in report else [REPORT_NAME, *names]
+
+
+def pack(
+    outputs: Path, artifact: Path, report: dict[str, Any], beside: Iterable[str] = ()
+) -> tuple[str, int]:
     """Write report and artifact; returns the artifact's (hex SHA-256, bytes).
 
-    Stored, in the report's order, with fixed times and modes: the same pages and report
+    Stored, in entry_order(), with fixed times and modes: the same pages and report
     give the same bytes. Each page is hashed as it is read. The archive is hashed from
     disk after the sync: the hash speaks of what a download will read.
+    beside: files of `outputs` that are no strays although the report doesn't list them.
     Raises OutputDamaged for a page that is not what was recorded.
     """
     data = report_bytes(report)
     write_whole(outputs / REPORT_NAME, data)
+    pages = len(report["items"])
+    numbered = {item["filename"]: (n, item) for n, item in enumerate(members_of(report), 1)}
     with replacing(artifact, own_temporary(artifact)) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_zip_info(REPORT_NAME), data)
-            for n, item in enumerate(report["items"], 1):
-                archive.writestr(_zip_info(item["filename"]), _read_output(outputs, item, n))
+            for name in entry_order(report):
+                if name == REPORT_NAME:
+                    archive.writestr(_zip_info(name), data)
+                    continue
+                n, item = numbered[name]
+                _pack_output(archive, outputs, item, n if n <= pages else None)
         file.flush()
         os.fsync(file.fileno())
         digest, size_bytes = sha256_file(Path(file.name)), file.tell()
-    remove_strays(outputs, {REPORT_NAME, *(item["filename"] for item in report["items"])})
+    remove_strays(outputs, {REPORT_NAME, *beside, *numbered})
     return digest, size_bytes
 
 
-def _read_output(outputs: Path, item: dict[str, Any], n: int) -> bytes:
+def _pack_output(archive: zipfile.ZipFile, outputs: Path, item: dict[str, Any], n: int | None) -> None:
+    """Copy a file into the archive, a piece at a time: what a cbz holds beside its pages may be large."""
+    info, digest = _zip_info(item["filename"]), hashlib.sha256()
     try:
-        page: bytes = (outputs / item["filename"]).read_bytes()
+        with open(outputs / item["filename"], "rb") as file:
+            info.file_size = os.fstat(file.fileno()).st_size
+            with archive.open(info, "w") as entry:
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    entry.write(chunk)
     except FileNotFoundError:
-        raise OutputDamaged(item["filename"], n) from None
-    if hashlib.sha256(page).hexdigest() != item["sha256"]:
+        digest = hashlib.sha256()
+    if digest.hexdigest() != item["sha256"]:
         raise OutputDamaged(item["filename"], n)
-    return page
 
 
 def prove_artifact(artifact: Path) -> tuple[dict[str, Any], str, int]:
-    """(its own report, hex SHA-256, bytes) of an artifact that is whole: every page in it has the
+    """(its own report, hex SHA-256, bytes) of an artifact that is whole: everything in it has the
     hash that the report names, and nothing else is in it. Raises ArtifactDamaged."""
     try:
         with open_regular(artifact) as file:
-            digest, size_bytes = _sha256_of(file), file.tell()
+            digest, size_bytes = sha256_of(file), file.tell()
             with zipfile.ZipFile(file) as archive:
-                report = json.loads(archive.read(REPORT_NAME))
-                pages = {item["filename"]: item["sha256"] for item in report["items"]}
-                if archive.namelist() != [REPORT_NAME, *pages]:
-                    raise ArtifactDamaged(f"{artifact.name} does not hold what its report lists")
-                for name, sha256 in pages.items():
-                    with archive.open(name) as page:
-                        if _sha256_of(page) != sha256:
-                            raise ArtifactDamaged(f"{name} in {artifact.name} is not what was packed")
-    except (*_ENTRY_ERRORS, TypeError, KeyError) as error:
+                report = read_report(archive)
+                fault = next(faults_of(archive, report), None)
+                if archive.namelist() != entry_order(report):
+                    fault = fault or (artifact.name, "does not hold what its report lists, in its order")
+    except (*ENTRY_ERRORS, TypeError, KeyError, AttributeError) as error:
         raise ArtifactDamaged(f"{artifact.name} can't be read: {error}") from error
+    if fault:
+        raise ArtifactDamaged(f"{artifact.name}: {fault[0]} {fault[1]}")
     return report, digest, size_bytes
+
+
+def read_report(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """An artifact's own report. Raises KeyError where there is none, ValueError, ENTRY_ERRORS."""
+    with open_member(archive, archive.getinfo(REPORT_NAME)) as file:
+        data = file.read(REPORT_BYTES + 1)
+    report = json.loads(data) if len(data) <= REPORT_BYTES else None
+    if not isinstance(report, dict) or not isinstance(report.get("items"), list):
+        raise ValueError(f"its {REPORT_NAME} is not a report")
+    return report
+
+
+def faults_of(archive: zipfile.ZipFile, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong with it) of everything in an artifact that its report doesn't vouch for.
+
+    Raises TypeError, KeyError, AttributeError where the report itself makes no sense.
+    """
+    listed = {item["filename"]: item for item in members_of(report)}
+    there = collections.Counter(archive.namelist())
+    for name, item in listed.items():
+        if not there[name]:
+            yield name, "is missing"
+            continue
+        try:
+            with open_member(archive, archive.getinfo(name)) as file:
+                found = sha256_of(file)
+        except ENTRY_ERRORS as error:
+            yield name, f"can't be read: {reason_of(error)}"
+            continue
+        if found != item["sha256"]:
+            yield name, f"is not what was packed: its SHA-256 is {found}, not {item['sha256']}"
+    for name, times in there.items():
+        if name not in listed and name != REPORT_NAME:
+            yield name, "is not in the report"
+        elif times > 1:
+            yield name, f"is there {times} times"
 
 
 def _zip_info(name: str) -> zipfile.ZipInfo:
