@@ -42,6 +42,7 @@ from jobs import (
     StaleAttempt,
     UnknownJob,
     advance,
+    artifact_of,
     claim,
     closing_message,
     finish_page,
@@ -445,7 +446,7 @@ class Dispatcher:
         self.careless_deaths.pop(job.id, None)
         storage.remove_tree(self.layout.staging / job.id)
         if job.state != SUCCESS:  # packed at the very moment of the cancel, or killed amid it
-            artifact = self.layout.artifact(job.title, job.volume, job.id)
+            artifact = artifact_of(job, self.layout)
             with contextlib.suppress(OSError, storage.NameTaken):
                 storage.remove_file(artifact)
                 storage.remove_file(storage.own_temporary(artifact))
@@ -587,7 +588,7 @@ class Dispatcher:
             )
         else:
             report = to_report(job, self.table.pages(job.id), self.layout)
-            artifact = self.layout.artifact(job.title, job.volume, job.id)
+            artifact = artifact_of(job, self.layout)
             task = Pack(job.id, job.attempt, run.outputs, artifact, report)
         run.file_task = None
         run.in_flight.add(0)

@@ -41,6 +41,7 @@ import torch
 from torch import nn
 
 import community
+import containers
 import logs
 import pages
 import sandbox
@@ -975,7 +976,8 @@ class Worker:
         for item in self._staged_pages(task, known):
             self._tick()
             if isinstance(item, storage.Listing):
-                left_out = item.left_out
+                is_cbz = task.params.container == "cbz"
+                left_out = containers.left_out(task.outputs) if is_cbz else item.left_out
                 manifest = manifest or storage.find_manifest(task.source, item.manifest)
                 continue
             names.append(item.name)
@@ -992,20 +994,32 @@ class Worker:
         With every page finished the working copy isn't needed, nor is the input.
         """
         sources = [page.source for page in task.known]
+        is_cbz = task.params.container == "cbz"
+        kept = not is_cbz or containers.is_kept(task.outputs)
         complete = bool(known) and all(_still_done(task, page, page.source) for page in known.values())
-        if sources and (complete or storage.staged_pages_intact(task.staging, sources)):
+        if sources and kept and (complete or storage.staged_pages_intact(task.staging, sources)):
             yield from sources
         else:
             done = {name for name, page in known.items() if _still_done(task, page, page.source)}
+            others_bytes = self._keep_others(task) if is_cbz else 0
 
             def check(sizes: list[tuple[str, int]]) -> None:
                 if task.reserve_bytes is not None:
-                    storage.check_room(task.staging.parent, sizes, done, task.params, task.reserve_bytes)
+                    folder, reserve = task.staging.parent, task.reserve_bytes
+                    storage.check_room(folder, sizes, done, task.params, reserve, others_bytes)
 
             yield from storage.stage_input(task.source, task.staging, task.limits, check)
 
+    def _keep_others(self, task: Stage) -> int:
+        """Their bytes."""
+        total_bytes = 0
+        for kept_bytes in containers.keep(task.source, task.outputs, task.limits, task.reserve_bytes):
+            self._tick()
+            total_bytes = kept_bytes
+        return total_bytes
+
     def _pack(self, task: Pack) -> None:
-        digest, size_bytes = storage.pack(task.outputs, task.artifact, task.report)
+        digest, size_bytes = containers.pack(task.outputs, task.artifact, task.report)
         self.send(Packed(task.job_id, task.attempt, digest, size_bytes))
 
     def _preview(self, task: Preview) -> None:

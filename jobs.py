@@ -916,6 +916,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu"),
     "color": ("auto", "gray", "keep"),
     "reduction": ("auto", "lanczos", "area"),
+    "container": ("zip", "cbz"),
 }
 RANGES = {  # name: (least, most, may be null)
     "scale": (1, 4, False),
@@ -926,6 +927,7 @@ RANGES = {  # name: (least, most, may be null)
     "target_width": (16, 65_500, True),
     "target_height": (16, 65_500, True),
 }
+OF_VOLUMES = {"container"}  # nothing that a single page (POST /pages) could have
 TITLE_CHARACTERS = 300
 PRIORITIES = (-100, 100)  # least, most
 
@@ -1133,10 +1135,15 @@ def delete(table: JobTable, layout: Layout, job_id: str) -> None:
     log.info("deleted", extra=logs.of(job_id))
 
 
+def artifact_of(job: Job, layout: Layout) -> Path:
+    """Where a job's artifact is, once it is finished."""
+    return layout.artifact(job.title, job.volume, job.id, job.params.container)
+
+
 def remove_files(layout: Layout, job: Job, outputs: bool = True, artifact: bool = True) -> None:
     """Remove a job's pages (with previews and working copy), its artifact, or both."""
     if artifact:
-        storage.remove_file(layout.artifact(job.title, job.volume, job.id))
+        storage.remove_file(artifact_of(job, layout))
     if outputs:
         storage.remove_tree(layout.output_dir(job.title, job.volume, job.id))
         storage.remove_tree(layout.staging / job.id)
@@ -1156,7 +1163,7 @@ def note_removed(table: JobTable, job: Job, what: str, days: int) -> bool:
 def to_state(job: Job, layout: Layout) -> dict[str, Any]:
     """JobState, as REST and WebSocket send it."""
     there = job.artifact_hash and not job.artifact_removed_s
-    artifact = layout.artifact(job.title, job.volume, job.id) if there else None
+    artifact = artifact_of(job, layout) if there else None
     return {
         "jobId": job.id,
         "status": job.state,
@@ -1193,7 +1200,8 @@ def iso(when_s: float | None) -> str | None:
 
 
 def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
-    """artifact-report.json: nothing in it but the input, the plan and the results."""
+    """artifact-report.json: nothing in it but the input, the plan and the results. To that of a
+    cbz, containers.complete() adds "files"."""
     assert job.plan is not None
     plan = job.plan
     failed = sum(page.failed for page in pages)
@@ -1226,7 +1234,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
             }
             for one in plan.choices
         ],
-        "params": {camel(key): value for key, value in asdict(job.params).items()},
+        "params": report_params(job.params),
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,
         "items": [
@@ -1253,6 +1261,13 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
         "reconciliation": parsed(job.reconciliation),
         "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
     }
+
+
+def report_params(params: Params) -> dict[str, Any]:
+    """A job's settings as its report has them. That of a zip doesn't name its container: its bytes
+    are those of before there was another."""
+    values = {camel(key): value for key, value in asdict(params).items()}
+    return values if params.container != "zip" else {k: v for k, v in values.items() if k != "container"}
 
 
 def closing_message(job: Job, pages: list[Page]) -> str | None:

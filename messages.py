@@ -33,6 +33,7 @@ class Params:
     target_width: int | None = None  # output pixels, in place of scale; with both the page fits in
     target_height: int | None = None
     reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)
+    container: str = "zip"  # of the artifact; "cbz": as comic readers open it (containers.py)
 
     @property
     def has_target(self) -> bool:

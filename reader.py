@@ -52,7 +52,10 @@ IMAGES = ("jpeg", "png", "webp", "gif", "bmp")
 
 # Of the query; the small model is the default, since somebody waits.
 DEFAULTS = Params(model="realesr-animevideov3")
-PARAMETERS = (*map(jobs.camel, (*jobs.RANGES, *jobs.CHOICES)), "model")
+PARAMETERS = (
+    *(jobs.camel(name) for name in (*jobs.RANGES, *jobs.CHOICES) if name not in jobs.OF_VOLUMES),
+    "model",
+)
 
 
 def params_of(query: dict[str, str], models: dict[str, str]) -> Params:

@@ -118,7 +118,8 @@ class Rebuild:
 
     def _run(self) -> None:
         try:
-            unclaimed = [path for path in self.layout.artifacts.glob("*.zip") if not self._is_claimed(path)]
+            artifacts = [path for path in self.layout.artifacts.glob("*") if path.suffix in (".zip", ".cbz")]
+            unclaimed = [path for path in artifacts if not self._is_claimed(path)]
             for path in sorted(unclaimed, key=os.path.getmtime):
                 if self._stopping.is_set():
                     return
@@ -144,7 +145,8 @@ class Rebuild:
     def _adopt(self, artifact: Path) -> None:
         try:
             report, sha256, size_bytes = storage.prove_artifact(artifact)
-            place = self.layout.artifact(report["title"], report["volume"], report["jobId"])
+            container = report["params"].get("container", "zip")
+            place = self.layout.artifact(report["title"], report["volume"], report["jobId"], container)
             if not (place.exists() and place.samefile(artifact)):
                 raise storage.ArtifactDamaged(f"{artifact.name} belongs elsewhere, by its report")
             job, pages = job_of(report, sha256, size_bytes, artifact.stat().st_mtime)

@@ -47,6 +47,7 @@ from typing import Any
 from websockets.http11 import Request as UpgradeRequest
 from websockets.server import ServerProtocol
 
+import containers
 import dispatch
 import jobs
 import logs
@@ -303,7 +304,8 @@ def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
 
 
 # ---------------------------------------------------------------- routes
-ZIP, IMAGE, TEXT, PAGE = "application/zip", "image/*, application/octet-stream", "text/plain", "text/html"
+ZIP = ", ".join(containers.MEDIA_TYPES.values())
+IMAGE, TEXT, PAGE = "image/*, application/octet-stream", "text/plain", "text/html"
 ASSET = "text/javascript, text/css"
 WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
 TEXT_OF_PARAM = {"type": "string", "description": "as in POST /jobs; unusable, the page comes back as it was"}
@@ -827,7 +829,8 @@ class Api:
         job = self.table.get(id)
         if job.state != jobs.SUCCESS or not job.artifact_hash:
             raise Refused(409, "NOT_FINISHED", f"job {id} is {job.state}; its artifact is not there")
-        path = self.layout.artifact(job.title, job.volume, job.id)
+        path = jobs.artifact_of(job, self.layout)
+        kind = job.params.container
         try:
             file = storage.open_regular(path)
         except OSError as error:
@@ -841,8 +844,8 @@ class Api:
             raise Refused(410, "ARTIFACT_DAMAGED", detail)
         digest = base64.b64encode(bytes.fromhex(job.artifact_hash)).decode()
         headers = {
-            "Content-Type": ZIP,
-            "Content-Disposition": content_disposition(f"{job.title} {job.volume}.zip"),
+            "Content-Type": containers.MEDIA_TYPES[kind],
+            "Content-Disposition": content_disposition(f"{job.title} {job.volume}.{kind}"),
             "Repr-Digest": f"sha-256=:{digest}:",
         }
         return wire.file_answer(request, file, job.artifact_hash, job.finished_s or 0, headers)
@@ -854,6 +857,9 @@ class Api:
         report = None
         if job.state == jobs.SUCCESS and job.plan:
             report = jobs.to_report(job, pages, self.layout)
+            if job.params.container == "cbz":
+                outputs = self.layout.output_dir(job.title, job.volume, job.id)
+                report["files"] = containers.packed_files(outputs)
         seconds = [page.seconds for page in pages if page.seconds is not None]
         finished_s, started_s = job.finished_s, job.started_s
         timings = {

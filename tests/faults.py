@@ -135,6 +135,22 @@ def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
     infer.worker_main(conn, choice, slot)
 
 
+def no_room_for_a_cbz(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, which can't write a cbz until someone makes room."""
+    import infer
+    import storage
+
+    replacing = storage.replacing
+
+    def failing(target: Path, temporary: Path | None = None) -> Any:
+        if target.suffix == ".cbz" and not Path(os.environ["FAULTS"], "room").exists():
+            raise OSError(28, "No space left on device")
+        return replacing(target, temporary)
+
+    storage.replacing = failing
+    infer.worker_main(conn, choice, slot)
+
+
 def losing_its_working_copy(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, whose second staged page vanishes, once, just before it is read."""
     import infer

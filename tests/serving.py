@@ -54,27 +54,27 @@ def still(root: Path, **settings: Any) -> Iterator[server.Service]:
         service.__exit__()
 
 
-def queued(service: server.Service, title: str = "t") -> jobs.Job:
+def queued(service: server.Service, title: str = "t", container: str = "zip") -> jobs.Job:
     """A PENDING job, made without HTTP."""
     layout = service.config.layout
     (layout.incoming / "one.zip").write_bytes(volume({"1.png": png()}))
-    wanted = jobs.Submission(title, "1", "zip", "one.zip", jobs.Params(), None)
+    wanted = jobs.Submission(title, "1", "zip", "one.zip", jobs.Params(container=container), None)
     return jobs.submit(service.table, layout, wanted, None, "", service.config.limits)
 
 
-def running(service: server.Service, title: str = "t") -> jobs.Job:
+def running(service: server.Service, title: str = "t", container: str = "zip") -> jobs.Job:
     """A job that the test itself claimed; there must be no other PENDING one."""
-    job = queued(service, title)
+    job = queued(service, title, container)
     claimed = jobs.claim(service.table, 1000.0)
     assert claimed is not None and claimed.id == job.id
     assert service.table.change(claimed, jobs.RUNNING, plan=PLAN, total=1, phase="inferring")
     return service.table.get(job.id)
 
 
-def finished(service: server.Service, artifact: bytes = b"hello world") -> jobs.Job:
+def finished(service: server.Service, artifact: bytes = b"hello world", container: str = "zip") -> jobs.Job:
     """A job that succeeded, with this artifact on disk."""
-    job = running(service)
-    path = service.config.layout.artifact(job.title, job.volume, job.id)
+    job = running(service, container=container)
+    path = service.config.layout.artifact(job.title, job.volume, job.id, container)
     path.write_bytes(artifact)
     digest = hashlib.sha256(artifact).hexdigest()
     facts = {"artifact_hash": digest, "artifact_bytes": len(artifact), "processed": 1}

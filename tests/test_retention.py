@@ -36,9 +36,9 @@ def world(tmp_path: Path) -> Iterator[SimpleNamespace]:
         yield world
 
 
-def ended(world: Any) -> jobs.Job:
+def ended(world: Any, container: str = "zip") -> jobs.Job:
     """A finished job with a page, an artifact, a preview."""
-    job = finished(world.service)
+    job = finished(world.service, container=container)
     folder = world.layout.output_dir(job.title, job.volume, job.id)
     for path in (folder / "1.png", world.layout.previews / job.id / "1.jpg"):
         path.parent.mkdir(parents=True)
@@ -54,7 +54,7 @@ def left(world: Any, job: jobs.Job) -> str:
     """Which things of a job are there: o(utputs), a(rtifact), j(ob's row), p(review)."""
     there = {
         "o": world.layout.output_dir(job.title, job.volume, job.id).exists(),
-        "a": world.layout.artifact(job.title, job.volume, job.id).exists(),
+        "a": world.layout.artifact(job.title, job.volume, job.id, job.params.container).exists(),
         "j": job.id in world.table.ids_over(),
         "p": (world.layout.previews / job.id).exists(),
     }
@@ -96,6 +96,15 @@ def test_age_removes_what_a_setting_names_and_nothing_else(world, keep, days, ex
     live_through(world, keeper(world, keep), days)
     assert left(world, job) == expected
     assert upload.exists()
+
+
+def test_age_removes_a_cbz_as_it_removes_a_zip(world):
+    job = ended(world, "cbz")
+    part = world.client.call("GET", f"/jobs/{job.id}/artifact", headers={"Range": "bytes=6-"})
+    assert (part.status, part.body, part.headers["etag"]) == (206, b"world", f'"{job.artifact_hash}"')
+    live_through(world, keeper(world, Keep(artifacts_days=2)), 2.1)
+    assert left(world, job) == "ojp"
+    assert world.client.call("GET", f"/jobs/{job.id}/artifact").problem().code == "ARTIFACT_GONE"
 
 
 @pytest.mark.parametrize("attempted", [queued, running])
@@ -165,6 +174,7 @@ def test_a_job_that_changes_while_its_files_go_keeps_its_row(world, monkeypatch)
 def test_what_cannot_be_removed_now_is_tried_again(world, monkeypatch, caplog):
     job, service = ended(world), keeper(world, Keep(artifacts_days=1))
     with monkeypatch.context() as patched:
+
         def in_use(*_: Any) -> None:
             raise PermissionError(13, "in use")
 
