@@ -9,6 +9,7 @@ Runs in: a terminal (it loads torch).
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import containers
 import infer
 import pages
 import storage
@@ -117,6 +119,7 @@ def params_of(given: argparse.Namespace) -> Params:
         jpeg_quality=given.quality,
         tile_size=given.tile,
         device=given.device,
+        container="cbz" if given.target.suffix.lower() == ".cbz" else "zip",
     )
 
 
@@ -151,6 +154,8 @@ class Volume:
     def run(self) -> int:
         """Compute what is missing, then put OUT in place; see main for the status."""
         staging = self.work / ".staging"
+        if self.params.container == "cbz":
+            collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
         staged = storage.stage_input(self.source, staging, LIMITS)
         sources = [page for page in staged if isinstance(page, SourcePage)]
         stems = storage.output_stems([page.name for page in sources])
@@ -203,10 +208,14 @@ class Volume:
                 deviation = "; ".join(filter(None, (deviation, other))) or None
             except pages.PageError as problem:
                 error = str(problem)
+        height, width = done.pixels.shape[:2] if done is not None and not error else _size_of(data)
         digest = storage.write_whole(self.work / (stem + suffix), data)
         return {
             "filename": stem + suffix,
             "sha256": digest,
+            "bytes": len(data),
+            "width": width,
+            "height": height,
             "source": page.name,
             "sourceSha256": page.sha256,
             "error": error,
@@ -216,7 +225,10 @@ class Volume:
     # ------------------------------------------------------------ its record
     def _report(self) -> dict[str, Any]:
         plan = asdict(self.plan) | {"choices": list(map(asdict, self.plan.choices))}  # as JSON has it
-        return {"params": asdict(self.params), "plan": plan, "items": self.items}
+        params = asdict(self.params)
+        if self.params.container == "zip":
+            del params["container"]  # as in the service's reports, see jobs.report_params
+        return {"params": params, "plan": plan, "items": self.items}
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Source name -> item of an earlier run with the same settings."""
@@ -242,7 +254,7 @@ class Volume:
 
     def _finish(self) -> None:
         if self.target.suffix.lower() in ARCHIVES:
-            storage.pack(self.work, self.target, self._report())
+            containers.pack(self.work, self.target, self._report())
             shutil.rmtree(self.work)
         else:
             storage.write_whole(self.work / storage.REPORT_NAME, storage.report_bytes(self._report()))
@@ -250,6 +262,15 @@ class Volume:
                 self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
             )
             os.replace(self.work, self.target)
+
+
+def _size_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of a page that stays as it was; zeros where nothing decodes it."""
+    try:
+        height, width = pages.decode(data, 1, LIMITS).shape[:2]
+        return height, width
+    except pages.PageError:
+        return 0, 0
 
 
 # ---------------------------------------------------------------- progress

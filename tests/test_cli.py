@@ -71,7 +71,24 @@ def test_every_kind_gives_the_same_pages(volume, tmp_path, source_kind, target):
     source = volume if source_kind == "folder" else zipped(volume, tmp_path / "in.cbz")
     assert run(source, tmp_path / target) == 0
     run(volume, tmp_path / "plain")
-    assert contents(tmp_path / target) == contents(tmp_path / "plain")
+    made, plain = contents(tmp_path / target), contents(tmp_path / "plain")
+    reports = [json.loads(found.pop("artifact-report.json")) for found in (made, plain)]
+    if target == "out.cbz":  # says so, and what else it holds: nothing, here
+        assert (reports[0]["params"].pop("container"), reports[0].pop("files")) == ("cbz", [])
+    assert made == plain and reports[0] == reports[1]
+
+
+def test_a_cbz_holds_the_other_files_and_its_comic_info_is_brought_up_to_date(volume, tmp_path):
+    (volume / "ComicInfo.xml").write_bytes(b"<ComicInfo><PageCount>9</PageCount></ComicInfo>")
+    (volume / "notes.txt").write_bytes(b"notes")
+    assert run(volume, tmp_path / "out.cbz", "--format", "png") == 0
+    made = contents(tmp_path / "out.cbz")
+    assert list(made) == [*NAMES, "ComicInfo.xml", "notes.txt", "artifact-report.json"]
+    assert made["notes.txt"] == b"notes" and b"<PageCount>3</PageCount>" in made["ComicInfo.xml"]
+    sizes = [(i["width"], i["height"]) for i in json.loads(made["artifact-report.json"])["items"]]
+    assert sizes == [(40, 48), (42, 48), (44, 48)]
+    run(volume, tmp_path / "out")
+    assert set(contents(tmp_path / "out")) == {*(n[:-3] + "jpg" for n in NAMES), "artifact-report.json"}
 
 
 def test_one_image_takes_its_format_from_the_name(volume, tmp_path):
