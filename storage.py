@@ -1292,3 +1292,9 @@ else:
 
     def _lock_file(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+if __name__ == "__main__":
+    import verify
+
+    sys.exit(verify.main())

@@ -16,6 +16,7 @@ from engines import COMPACT, native
 import cli
 import infer
 import pages
+import verify
 from messages import Params
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,7 @@ def test_a_cbz_holds_the_other_files_and_its_comic_info_is_brought_up_to_date(vo
     assert made["notes.txt"] == b"notes" and b"<PageCount>3</PageCount>" in made["ComicInfo.xml"]
     sizes = [(i["width"], i["height"]) for i in json.loads(made["artifact-report.json"])["items"]]
     assert sizes == [(40, 48), (42, 48), (44, 48)]
+    assert verify.main(["verify", str(tmp_path / "out.cbz"), "--against", str(volume)]) == 0
     run(volume, tmp_path / "out")
     assert set(contents(tmp_path / "out")) == {*(n[:-3] + "jpg" for n in NAMES), "artifact-report.json"}
 

@@ -24,6 +24,7 @@ import reader
 import rebuild
 import server
 import storage
+import verify
 from messages import Limits
 
 PAGES = {"001.png": png(shade=1), "ch2/002.png": png(shade=2), "ch2/010.png": png(shade=3)}
@@ -377,6 +378,8 @@ def test_a_job_may_be_delivered_as_a_cbz(world, tmp_path):
     assert (packed["series.json"], state["leftOut"]) == (b"{}", 0)
     assert client.call("GET", f"/jobs/{job}/report").json()["report"] == report_of(packed)
     path = service.config.layout.root / state["artifactPath"]
+    source = service.config.layout.incoming / "whole.cbz"
+    assert verify.main(["verify", str(path), "--against", str(source)]) == 0
     # The table lost, the job is rebuilt from it.
     report, digest, size_bytes = storage.prove_artifact(path)
     again, pages = rebuild.job_of(report, digest, size_bytes, 0.0)
