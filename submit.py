@@ -60,6 +60,7 @@ PARAMS = {  # flag: (key of params, type, help)
     "--width": ("targetWidth", int, "output pixels, in place of a scale"),
     "--height": ("targetHeight", int, "output pixels, in place of a scale"),
     "--device": ("device", str, "auto, cuda or cpu"),
+    "--container": ("container", str, "zip, or cbz: with a folder's other files, as comic readers open it"),
 }
 
 
@@ -277,11 +278,11 @@ class Input:
     files: tuple[tuple[str, Path], ...] | None  # of a folder: (name in the zip, file)
 
     @classmethod
-    def of(cls, path: Path) -> Input:
-        """Raises Failure."""
+    def of(cls, path: Path, with_others: bool = False) -> Input:
+        """with_others: a folder's files that are no pages too. Raises Failure."""
         name = path.absolute().name
         if path.is_dir():
-            files = tuple(_pages_below(path))
+            files = tuple(_files_below(path, with_others))
             if not any(storage.is_page_name(file.parts[-1:]) for _, file in files):
                 raise Failure(f"{path} holds no pages ({', '.join(sorted(storage.PAGE_SUFFIXES))})")
             return cls(path, name, files)
@@ -309,13 +310,14 @@ class Input:
         yield from sink.take()
 
 
-def _pages_below(folder: Path) -> Iterator[tuple[str, Path]]:
+def _files_below(folder: Path, with_others: bool) -> Iterator[tuple[str, Path]]:
     for where, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(where, name)
             parts = path.relative_to(folder).parts
-            if path.is_file() and (storage.is_page_name(parts) or parts == (MANIFEST,)):
+            wanted = not storage.is_junk(parts) if with_others else storage.is_page_name(parts)
+            if path.is_file() and (wanted or parts == (MANIFEST,)):
                 yield "/".join(parts), path
 
 
@@ -400,7 +402,8 @@ def upload(service: Service, source: Input, path: str, sha256: str, size: int, l
 
 def submit(service: Service, given: argparse.Namespace, line: Line) -> str:
     """The job's id; the same command gives the same job, without a second upload. Raises Failure."""
-    source = Input.of(given.path)
+    params = params_of(given)
+    source = Input.of(given.path, with_others=params.get("container") == "cbz")
     title, volume = title_and_volume(given.path)
     sha256, size = hashed(source, line)
     path = f"incoming/{storage.cut_bytes(storage.slug(source.name), 80)}-{sha256[:16]}.zip"
@@ -408,7 +411,7 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> str:
         "title": given.title or title,
         "volume": given.volume or volume,
         "input": {"type": "zip", "path": path},
-        "params": params_of(given),
+        "params": params,
     }
     whole = hashlib.sha256(json.dumps([sha256, body], sort_keys=True).encode()).hexdigest()
     headers = {"Idempotency-Key": str(uuid.uuid4()) if given.again else f"submit-{whole}"}

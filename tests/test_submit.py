@@ -144,6 +144,24 @@ def test_a_folder_is_uploaded_as_one_zip_and_submitted(service, tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == pages
 
 
+@pytest.mark.parametrize("flag", ["--container=cbz", "--param=container=cbz"])
+def test_for_a_cbz_a_folder_s_other_files_go_along_and_it_is_downloaded_as_one(service, tmp_path, flag):
+    files = {"1.png": png(), "ComicInfo.xml": b"<ComicInfo/>", "ch1/notes.txt": b"notes"}
+    for name, data in files.items():
+        (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "v" / name).write_bytes(data)
+    (tmp_path / "v" / ".DS_Store").write_bytes(b"left behind")
+    assert run(service, tmp_path / "v", flag)[0] == 0
+    job = sole_job(service)
+    assert job.params.container == "cbz"
+    with zipfile.ZipFile(service.config.layout.incoming / job.input_path) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == files
+    assert service.table.delete(job)
+    made = finished(service, ARTIFACT, "cbz")
+    assert run(service, "--job", made.id, "--download", tmp_path)[0] == 0
+    assert (tmp_path / "t 1.cbz").read_bytes() == ARTIFACT
+
+
 def test_the_same_command_again_finds_its_job_and_uploads_nothing(service, tmp_path):
     (tmp_path / "v.cbz").write_bytes(volume({"1.png": png()}))
     first, again = (run(service, tmp_path / "v.cbz")[1].split()[1] for _ in range(2))
