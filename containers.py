@@ -51,7 +51,7 @@ def keep(source: Path, outputs: Path, limits: Limits, reserve_bytes: int | None 
     """
     outputs.mkdir(parents=True, exist_ok=True)
     _forget(outputs)
-    with storage.opened(source) as archive:
+    with storage.opened(source, limits) as archive:
         listing = storage.list_input(source, limits, archive)
         room = limits.total_bytes
         if archive is None:  # of an archive, every entry counted already

@@ -24,6 +24,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import unicodedata
 import zipfile
@@ -701,8 +702,38 @@ def check_input(place: Path, kind: str) -> None:
         there = place.is_dir() if kind == "folder" else place.is_file()
     except OSError:  # a name too long for the file system
         there = False
-    if not there:
+    if not there and not (kind == "zip" and _is_inside(place)):
         raise InputMissing(f"there is no {what} {place.name[:80]!r} in incoming/; upload it first")
+
+
+def located(source: Path) -> tuple[Path, str]:
+    """(what is on disk, path inside it): of `all.zip/v01`, a folder in an archive, ("all.zip", "v01").
+
+    The second is "" where the input is all of the first, or isn't there at all.
+    """
+    on_disk = next((place for place in (source, *source.parents) if os.path.lexists(place)), source)
+    if on_disk == source or not on_disk.is_file():
+        return source, ""
+    return on_disk, source.relative_to(on_disk).as_posix()
+
+
+def _is_nested(inside: str) -> bool:
+    """Whether a path inside an archive names an archive; else a folder."""
+    return os.path.splitext(inside)[1].lower() in ARCHIVE_SUFFIXES
+
+
+def _is_inside(place: Path) -> bool:
+    on_disk, inside = located(place)
+    if not inside:
+        return False
+    with _opened_archive(on_disk) as archive:
+        names = map(_plain, _entry_names(archive.infolist()))
+        return any(name == inside if _is_nested(inside) else name.startswith(inside + "/") for name in names)
+
+
+def _plain(name: str) -> str:
+    """An entry's name as located() gives it, if it is a safe one."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = None) -> Listing:
@@ -719,34 +750,75 @@ def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = N
 
 
 @contextlib.contextmanager
-def opened(source: Path) -> Iterator[zipfile.ZipFile | None]:
-    """The archive at `source`, or None where it is a folder.
+def opened(source: Path, limits: Limits) -> Iterator[zipfile.ZipFile | None]:
+    """The archive at `source`, or None where it is a folder. Of a place inside an archive (see
+    located) the archive; an archive in it is unpacked to a temporary file, within the limits.
 
-    Raises InputMissing, InputUnusable.
+    Raises InputMissing, InputUnusable; OSError where there is no room for that file.
     """
-    if source.is_symlink():  # put there after the submit, or it would be resolved
+    on_disk, inside = located(source)
+    if on_disk.is_symlink():  # put there after the submit, or it would be resolved
         raise InputUnusable(f"{source.name} is a link, not the input itself")
-    if source.is_dir():
+    if on_disk.is_dir():
         yield None
         return
-    try:
-        file = open_regular(source)
-    except FileNotFoundError as error:
-        raise InputMissing(f"{source.name} is no longer in incoming/") from error
-    except OSError as error:
-        raise InputUnusable(f"{source.name} can't be opened: {reason_of(error)}") from error
-    with file:
-        try:
-            archive = zipfile.ZipFile(file)
-        except UnicodeDecodeError as error:
-            raise InputUnusable(f"{source.name} has an entry whose name is broken UTF-8") from error
-        # zipfile raises more than BadZipFile on damaged files (checks, finding 4).
-        except (zipfile.BadZipFile, OSError, ValueError, IndexError, NotImplementedError) as error:
-            raise InputUnusable(
-                f"{source.name} is not a readable zip archive ({error}); was it cut on the way?"
-            ) from error
-        with archive:
+    with _opened_archive(on_disk) as archive:
+        if not _is_nested(inside):
             yield archive
+            return
+        with tempfile.TemporaryFile() as copy:
+            _unpack(archive, inside, copy, limits)
+            with _as_archive(copy, inside) as nested:
+                yield nested
+
+
+@contextlib.contextmanager
+def _opened_archive(place: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        file = open_regular(place)
+    except FileNotFoundError as error:
+        raise InputMissing(f"{place.name} is no longer in incoming/") from error
+    except OSError as error:
+        raise InputUnusable(f"{place.name} can't be opened: {reason_of(error)}") from error
+    with file, _as_archive(file, place.name) as archive:
+        yield archive
+
+
+def _as_archive(file: IO[bytes], name: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except UnicodeDecodeError as error:
+        raise InputUnusable(f"{name} has an entry whose name is broken UTF-8") from error
+    # zipfile raises more than BadZipFile on damaged files (checks, finding 4).
+    except (zipfile.BadZipFile, OSError, ValueError, IndexError, NotImplementedError) as error:
+        raise InputUnusable(
+            f"{name} is not a readable zip archive ({error}); was it cut on the way?"
+        ) from error
+
+
+def _unpack(archive: zipfile.ZipFile, inside: str, copy: IO[bytes], limits: Limits) -> None:
+    """Copy an archive out of another."""
+    infos = archive.infolist()
+    if len(infos) > limits.entries:
+        raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
+    _check_sizes(infos, _archive_bytes(archive), limits)
+    _check_overlap(infos)
+    found = [info for info, name in zip(infos, _entry_names(infos), strict=True) if _plain(name) == inside]
+    if not found:
+        raise InputMissing(f"{inside} is no longer in the archive")
+    try:
+        with open_member(archive, found[0]) as file:
+            while chunk := file.read(CHUNK_BYTES):
+                copy.write(chunk)
+    except ENTRY_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in OUR_DISK:
+            raise
+        raise InputUnusable(f"{inside} can't be unpacked: {reason_of(error)}") from error
+
+
+def _archive_bytes(archive: zipfile.ZipFile) -> int:
+    assert archive.fp is not None
+    return archive.fp.seek(0, os.SEEK_END)
 
 
 def list_folder(root: Path, limits: Limits) -> Listing:
@@ -795,11 +867,14 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
 
 
 def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> Listing:
-    """List an archive, refusing it whole if any entry lies or leads outside."""
+    """List an archive, refusing it whole if any entry lies or leads outside; of a folder in it (see
+    located) what that holds, by names without it."""
     infos = archive.infolist()
+    inside = located(source)[1]
+    folder = inside.split("/") if inside and not _is_nested(inside) else []
     if len(infos) > limits.entries:
         raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
-    _check_sizes(infos, source.stat().st_size, limits)
+    _check_sizes(infos, _archive_bytes(archive), limits)
     _check_overlap(infos)
     pages: list[Entry] = []
     others: list[Entry] = []
@@ -811,8 +886,11 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
         if re.fullmatch(r"\.[./\\]*", name) and ".." not in name:
             continue  # "./", the archive's own root
         parts = member_parts(name, limits)
-        if name.endswith(("/", "\\")):
+        if name.endswith(("/", "\\")) or parts[: len(folder)] != folder:
             continue
+        parts = parts[len(folder) :]
+        if not parts:
+            continue  # a file where the folder is
         if is_page_name(parts):
             if info.flag_bits & 1:
                 raise InputUnusable(f"{source.name} is encrypted; upload it without a password")
@@ -912,7 +990,7 @@ def stage_input(
     Staged files are called by their number: no name from an archive touches the disk.
     Raises InputUnusable's family before anything is written, OSError when the disk is full.
     """
-    with opened(source) as archive:
+    with opened(source, limits) as archive:
         listing = list_input(source, limits, archive)
         shutil.rmtree(staging, ignore_errors=True)
         sizes = [(page.name, entry_bytes(page)) for page in listing.pages]
@@ -1024,7 +1102,7 @@ def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> by
     Raises InputMissing when the input went or changed.
     """
     try:
-        with opened(source) as archive:
+        with opened(source, limits) as archive:
             for entry in list_input(source, limits, archive).pages:
                 if entry.name == name:
                     with open_entry(entry, archive, limits) as file:

@@ -67,7 +67,7 @@ def verify(artifact: Path, against: Path | None) -> int:
         checked += f", {len(members) - len(report['items'])} other files"
     if against is not None:
         source = against.resolve()
-        with storage.opened(source) as opened:
+        with storage.opened(source, ANY) as opened:
             for name, fault in source_faults(source, opened, sources):
                 _say("SOURCE", name, fault)
                 faults += 1

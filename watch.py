@@ -175,7 +175,7 @@ class Watch:
             return  # sent once more, or touched
         try:
             place = storage.resolve_incoming(self.layout, "incoming/" + upload.path)
-            with storage.opened(place) as archive:
+            with storage.opened(place, self.limits) as archive:
                 storage.list_input(place, self.limits, archive)
             job = self._submit(upload, content)
         except storage.NoRoom:

@@ -196,7 +196,7 @@ def kept_of(tmp_path: Path, source: Path, limits: Limits = LIMITS) -> dict[str, 
     outputs, items = tmp_path / "out", []
     for _ in containers.keep(source, outputs, limits):
         pass
-    with storage.opened(source) as archive:
+    with storage.opened(source, limits) as archive:
         listing = storage.list_input(source, limits, archive)
         for n, (page, stem) in enumerate(
             zip(listing.pages, storage.output_stems([page.name for page in listing.pages]), strict=True)

@@ -6,6 +6,7 @@ import bz2
 import errno
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -926,6 +927,121 @@ def test_two_source_pages_of_one_name_are_told_apart_by_hash(tmp_path):
         archive.writestr("1.png", b"two")
     for data in (b"one", b"two"):
         assert storage.read_source_page(tmp_path / "v.zip", "1.png", sha(data), Limits()) == data
+
+
+# ---------------------------------------------------------------- places inside an archive
+def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+SERIES = {
+    "S/v1/10.png": b"ten",
+    "S/v1/2.png": b"two",
+    "S/v1/notes.txt": b"notes",
+    "S/v1/manifest.json": b'{"files": []}',
+    "S/v10/1.png": b"of another volume",
+    "S/v2.cbz": zipped({"b.png": b"b", "a/c.png": b"c"}),
+    "S/v1.txt": b"v1",
+    "S/漫画.zip": zipped({"1.png": b"1"}),
+}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("inside", "want", "left_out"),
+    [("S/v1", {"2.png": b"two", "10.png": b"ten"}, 2), ("S/v2.cbz", {"a/c.png": b"c", "b.png": b"b"}, 0),
+     ("S/漫画.zip", {"1.png": b"1"}, 0), ("S", {}, 5)],
+)  # fmt: skip
+def test_a_folder_or_an_archive_in_an_archive_is_an_input(layout, tmp_path, method, inside, want, left_out):
+    make_zip(layout.incoming / "all.zip", SERIES, method)
+    source = storage.resolve_incoming(layout, f"incoming/all.zip/{inside}")
+    storage.check_input(source, "zip")
+    staged, listing = stage(source, tmp_path / "staging")
+    want = want or {"v1/2.png": b"two", "v1/10.png": b"ten", "v10/1.png": b"of another volume"}
+    assert [(page.name, page.sha256) for page in staged] == [(name, sha(data)) for name, data in want.items()]
+    assert listing.left_out == left_out and (listing.manifest is not None) == (inside == "S/v1")
+    for name, data in want.items():
+        assert storage.read_source_page(source, name, sha(data), Limits()) == data
+
+
+@pytest.mark.parametrize("inside", ["v1", "S/v3", "S/v", "S/v3.cbz", "S/v1/2.png", "S/v2.cbz/a", "x.zip/y"])
+def test_what_is_not_in_the_archive_is_missing(layout, tmp_path, inside):
+    make_zip(layout.incoming / "all.zip", SERIES)
+    source = storage.resolve_incoming(layout, f"all.zip/{inside}")
+    with pytest.raises(storage.InputMissing):
+        storage.check_input(source, "zip")
+    with pytest.raises((storage.InputMissing, storage.NoPages)):
+        stage(source, tmp_path / "staging")
+
+
+@pytest.mark.parametrize(
+    "path", ["all.zip/../../x", "all.zip/..", "all.zip/S/../../../x", "all.zip/a\\..\\.."]
+)
+def test_no_path_leads_out_through_an_archive(layout, path):
+    make_zip(layout.incoming / "all.zip", SERIES)
+    with pytest.raises(storage.OutsideIncoming):
+        storage.resolve_incoming(layout, path)
+
+
+def test_an_archive_put_in_as_a_link_is_not_followed_inside(layout, tmp_path):
+    make_zip(tmp_path / "elsewhere.zip", SERIES)
+    (layout.incoming / "all.zip").symlink_to(tmp_path / "elsewhere.zip")
+    for inside in ("S/v1", "S/v2.cbz"):
+        with pytest.raises(storage.InputUnusable, match="link"):
+            stage(layout.incoming / "all.zip" / inside, tmp_path / "staging")
+
+
+def hostile_series(path: Path, why: str) -> Path:
+    """An archive in an archive, bad in one way."""
+    inner = zipped({"1.png": bytes(100_000)})
+    if why == "escape":
+        inner = zipped({"../1.png": b"1"})
+    make_zip(path, {"a.zip": b"no zip" if why == "no zip" else inner, "b.txt": b"b"})
+    if why == "encrypted":
+        patch_zip(path, "a.zip", (6, "<H", 1), (8, "<H", 1))
+    elif why == "damaged":
+        patch_zip(path, "a.zip", (14, "<I", 1), (16, "<I", 1))  # its CRC-32
+    elif why == "overlap":
+        patch_zip(path, "b.txt", (0, "<I", 0x04034B50), (42, "<I", 0))
+    return path / "a.zip"
+
+
+@pytest.mark.parametrize(
+    ("why", "limits", "code"),
+    [
+        ("escape", Limits(), "UNSAFE_NAME"),
+        ("no zip", Limits(), "INPUT_UNUSABLE"),
+        ("encrypted", Limits(), "INPUT_UNUSABLE"),
+        ("damaged", Limits(), "INPUT_UNUSABLE"),
+        ("overlap", Limits(), "INPUT_UNUSABLE"),
+        ("", Limits(entry_bytes=200), "LIMIT_ENTRY_BYTES"),
+        ("", Limits(entries=1), "LIMIT_ENTRIES"),
+        ("", Limits(total_bytes=99_999), "LIMIT_TOTAL_BYTES"),
+        ("", Limits(ratio=50, ratio_from_bytes=9999), "LIMIT_RATIO"),
+    ],
+)
+def test_a_hostile_archive_in_an_archive_is_refused_with_its_reason(tmp_path, why, limits, code):
+    source = hostile_series(tmp_path / "all.zip", why)
+    with pytest.raises(storage.InputUnusable) as caught:
+        stage(source, tmp_path / "staging", limits)
+    assert caught.value.code == code and not (tmp_path / "staging").exists()
+
+
+def test_an_archive_in_an_archive_is_unpacked_no_further_than_a_limit_allows(tmp_path, monkeypatch):
+    """Of 20 MiB that call themselves 1,000 bytes."""
+    source = make_zip(tmp_path / "all.zip", {"a.zip": zlib.compress(bytes(20 << 20), wbits=-15)})
+    for offset, form, value in ((8, "<H", 8), (22, "<I", 1000)):
+        patch_zip(source, "a.zip", (offset, form, value), (offset + 2, form, value))
+    tracemalloc.start()
+    with pytest.raises(storage.InputUnusable, match=r"a\.zip can't be unpacked"):
+        stage(source / "a.zip", tmp_path / "staging")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 # ---------------------------------------------------------------- hostile inputs
