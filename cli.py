@@ -25,7 +25,7 @@ import containers
 import infer
 import pages
 import storage
-from messages import EngineChoice, Limits, Params, Plan, SourcePage
+from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 
 LIMITS = Limits()
 DEFAULTS = Params()
@@ -225,10 +225,7 @@ class Volume:
     # ------------------------------------------------------------ its record
     def _report(self) -> dict[str, Any]:
         plan = asdict(self.plan) | {"choices": list(map(asdict, self.plan.choices))}  # as JSON has it
-        params = asdict(self.params)
-        if self.params.container == "zip":
-            del params["container"]  # as in the service's reports, see jobs.report_params
-        return {"params": params, "plan": plan, "items": self.items}
+        return {"params": reported(self.params), "plan": plan, "items": self.items}
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Source name -> item of an earlier run with the same settings."""

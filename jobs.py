@@ -42,6 +42,7 @@ from messages import (
     Plan,
     Staged,
     StagedPage,
+    reported,
 )
 from storage import Layout
 
@@ -377,18 +378,25 @@ class JobTable:
             raise UnknownJob(job_id)
         return _job_from_row(row)
 
-    def by_key(self, key: str) -> Job | None:
-        """The job that was submitted with this Idempotency-Key."""
+    def by_key(self, key: str) -> list[Job]:
+        """What was submitted with this Idempotency-Key: a job, or one a volume, whose keys have a
+        line feed and a number behind it (volumes.submit)."""
         with self._lock:
-            row = self._db.execute("SELECT * FROM jobs WHERE idempotency_key = ?", (key,)).fetchone()
-        return _job_from_row(row) if row else None
+            rows = self._db.execute(
+                "SELECT * FROM jobs WHERE idempotency_key = ?"
+                " OR (idempotency_key > ? AND idempotency_key < ?) ORDER BY number",
+                (key, f"{key}\n", f"{key}\v"),
+            ).fetchall()
+        return [_job_from_row(row) for row in rows]
 
-    def newest_submission(self, input_paths: Sequence[str]) -> float | None:
-        """When a job of one of these inputs was last submitted, if ever."""
+    def newest_submission(self, input_paths: Sequence[str], inside: str | None = None) -> float | None:
+        """When a job of one of these inputs, or of what lies inside one, was last submitted, if ever."""
         marks = ", ".join("?" * len(input_paths))
         with self._lock:
             row = self._db.execute(
-                f"SELECT max(created_s) FROM jobs WHERE input_path IN ({marks})", [*input_paths]
+                f"SELECT max(created_s) FROM jobs WHERE input_path IN ({marks})"
+                " OR substr(input_path, 1, length(?)) = ?",
+                [*input_paths, *([f"{inside}/"] * 2 if inside else [None, None])],
             ).fetchone()
         return None if row[0] is None else float(row[0])
 
@@ -917,6 +925,7 @@ CHOICES = {
     "color": ("auto", "gray", "keep"),
     "reduction": ("auto", "lanczos", "area"),
     "container": ("zip", "cbz"),
+    "split": ("none", "volumes"),
 }
 RANGES = {  # name: (least, most, may be null)
     "scale": (1, 4, False),
@@ -927,7 +936,6 @@ RANGES = {  # name: (least, most, may be null)
     "target_width": (16, 65_500, True),
     "target_height": (16, 65_500, True),
 }
-OF_VOLUMES = {"container"}  # nothing that a single page (POST /pages) could have
 TITLE_CHARACTERS = 300
 PRIORITIES = (-100, 100)  # least, most
 
@@ -966,6 +974,8 @@ def parse_submission(body: dict[str, Any], models: dict[str, str]) -> Submission
         given = None
     params = parse_params(given or {}, models, errors)
     priority = 0 if body.get("priority") is None else parse_priority(body, errors)
+    if manifest is not None and params.split != "none":
+        errors.append(("manifest", "is one volume's; with params.split put one into each"))
     if errors:
         raise InvalidFields(errors)
     return Submission(title, volume, str(kind), str(path), params, manifest, priority)
@@ -1040,23 +1050,35 @@ def submit(
     Raises KeyReused, storage.OutsideIncoming, storage.InputMissing, storage.NoRoom.
     """
     with table.transaction():
-        before = table.by_key(key) if key else None
+        before = submitted(table, key, body_hash)
         if before:
-            if before.request_hash != body_hash:
-                raise KeyReused("this Idempotency-Key came with another body before; use a new one")
-            return before
-        place = _checked_input(layout, wanted.input_path, wanted.input_type)
+            return before[0]
+        place = checked_input(layout, wanted.input_path, wanted.input_type)
         if reserve_bytes is not None:
             sizes = storage.input_sizes(layout.incoming / place, limits)
             storage.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
-        job_id = str(uuid.uuid4())
+        return insert(table, replace(wanted, input_path=place), key, body_hash)
+
+
+def submitted(table: JobTable, key: str | None, body_hash: str) -> list[Job]:
+    """The jobs that this Idempotency-Key made before. Raises KeyReused."""
+    found = table.by_key(key) if key else []
+    if any(job.request_hash != body_hash for job in found):
+        raise KeyReused("this Idempotency-Key came with another body before; use a new one")
+    return found
+
+
+def insert(table: JobTable, wanted: Submission, key: str | None, body_hash: str) -> Job:
+    """A new job, whose input_path was checked."""
+    job_id = str(uuid.uuid4())
+    with table.transaction():
         table.insert(
             {
                 "id": job_id,
                 "title": wanted.title,
                 "volume": wanted.volume,
                 "input_type": wanted.input_type,
-                "input_path": place,
+                "input_path": wanted.input_path,
                 "params": wanted.params,
                 "manifest": wanted.manifest,
                 "priority": wanted.priority,
@@ -1065,11 +1087,12 @@ def submit(
             }
         )
         job = table.get(job_id)
-    log.info("submitted: %s, %s, from %s", job.title, job.volume, place, extra=logs.of(job_id))
+    log.info("submitted: %s, %s, from %s", job.title, job.volume, job.input_path, extra=logs.of(job_id))
     return job
 
 
-def _checked_input(layout: Layout, path: str, kind: str) -> str:
+def checked_input(layout: Layout, path: str, kind: str) -> str:
+    """A client's path below incoming/. Raises storage.OutsideIncoming, storage.InputMissing."""
     place = storage.resolve_incoming(layout, path)
     storage.check_input(place, kind)
     return place.relative_to(layout.incoming).as_posix()
@@ -1234,7 +1257,7 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
             }
             for one in plan.choices
         ],
-        "params": report_params(job.params),
+        "params": {camel(name): value for name, value in reported(job.params).items()},
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,
         "items": [
@@ -1261,13 +1284,6 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
         "reconciliation": parsed(job.reconciliation),
         "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
     }
-
-
-def report_params(params: Params) -> dict[str, Any]:
-    """A job's settings as its report has them. That of a zip doesn't name its container: its bytes
-    are those of before there was another."""
-    values = {camel(key): value for key, value in asdict(params).items()}
-    return values if params.container != "zip" else {k: v for k, v in values.items() if k != "container"}
 
 
 def closing_message(job: Job, pages: list[Page]) -> str | None:

@@ -34,6 +34,7 @@ class Params:
     target_height: int | None = None
     reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)
     container: str = "zip"  # of the artifact; "cbz": as comic readers open it (containers.py)
+    split: str = "none"  # "volumes": each volume in the input became a job (volumes.py)
 
     @property
     def has_target(self) -> bool:
@@ -44,6 +45,20 @@ class Params:
     def reduces_in_light(self) -> bool:
         """Whether the network's result is averaged in linear light: "area", and targets' default."""
         return self.reduction == "area" or (self.reduction == "auto" and self.has_target)
+
+
+OF_VOLUMES = ("container", "split")  # nothing that a single page (POST /pages) could have
+
+
+def reported(params: Params) -> dict[str, Any]:
+    """Params as reports have them: without those OF_VOLUMES that are what they always were, so that
+    a plain job's report has the same bytes as before there were others."""
+    values, usual = asdict(params), Params()
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in OF_VOLUMES or value != getattr(usual, name)
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,17 @@ def schemas() -> dict[str, Any]:
     report = {"type": ["object", "null"], "description": "artifact-report.json, once the job succeeded"}
     return {
         "Object": {"type": "object"},
-        "JobId": _object({"jobId": {"type": "string", "format": "uuid"}}),
+        "JobId": _object(
+            {
+                "jobId": {"type": "string", "format": "uuid"},
+                "jobIds": {
+                    "type": "array",
+                    "items": {"type": "string", "format": "uuid"},
+                    "description": "with params.split: of each volume; jobId is the first",
+                },
+            },
+            optional=("jobIds",),
+        ),
         "JobState": state,
         "JobList": _object(
             {"jobs": {"type": "array", "items": _ref("JobState")}, "nextCursor": _nullable("string")}
@@ -187,7 +197,12 @@ def schemas() -> dict[str, Any]:
                 | {"type": ["integer", "null"], "default": 0, "description": "higher ones start first"},
             },
             optional=("params", "manifest", "priority"),
-        ),
+        )
+        | {
+            "not": _object(
+                {"manifest": {"type": "object"}, "params": _object({"split": {"const": "volumes"}})}
+            )
+        },
         "Resume": {
             "type": "object",
             "anyOf": [

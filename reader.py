@@ -34,7 +34,7 @@ import jobs
 import storage
 from dispatch import Dispatcher
 from jobs import JobError
-from messages import ComputePage, Limits, PageDone, PageFailed, Params, TaskFailed
+from messages import OF_VOLUMES, ComputePage, Limits, PageDone, PageFailed, Params, TaskFailed
 from storage import Layout
 from wire import Refused
 
@@ -53,7 +53,7 @@ IMAGES = ("jpeg", "png", "webp", "gif", "bmp")
 # Of the query; the small model is the default, since somebody waits.
 DEFAULTS = Params(model="realesr-animevideov3")
 PARAMETERS = (
-    *(jobs.camel(name) for name in (*jobs.RANGES, *jobs.CHOICES) if name not in jobs.OF_VOLUMES),
+    *(jobs.camel(name) for name in (*jobs.RANGES, *jobs.CHOICES) if name not in OF_VOLUMES),
     "model",
 )
 

@@ -56,6 +56,7 @@ import reader
 import rebuild
 import sidecar
 import storage
+import volumes
 import webpage
 import wire
 from jobs import Job, JobTable
@@ -655,10 +656,12 @@ class Api:
         limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
         given = (self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve)
         with _blaming("input.path"):
-            job = self.dispatcher.cache.with_room(lambda: jobs.submit(*given))
+            made = self.dispatcher.cache.with_room(lambda: volumes.submit(*given))
         self.dispatcher.wake()
-        answer = json_answer({"jobId": job.id}, 202)
-        answer.headers["Location"] = f"/jobs/{job.id}"
+        ids = [job.id for job in made]
+        several = {} if wanted.params.split == "none" else {"jobIds": ids}
+        answer = json_answer({"jobId": ids[0]} | several, 202)
+        answer.headers["Location"] = f"/jobs/{ids[0]}"
         return answer
 
     def list_jobs(self, request: Request) -> Answer:
@@ -1159,7 +1162,7 @@ def _blaming(name: str) -> Iterator[None]:
     """A path that can't be an input is the fault of the field that named it."""
     try:
         yield
-    except (storage.OutsideIncoming, storage.InputMissing) as error:
+    except (storage.OutsideIncoming, storage.InputMissing, storage.InputUnusable) as error:
         raise Refused(422, error.code, error.detail, errors=[(name, error.detail)]) from error
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
@@ -1302,6 +1305,8 @@ class Service:
         """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
         errors: list[tuple[str, str]] = []
         params = jobs.parse_params(config.watch_params, storage.model_names(config.layout.models), errors)
+        if params.split != "none":
+            errors.append(("split", "is for requests: the watch takes each archive and folder by itself"))
         if errors:
             raise ConfigError("REICHAN_WATCH_PARAMS: " + "; ".join(map(" ".join, errors)))
         return Watch(

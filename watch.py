@@ -197,9 +197,8 @@ class Watch:
         first = len(parts) if upload.kind == "zip" else 1
         holders = ["/".join(parts[:n]) for n in range(first, len(parts) + 1)]
         with self.table.transaction():
-            newest_s = self.table.newest_submission(holders)
+            inside = upload.path if upload.kind == "zip" else None  # its volumes, see volumes.py
+            newest_s = self.table.newest_submission(holders, inside)
             if self.table.by_key(key) or (newest_s is not None and newest_s >= upload.changed_s):
                 return None  # its sender, or the hook in Copyparty, was quicker
-            return jobs.submit(
-                self.table, self.layout, wanted, key, "watch", self.limits, self.reserve_bytes
-            )
+            return jobs.submit(self.table, self.layout, wanted, key, "watch", self.limits, self.reserve_bytes)

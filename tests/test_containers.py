@@ -417,6 +417,30 @@ def test_a_cbz_that_found_no_room_is_finished_without_its_input(world):
     assert changed == two.pop("artifact-report.json") and one == two
 
 
+def test_volumes_in_an_archive_become_volumes_with_all_that_was_theirs(world):
+    """One is a folder in it, one a cbz with its ComicInfo.xml; each is shown and proved like any other."""
+    service, client, _ = world
+    inner = volume({"1.png": png(), "ComicInfo.xml": b"<ComicInfo/>"})
+    client.upload("all.zip", [volume({"S/v1/2.png": png(), "S/v1/10.png": png(), "S/v2.cbz": inner})])
+    params = {"model": "realesr-animevideov3", "container": "cbz", "split": "volumes"}
+    asked = {"title": "t", "volume": "-", "input": {"type": "zip", "path": "all.zip"}, "params": params}
+    jobs = client.call("POST", "/jobs", asked).json()["jobIds"]
+    assert [end_of(client, job) for job in jobs] == ["SUCCESS"] * 2
+    packed = []
+    for job, inside in zip(jobs, ("S/v1", "S/v2.cbz"), strict=True):
+        state = client.call("GET", f"/jobs/{job}").json()
+        artifact, source = service.config.layout.root / state["artifactPath"], f"all.zip/{inside}"
+        against = str(service.config.layout.incoming / source)
+        assert verify.main(["verify", str(artifact), "--against", against]) == 0
+        assert client.call("GET", f"/jobs/{job}/pages/1/before").status == 200
+        packed.append(members(client.call("GET", f"/jobs/{job}/artifact").body))
+        assert report_of(packed[-1])["params"]["split"] == "volumes"
+    assert list(packed[0]) == ["2.jpg", "10.jpg", "artifact-report.json"]
+    assert list(packed[1]) == ["1.jpg", "ComicInfo.xml", "artifact-report.json"]
+    assert packed[1]["ComicInfo.xml"] == b"<ComicInfo><PageCount>1</PageCount></ComicInfo>"
+    assert [report_of(one)["volume"] for one in packed] == ["1", "2"]
+
+
 def test_a_container_of_another_kind_is_refused(world):
     body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "plain.zip"}}
     for container in ("cbr", "", None, 1):
