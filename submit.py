@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import io
@@ -61,6 +62,7 @@ PARAMS = {  # flag: (key of params, type, help)
     "--height": ("targetHeight", int, "output pixels, in place of a scale"),
     "--device": ("device", str, "auto, cuda or cpu"),
     "--container": ("container", str, "zip, or cbz: with a folder's other files, as comic readers open it"),
+    "--split": ("split", str, "volumes: a job for each volume in PATH, archives among them"),
 }
 
 
@@ -278,12 +280,12 @@ class Input:
     files: tuple[tuple[str, Path], ...] | None  # of a folder: (name in the zip, file)
 
     @classmethod
-    def of(cls, path: Path, with_others: bool = False) -> Input:
-        """with_others: a folder's files that are no pages too. Raises Failure."""
+    def of(cls, path: Path, params: Mapping[str, Any] | None = None) -> Input:
+        """What the service needs of it for these params. Raises Failure."""
         name = path.absolute().name
         if path.is_dir():
-            files = tuple(_files_below(path, with_others))
-            if not any(storage.is_page_name(file.parts[-1:]) for _, file in files):
+            files = tuple(_files_below(path, params or {}))
+            if not any(storage.is_page_name(file.parts[-1:]) or _is_archive(file) for _, file in files):
                 raise Failure(f"{path} holds no pages ({', '.join(sorted(storage.PAGE_SUFFIXES))})")
             return cls(path, name, files)
         if not path.is_file():
@@ -310,14 +312,19 @@ class Input:
         yield from sink.take()
 
 
-def _files_below(folder: Path, with_others: bool) -> Iterator[tuple[str, Path]]:
+def _is_archive(file: Path) -> bool:
+    return file.name.lower().endswith(ARCHIVES)
+
+
+def _files_below(folder: Path, params: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    with_others, with_archives = params.get("container") == "cbz", params.get("split") == "volumes"
     for where, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(where, name)
             parts = path.relative_to(folder).parts
-            wanted = not storage.is_junk(parts) if with_others else storage.is_page_name(parts)
-            if path.is_file() and (wanted or parts == (MANIFEST,)):
+            wanted = with_others or (with_archives and _is_archive(path)) or storage.is_page_name(parts)
+            if path.is_file() and not storage.is_junk(parts) and (wanted or parts == (MANIFEST,)):
                 yield "/".join(parts), path
 
 
@@ -400,10 +407,11 @@ def upload(service: Service, source: Input, path: str, sha256: str, size: int, l
     line.end()
 
 
-def submit(service: Service, given: argparse.Namespace, line: Line) -> str:
-    """The job's id; the same command gives the same job, without a second upload. Raises Failure."""
+def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]:
+    """The job's id, or each volume's; the same command gives the same, without a second upload.
+    Raises Failure."""
     params = params_of(given)
-    source = Input.of(given.path, with_others=params.get("container") == "cbz")
+    source = Input.of(given.path, params)
     title, volume = title_and_volume(given.path)
     sha256, size = hashed(source, line)
     path = f"incoming/{storage.cut_bytes(storage.slug(source.name), 80)}-{sha256[:16]}.zip"
@@ -426,11 +434,13 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> str:
         upload(service, source, path, sha256, size, line)
         return dict(patiently(ask, "submitting"))
 
-    job = str(with_input(lambda: service.ask("POST", "/jobs", body, headers))["jobId"])
-    state = patiently(lambda: service.ask("GET", f"/jobs/{job}"), "asking about the job")
-    if state["status"] == "FAILED":  # one that was there before, cancelled perhaps: it is wanted again
-        with_input(lambda: service.ask("POST", f"/jobs/{job}/resume"))
-    return job
+    answer = with_input(lambda: service.ask("POST", "/jobs", body, headers))
+    jobs = [str(job) for job in answer.get("jobIds") or [answer["jobId"]]]
+    for path_of_job in (f"/jobs/{job}" for job in jobs):
+        state = patiently(functools.partial(service.ask, "GET", path_of_job), "asking about the job")
+        if state["status"] == "FAILED":  # one that was there before, cancelled perhaps: it is wanted again
+            with_input(functools.partial(service.ask, "POST", f"{path_of_job}/resume"))
+    return jobs
 
 
 def prioritize(service: Service, job: str, priority: int) -> None:
@@ -575,32 +585,48 @@ def closing(service: Service, state: dict[str, Any], given: argparse.Namespace, 
     return SOME_CARRIED if state["failedPages"] else ALL_WELL
 
 
+def follow(service: Service, jobs: Sequence[str], given: argparse.Namespace, line: Line) -> int:
+    """Watch one job after the other to its end; the worst exit status. Raises Failure, of one job alone."""
+    status = ALL_WELL
+    for job in jobs:
+        try:
+            status = max(status, closing(service, watch(service, job, line), given, line))
+        except Failure as failure:
+            if len(jobs) == 1:
+                raise
+            line.end()
+            print(f"submit: {failure}\ntry again with\n  {again(service, job, given)}", file=sys.stderr)
+            status = max(status, failure.status)
+    return status
+
+
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """See STATUSES."""
     given = parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names in any script, terminals in one
-    line, job, service = Line(), given.job, None
+    line, jobs, service = Line(), [given.job] if given.job else [], None
     try:
         check(given)
         service = Service(given.url, given.token or environ.get("REICHAN_TOKEN", "").strip() or None)
         is_paused = service.check().get("paused", False)
-        if job is None:
-            job = submit(service, given, line)
-        if given.priority is not None:
-            prioritize(service, job, given.priority)
-        print(f"job       {job}", flush=True)
+        jobs = jobs or submit(service, given, line)
+        for job in jobs:
+            if given.priority is not None:
+                prioritize(service, job, given.priority)
+            print(f"job       {job}", flush=True)
         if is_paused:
             print(f"the queue is paused; it goes on with POST {service.url}/queue/resume", file=sys.stderr)
         if given.watch or given.download:
-            return closing(service, watch(service, job, line), given, line)
-        print(f"watch it  {again(service, job, given)}")
+            return follow(service, jobs, given, line)
+        for job in jobs:
+            print(f"watch it  {again(service, job, given)}")
         return ALL_WELL
     except Failure as failure:
         line.end()
         print(f"submit: {failure}", file=sys.stderr)
-        if failure.status == NOT_FETCHED and job and service:
-            print(f"try again with\n  {again(service, job, given)}", file=sys.stderr)
+        if failure.status == NOT_FETCHED and jobs and service:
+            print(f"try again with\n  {again(service, jobs[0], given)}", file=sys.stderr)
         return failure.status
     except OSError as error:  # of files here: requests have their own
         line.end()
@@ -608,8 +634,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return NOTHING_DONE
     except KeyboardInterrupt:
         line.end()
-        if job and service:
-            print(f"the job goes on; watch it with\n  {again(service, job, given)}", file=sys.stderr)
+        if jobs and service:
+            for job in jobs:
+                print(f"the job goes on; watch it with\n  {again(service, job, given)}", file=sys.stderr)
         else:
             print("interrupted; nothing was submitted", file=sys.stderr)
         return INTERRUPTED

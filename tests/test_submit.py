@@ -162,6 +162,33 @@ def test_for_a_cbz_a_folder_s_other_files_go_along_and_it_is_downloaded_as_one(s
     assert (tmp_path / "t 1.cbz").read_bytes() == ARTIFACT
 
 
+def test_volumes_in_a_folder_are_uploaded_at_once_and_each_is_a_job(service, tmp_path):
+    files = {"S v1.cbz": volume({"1.png": png()}), "S v2/1.png": png(), "about.txt": b"no volume"}
+    for name, data in files.items():
+        (tmp_path / "S" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "S" / name).write_bytes(data)
+    status, out, _ = run(service, tmp_path / "S", "--split", "volumes")
+    jobs_there = service.table.page_of_jobs(None, "", 10, None)[::-1]
+    assert [(job.title, job.volume) for job in jobs_there] == [("S", "1"), ("S", "2")]
+    ids = [job.id for job in jobs_there]
+    assert status == 0 and [line.split()[-1] for line in out.splitlines()[:2]] == ids
+    assert all(f"--job {one} " in out for one in ids)
+    assert run(service, tmp_path / "S", "--split", "volumes")[1] == out
+    (place,) = {job.input_path.partition("/")[0] for job in jobs_there}
+    with zipfile.ZipFile(service.config.layout.incoming / place) as archive:
+        assert set(archive.namelist()) == {"S v1.cbz", "S v2/1.png"}
+
+
+def test_of_several_volumes_each_is_followed_and_the_worst_is_the_exit_status(service, tmp_path):
+    done = finished(service, ARTIFACT)
+    lost = jobs.advance(service.table, running(service), "fail", 2000.0, last_error="no room")
+    given = submit.parser().parse_args(["--job", "-", "--download", str(tmp_path)])
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        status = submit.follow(submit.Service(service.url, None), [lost.id, done.id], given, submit.Line())
+    assert (status, (tmp_path / "t 1.zip").read_bytes()) == (submit.JOB_FAILED, ARTIFACT)
+    assert "no room" in told.getvalue() and f"--job {lost.id}" in told.getvalue()
+
+
 def test_the_same_command_again_finds_its_job_and_uploads_nothing(service, tmp_path):
     (tmp_path / "v.cbz").write_bytes(volume({"1.png": png()}))
     first, again = (run(service, tmp_path / "v.cbz")[1].split()[1] for _ in range(2))
