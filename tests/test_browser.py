@@ -236,6 +236,29 @@ def test_a_folder_s_other_files_go_along_for_a_cbz_which_the_page_asks_for(tmp_p
         assert sent == ({"1.png"} if container == "zip" else {"1.png", "ComicInfo.xml", "a/notes.txt"})
 
 
+def test_a_folder_of_several_volumes_becomes_a_job_for_each(tmp_path, visit):
+    for folder, names in {"A": ["v1.cbz", "v2.zip"], "B": ["v1/1.png", "v2/1.png", "v2/notes.txt"]}.items():
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(png() if "/" in name else volume({"1.png": png()}))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "A")
+        several = page.get_by_label("Several volumes: a job for each")
+        several.wait_for()
+        assert several.is_checked()  # archives alone can't be one volume
+        button(page, "Upscale this volume").click()
+        see(page, "A 2", "#jobs")
+        drop(page, tmp_path / "B")
+        several.wait_for()
+        assert not several.is_checked()
+        several.check()
+        button(page, "Upscale this volume").click()
+        see(page, "B 2", "#jobs")
+        made = [(job.title, job.volume, job.input_type) for job in service.table.changed_since(0)]
+        assert made == [("A", "1", "zip"), ("A", "2", "zip"), ("B", "1", "folder"), ("B", "2", "folder")]
+
+
 def test_what_others_do_is_seen_at_once(tmp_path, visit):
     with still(tmp_path) as service:
         page = visit(service.url)
