@@ -443,10 +443,11 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]
     return jobs
 
 
-def prioritize(service: Service, job: str, priority: int) -> None:
+def prioritize(service: Service, jobs: list[str], priority: int) -> None:
     """Not part of what is submitted: with another priority the same volume is still the same job."""
-    path = f"/jobs/{urllib.parse.quote(job, safe='')}/priority"
-    patiently(lambda: service.ask("POST", path, {"priority": priority}), "the priority")
+    for job in jobs:
+        path = f"/jobs/{urllib.parse.quote(job, safe='')}/priority"
+        patiently(functools.partial(service.ask, "POST", path, {"priority": priority}), "the priority")
 
 
 # ---------------------------------------------------------------- watching
@@ -611,10 +612,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         service = Service(given.url, given.token or environ.get("REICHAN_TOKEN", "").strip() or None)
         is_paused = service.check().get("paused", False)
         jobs = jobs or submit(service, given, line)
-        for job in jobs:
-            if given.priority is not None:
-                prioritize(service, job, given.priority)
-            print(f"job       {job}", flush=True)
+        if given.priority is not None:
+            prioritize(service, jobs, given.priority)
+        print(*(f"job       {job}" for job in jobs), sep="\n", flush=True)
         if is_paused:
             print(f"the queue is paused; it goes on with POST {service.url}/queue/resume", file=sys.stderr)
         if given.watch or given.download:
