@@ -132,7 +132,7 @@ def test_no_line_holds_the_token(story):
 
 def test_the_metrics_count_pages_failures_and_bytes(story):
     metrics = story.metrics
-    assert metrics["reichan_pages_total"] == {("upscaled",): 3, ("carried",): 1}
+    assert metrics["reichan_pages_total"] == {("upscaled",): 3, ("carried",): 1, ("cached",): 0}
     assert metrics["reichan_page_failures_total"][("decode",)] == 1
     assert sum(metrics["reichan_page_failures_total"].values()) == 1
     assert metrics["reichan_jobs_finished_total"] == {("SUCCESS",): 1}
