@@ -123,15 +123,15 @@ def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
     import infer
     import storage
 
-    read = storage._read_output
+    packing = storage._pack_output
 
-    def dying(outputs: Path, item: Any, n: int) -> bytes:
+    def dying(archive: Any, outputs: Path, item: Any, n: int | None) -> None:
         if n == 2:
             note("packing")
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(outputs, item, n)
+        packing(archive, outputs, item, n)
 
-    storage._read_output = dying
+    storage._pack_output = dying
     infer.worker_main(conn, choice, slot)
 
 
