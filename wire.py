@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import select
 import socket
 import threading
 import time
@@ -37,6 +38,9 @@ LINE_BYTES = 8 << 10
 HEAD_BYTES = 64 << 10
 FIELDS = 100
 CHUNK_BYTES = 256 << 10
+# Threads that copy a file to a socket at once. A hundred of them that can run would keep whoever asks
+# for a state from the processor for a third of a second.
+SENDERS = 4
 HEAD_S = 10.0  # for the whole head, however slowly it trickles
 IDLE_S = 60.0  # between requests of a kept connection
 STALL_S = 30.0  # grace of a body or an answer, in addition to its bytes at SLOWEST
@@ -491,6 +495,7 @@ class HttpServer(ThreadingHTTPServer):
         self.cap = cap
         self.peers: dict[int, Peer] = {}
         self.peers_lock = threading.Lock()
+        self.senders = threading.Semaphore(SENDERS)
         self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()  # until when open
         self._numbers = itertools.count(1)
         self._closing = threading.Event()
@@ -689,24 +694,34 @@ class Handler(BaseHTTPRequestHandler):
                 answer.body.close()
 
     def _send_file(self, file: BinaryIO, offset: int, size: int) -> None:
+        # Where there is sendfile the kernel copies: no buffer a client, and no other thread waits.
+        step = self._sendfile if hasattr(os, "sendfile") else self._copy
         while size:
             piece = min(size, CHUNK_BYTES)
             self.peer.enter("answer", STALL_S + piece / SLOWEST_BYTES_S)
-            self._send_piece(file, offset, piece)
-            offset, size = offset + piece, size - piece
+            while piece:
+                sent = step(file, offset, piece)
+                if not sent:
+                    raise OSError("the file became shorter while it was sent")
+                offset, size, piece = offset + sent, size - sent, piece - sent
 
-    def _send_piece(self, file: BinaryIO, offset: int, size: int) -> None:
-        # Where there is sendfile the kernel copies: no buffer a client, and no other thread waits.
-        sendfile = getattr(os, "sendfile", None)
-        while size:
-            if sendfile:
-                sent = sendfile(self.connection.fileno(), file.fileno(), offset, size)
-            else:
-                file.seek(offset)
-                sent = self.wfile.write(file.read(size))
-            if not sent:
-                raise OSError("the file became shorter while it was sent")
-            offset, size = offset + sent, size - sent
+    def _copy(self, file: BinaryIO, offset: int, size: int) -> int:
+        """Send some bytes of a file; how many."""
+        file.seek(offset)
+        return self.wfile.write(file.read(size))
+
+    def _sendfile(self, file: BinaryIO, offset: int, size: int) -> int:
+        """As _copy(). While the peer takes nothing, another connection has the turn."""
+        writable = select.poll()
+        writable.register(self.connection, select.POLLOUT)
+        self.connection.setblocking(False)
+        try:
+            while True:
+                with self.server.senders, contextlib.suppress(BlockingIOError):
+                    return os.sendfile(self.connection.fileno(), file.fileno(), offset, size)
+                writable.poll()  # returns as well when the reaper shuts the connection down
+        finally:
+            self.connection.setblocking(True)
 
     def _linger(self) -> None:
         """Say that no more comes, and read a little on: closing with unread bytes makes the

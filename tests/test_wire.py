@@ -502,6 +502,22 @@ def test_a_large_range_arrives_byte_for_byte_with_the_kernels_help_and_without(
     assert (status, body) == (206, data[7:])
 
 
+def test_those_who_take_nothing_of_a_file_keep_it_from_nobody(tmp_path):
+    size = 32 << 20  # more than a socket holds
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(size)
+
+    def handle(_handler: wire.Handler, request: wire.Request) -> wire.Answer:
+        return wire.file_answer(request, open(tmp_path / "file", "rb"), "A", 0, {})
+
+    with serving(handle) as http, contextlib.ExitStack() as idlers:
+        for _ in range(2 * wire.SENDERS):
+            line = idlers.enter_context(socket.create_connection(("127.0.0.1", http.server_port), timeout=10))
+            line.sendall(GET + CLOSE + b"\r\n")
+            assert line.recv(12) == b"HTTP/1.1 200"
+        assert len(one(exchange(http.server_port, GET + CLOSE + b"\r\n"))[2]) == size
+
+
 # ---------------------------------------------------------------- deadlines
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
