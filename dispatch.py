@@ -238,7 +238,8 @@ class Dispatcher:
         self.layout = layout
         self.cache = Keeper(layout.cache, cache_bytes)
         self.choice = replace(choice, cache_root=layout.cache) if cache_bytes else choice
-        self.slots = slots
+        self.slots = slots  # jobs running at once
+        self.devices = 1  # see Ready; each has a worker, though one job has it all
         self.limits = limits or Limits()
         self.idle_s = idle_s
         self.entry = entry or run_worker
@@ -533,7 +534,8 @@ class Dispatcher:
 
     def _hire(self) -> WorkerSlot | None:
         """Start a worker in a free slot, unless workers can't start at present."""
-        free = next((i for i in range(self.slots) if i not in self.workers), None)
+        workers = max(self.slots, self.devices)
+        free = next((i for i in range(workers) if i not in self.workers), None)
         if free is None or time.monotonic() < self.not_before_s:
             return None
         self.workers[free] = WorkerSlot(free, self.entry, self.choice)
@@ -611,8 +613,8 @@ class Dispatcher:
                 slot.card = card
                 if busy_s > limit_s:
                     slot.kill(f"a step took longer than {limit_s:.0f} s")
-            case Ready(capacity):
-                slot.capacity, self.boot_failures = capacity, 0
+            case Ready(capacity, devices):
+                slot.capacity, self.devices, self.boot_failures = capacity, devices, 0
                 log.info("worker %d (process %s) is ready", slot.index, slot.process.pid)
                 slot.used_s = time.monotonic()  # booting was no idleness
             case BootFailed(detail):

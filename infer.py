@@ -755,7 +755,7 @@ class Worker:
     def run(self) -> None:
         """Read tasks until the parent closes the pipe, or dies."""
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        self.send(Ready(self.capacity))
+        self.send(Ready(self.capacity, device_count(self.choice)))
         while True:
             try:
                 task = self.conn.recv()
@@ -1042,6 +1042,13 @@ def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> boo
     if known is None or known.output is None or known.source.sha256 != source.sha256:
         return False
     return storage.file_is(task.outputs / known.output, known.output_sha256)
+
+
+def device_count(choice: EngineChoice) -> int:
+    """How many devices workers of this choice can share; 1 where what was asked for is missing."""
+    with contextlib.suppress(DeviceMissing):
+        return max(1, DEVICES[pick_device(choice.device)].count())
+    return 1
 
 
 def describe_devices() -> list[dict[str, Any]]:

@@ -217,6 +217,7 @@ class Ready:
     """Event: the worker is up and takes this many pages at once."""
 
     capacity: int
+    devices: int = 1  # of the kind it computes on, in its machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,3 +189,22 @@ def without_spandrel(conn: Any, choice: Any, slot: int) -> None:
 
     sys.modules["spandrel"] = None  # type: ignore[assignment]
     infer.worker_main(conn, choice, slot)
+
+
+def two_devices(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, on a machine that says it has two processors; pages wait for "go"."""
+    from dataclasses import replace
+
+    import infer
+
+    upscale = infer.NativeEngine.upscale
+
+    def waiting(self: Any, *rest: Any) -> Any:
+        note(f"page on {slot}")
+        while not Path(os.environ["FAULTS"], "go").exists():
+            time.sleep(0.02)
+        return upscale(self, *rest)
+
+    infer.NativeEngine.upscale = waiting  # type: ignore[method-assign]
+    infer.DEVICES["cpu"] = replace(infer.DEVICES["cpu"], count=lambda: 2)
+    infer.worker_main(conn, choice, slot)

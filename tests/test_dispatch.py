@@ -136,6 +136,16 @@ def test_two_slots_run_two_jobs_and_share_one(tmp_path):
     assert [state["status"] for state in results] == ["SUCCESS", "SUCCESS"]
 
 
+def test_one_volume_uses_both_devices_while_the_next_waits(tmp_path, notes):
+    with serving(tmp_path, faults.two_devices, precision="fp32") as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(*range(32, 42)))
+        first, second = client.submit("v.zip"), client.submit("v.zip")
+        client.wait(first, lambda _: all((notes / f"page on {slot}").exists() for slot in (0, 1)))
+        assert client.state(second)["status"] == "PENDING"
+        (notes / "go").touch()
+        assert client.wait(first)["status"] == "SUCCESS"
+
+
 def test_an_idle_worker_gives_its_memory_back(tmp_path):
     with serving(tmp_path, None, worker_idle_s=1.0) as (service, client):
         client.call("PUT", "/incoming/v.zip", widths(32))
