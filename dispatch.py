@@ -1,6 +1,6 @@
 """Who does the work: workers, what is dealt to them, and what becomes of their deaths.
 
-Map: Run, WorkerSlot - Dispatcher (asking, dealing, events, deaths) - run_worker
+Map: Run, Slot - Dispatcher (asking, dealing, events, deaths) - run_worker
 Rule: a page counts only after its row; a dead worker costs an attempt, never a page.
 Runs in: the dispatcher thread; run_worker in the child. cluster.py can stand in for it.
 
@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -65,6 +65,7 @@ from messages import (
     Packed,
     PageDone,
     PageFailed,
+    Plan,
     Preview,
     Previewed,
     Probe,
@@ -88,6 +89,7 @@ BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
+DIED_TWICE = "the worker process died twice while computing this page"
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
@@ -110,6 +112,7 @@ class Run:
     carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
     blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
     in_flight: set[int] = field(default_factory=set)
+    settled: Plan | None = None  # see Stage
     file_task: str | None = "stage"  # the stage or pack task that is due
     pack_tries: int = 0
     started_s: float = 0.0  # monotonic, when the first page was dealt
@@ -132,18 +135,13 @@ class Run:
         return round((now_s - self.started_s) / self.finished * self.left, 1)
 
 
-class WorkerSlot:
-    """The parent's end of one worker process."""
+class Slot:
+    """What the dispatcher knows of one worker, wherever it runs."""
 
-    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
-        context = multiprocessing.get_context("spawn")
+    obey_s = OBEY_S
+
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.conn, theirs = context.Pipe()
-        self.process = context.Process(
-            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
-        )
-        self.process.start()
-        theirs.close()  # else its end would stay open here, and its death go unnoticed
         self.capacity = 0  # until it says Ready
         self.tasks: dict[TaskKey | str, Task] = {}
         self.exclusive = False  # a suspect page has it for itself
@@ -153,29 +151,24 @@ class WorkerSlot:
         self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
         self.doom: str | None = None  # why we killed it
         self.card: tuple[str, int, int] | None = None  # see Beat
-        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
 
-    def _send_all(self) -> None:
-        while True:
-            item = self._outbox.get()
-            try:
-                self.conn.send(item)
-            except OSError:
-                return  # it died: the dispatcher learns of it from the sentinel
-            if item is None:
-                return
+    def post(self, item: Any) -> None:
+        """Send it this, without waiting."""
+        raise NotImplementedError
+
+    def kill(self, why: str) -> None:
+        """End it now; the dispatcher will hear of it."""
+        raise NotImplementedError
 
     def give(self, key: TaskKey | str, task: Task) -> None:
         """Send a task; it is in flight until its closing event."""
         self.tasks[key] = task
-        self._outbox.put(task)
+        self.post(task)
 
     def cancel(self, key: TaskKey, now_s: float) -> None:
         """Ask for a task to be dropped; the dispatcher kills the worker if it isn't."""
-        self.obey_by_s[key] = now_s + OBEY_S
-        self._outbox.put(Cancel(key[0], key[1]))
+        self.obey_by_s[key] = now_s + self.obey_s
+        self.post(Cancel(key[0], key[1]))
 
     def free(self, key: TaskKey | str) -> Task | None:
         """A closing event came for this task."""
@@ -198,8 +191,44 @@ class WorkerSlot:
         """How many pages outside any job it has."""
         return sum(isinstance(key, str) and isinstance(task, ComputePage) for key, task in self.tasks.items())
 
+
+class WorkerSlot(Slot):
+    """The parent's end of one worker process."""
+
+    stop_s = 1.0  # for its end, before it is killed
+
+    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
+        super().__init__(index)
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        self.process = context.Process(
+            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # else its end would stay open here, and its death go unnoticed
+        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
+
+    def __str__(self) -> str:
+        return f"worker {self.index} (process {self.process.pid})"
+
+    def _send_all(self) -> None:
+        while True:
+            item = self._outbox.get()
+            try:
+                self.conn.send(item)
+            except OSError:
+                return  # it died: the dispatcher learns of it from the sentinel
+            if item is None:
+                return
+
+    def post(self, item: Any) -> None:
+        """See Slot."""
+        self._outbox.put(item)
+
     def kill(self, why: str) -> None:
-        """End it now; its sentinel wakes the dispatcher."""
+        """See Slot; its sentinel wakes the dispatcher."""
         self.doom = self.doom or why
         self.process.kill()
 
@@ -307,7 +336,11 @@ class Dispatcher:
 
     def _is_held(self, job_id: str) -> bool:
         """Whether a worker has a task of this job, of any attempt."""
-        return any(key[0] == job_id for slot in list(self.workers.values()) for key in list(slot.tasks))
+        return any(key[0] == job_id for slot in self.holders() for key in list(slot.tasks))
+
+    def holders(self) -> list[Slot]:
+        """Whoever may hold a task."""
+        return list(self.workers.values())
 
     # -- the thread
     def _loop(self) -> None:
@@ -328,7 +361,7 @@ class Dispatcher:
                 log.exception("the dispatcher stumbled; it goes on")
                 time.sleep(0.5)
         for slot in self.workers.values():
-            slot.stop(wait_s=1.0)
+            slot.stop(wait_s=slot.stop_s)
         for run in self.runs.values():
             with contextlib.suppress(JobError):
                 lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
@@ -368,18 +401,21 @@ class Dispatcher:
         try:
             while slot.conn.poll():
                 event = slot.conn.recv()
-                slot.heard_s = time.monotonic()
-                try:
-                    if not self._is_answer(slot, event):
-                        self._on_event(slot, event)
-                except sqlite3.OperationalError as error:
-                    run = self._run_of(event) if hasattr(event, "attempt") else None
-                    if run is None:
-                        raise
-                    detail = f"the job table can't be written ({error}); make room and resume the job"
-                    self._fail(run, "DISK", detail)
+                self._handle(slot, event)
         except (EOFError, OSError):
             pass  # dead: its sentinel follows
+
+    def _handle(self, slot: Slot, event: Any) -> None:
+        slot.heard_s = time.monotonic()
+        try:
+            if not self._is_answer(slot, event):
+                self._on_event(slot, event)
+        except sqlite3.OperationalError as error:
+            run = self._run_of(event) if hasattr(event, "attempt") else None
+            if run is None:
+                raise
+            detail = f"the job table can't be written ({error}); make room and resume the job"
+            self._fail(run, "DISK", detail)
 
     def _claim(self) -> None:
         while len(self.runs) < self.slots and time.monotonic() >= self.not_before_s:
@@ -425,7 +461,7 @@ class Dispatcher:
     def _abandon(self, run: Run) -> None:
         self.untidy.add(run.job.id)
         self.runs.pop(run.job.id, None)
-        for slot in self.workers.values():
+        for slot in self.holders():
             for key in list(slot.tasks):
                 if key[:2] == (run.job.id, run.job.attempt) and not isinstance(key, str):
                     slot.cancel(key, time.monotonic())
@@ -468,38 +504,56 @@ class Dispatcher:
         with self._lock:
             asked = list(self._asked.items())
         for key, (task, _) in asked:
-            if any(key in slot.tasks for slot in self.workers.values()):
+            if any(key in slot.tasks for slot in self.holders()):
                 continue
             if isinstance(task, ComputePage):
                 slot = self._for_single()
             else:
-                slot = next((slot for slot in self.workers.values() if not slot.doom), None) or self._hire()
+                slot = next((slot for slot in self._file_slots() if not slot.doom), None) or self._hire()
             if slot:
                 slot.give(key, task)
 
-    def _for_single(self) -> WorkerSlot | None:
+    # cluster.py computes elsewhere than it stages and packs.
+    def _page_slots(self, run: Run | None) -> Sequence[Slot]:
+        """Who may compute this run's pages, or one outside any job (None)."""
+        return self.holders()
+
+    def _file_slots(self) -> Sequence[Slot]:
+        """Who may stage, pack, take pages over as they are, and answer questions."""
+        return self.holders()
+
+    def _want_page_slot(self) -> None:
+        """Nobody has room for a page: see to it that somebody will."""
+        self._want_file_slot()
+
+    def _want_file_slot(self) -> None:
+        if not any(slot.capacity == 0 for slot in self._file_slots()):  # booting
+            self._hire()
+
+    def _for_single(self) -> Slot | None:
         """A worker for a page outside any job: beyond its room, for somebody waits for that page, but a
         few only, and none where a suspect page is alone or about to be."""
-        able = [slot for slot in self.workers.values() if slot.is_open() and slot.singles() < SINGLES]
+        able = [slot for slot in self._page_slots(None) if slot.is_open() and slot.singles() < SINGLES]
         if able:
             return min(able, key=lambda slot: len(slot.tasks))
-        booting = any(slot.capacity == 0 for slot in self.workers.values())
-        if not booting:
-            self._hire()
+        self._want_page_slot()
         return None
 
     def _deal_one(self, run: Run) -> bool:
         """Give one task of this run to a worker, if there is one to give and one to take it."""
         if run.file_task is not None:
             return self._deal_file_task(run)
-        if run.carry or run.todo:
-            slot = self._idlest()
-            if slot and run.carry:
+        if run.carry:
+            slot = self._for_files()
+            if slot:
                 self._send_page(run, slot, *run.carry.popleft())
-            elif slot:
+                return True
+        if run.todo:
+            slot = self._for_pages(run)
+            if slot:
                 self._send_page(run, slot, run.todo.popleft(), None)
             return slot is not None
-        if run.alone and not run.in_flight:
+        if run.alone and not run.in_flight and not run.carry:
             slot = self._emptied(run)
             if slot:
                 slot.exclusive, slot.kept_for = True, None
@@ -507,30 +561,37 @@ class Dispatcher:
             return slot is not None
         return False
 
-    def _emptied(self, run: Run) -> WorkerSlot | None:
+    def _emptied(self, run: Run) -> Slot | None:
         """A worker without tasks, for a page that must be alone. While there is none, the
         least busy one gets nothing new: other jobs must not keep it busy for ever."""
-        able = [slot for slot in self.workers.values() if slot.capacity and not slot.doom]
+        able = [slot for slot in self._page_slots(run) if slot.capacity and not slot.doom]
         kept = [slot for slot in able if slot.kept_for == run.job.id]
         for slot in kept or [slot for slot in able if slot.room() > 0]:
             if not slot.tasks:
                 return slot
         if able and not kept:
             min(able, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
-        return None if able else self._idlest()
+        return None if able else self._for_pages(run)
 
-    def _idlest(self) -> WorkerSlot | None:
-        """The worker with the most room, or a new one in a free slot."""
-        for slot in self.workers.values():
+    def _for_pages(self, run: Run) -> Slot | None:
+        """The worker with the most room; without one, another is started where there may be more."""
+        slot = self._idlest(self._page_slots(run))
+        if slot is None:
+            self._want_page_slot()
+        return slot
+
+    def _for_files(self) -> Slot | None:
+        """As _for_pages, for what needs the service's own disk."""
+        slot = self._idlest(self._file_slots())
+        if slot is None:
+            self._want_file_slot()
+        return slot
+
+    def _idlest(self, slots: Sequence[Slot]) -> Slot | None:
+        for slot in slots:
             if slot.kept_for not in self.runs:
                 slot.kept_for = None  # that job is over
-        able = [slot for slot in self.workers.values() if slot.room() > 0]
-        if able:
-            return max(able, key=WorkerSlot.room)
-        booting = any(slot.capacity == 0 for slot in self.workers.values())
-        if not booting:
-            self._hire()
-        return None
+        return max((slot for slot in slots if slot.room() > 0), key=Slot.room, default=None)
 
     def _hire(self) -> WorkerSlot | None:
         """Start a worker in a free slot, unless workers can't start at present."""
@@ -541,7 +602,7 @@ class Dispatcher:
         self.workers[free] = WorkerSlot(free, self.entry, self.choice)
         return self.workers[free]
 
-    def _send_page(self, run: Run, slot: WorkerSlot, n: int, carry: str | None) -> None:
+    def _send_page(self, run: Run, slot: Slot, n: int, carry: str | None) -> None:
         page, job = run.pages[n], run.job
         assert job.plan is not None
         run.in_flight.add(n)
@@ -562,7 +623,7 @@ class Dispatcher:
     def _deal_file_task(self, run: Run) -> bool:
         if run.file_task == "stage" and self._is_held(run.job.id):
             return False  # an attempt that ended may still write where this one will
-        slot = self._idlest()
+        slot = self._for_files()
         if slot is None:
             return False
         job = run.job
@@ -586,6 +647,7 @@ class Dispatcher:
                 tuple(_known(page) for page in self.table.pages(job.id)),
                 parsed(job.manifest),
                 self.limits,
+                run.settled,
                 self.reserve_bytes,
             )
         else:
@@ -598,7 +660,7 @@ class Dispatcher:
         return True
 
     # -- events
-    def _is_answer(self, slot: WorkerSlot, event: object) -> bool:
+    def _is_answer(self, slot: Slot, event: object) -> bool:
         """Whether it ends a page outside any job, whose key stands for a job's id."""
         key = getattr(event, "job_id", None)
         if key is None or key not in slot.tasks:
@@ -607,7 +669,7 @@ class Dispatcher:
         self._answer(key, event)
         return True
 
-    def _on_event(self, slot: WorkerSlot, event: object) -> None:
+    def _on_event(self, slot: Slot, event: object) -> None:
         match event:
             case Beat(busy_s, limit_s, card):
                 slot.card = card
@@ -615,7 +677,7 @@ class Dispatcher:
                     slot.kill(f"a step took longer than {limit_s:.0f} s")
             case Ready(capacity, devices):
                 slot.capacity, self.devices, self.boot_failures = capacity, devices, 0
-                log.info("worker %d (process %s) is ready", slot.index, slot.process.pid)
+                log.info("%s is ready", slot)
                 slot.used_s = time.monotonic()  # booting was no idleness
             case BootFailed(detail):
                 slot.doom = detail
@@ -726,7 +788,7 @@ class Dispatcher:
             if page.source_error:
                 run.give_up(page.n, "input", page.source_error)
             elif page.deaths >= PAGE_DEATHS:
-                run.give_up(page.n, "worker_died", "the worker process died twice while computing this page")
+                run.give_up(page.n, "worker_died", DIED_TWICE)
             elif page.alone or page.tries:
                 run.alone.append(page.n)
             else:
@@ -800,23 +862,25 @@ class Dispatcher:
     # -- deaths and deadlines
     def _check_deadlines(self) -> None:
         now_s = time.monotonic()
-        for slot in list(self.workers.values()):
+        for slot in self.holders():
             limit_s = BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
             if now_s - slot.heard_s > limit_s and not slot.doom:
                 slot.kill(f"it gave no sign of life for {limit_s:.0f} s")
             elif any(deadline_s < now_s for deadline_s in slot.obey_by_s.values()) and not slot.doom:
                 slot.kill("cancel")
+            elif not isinstance(slot, WorkerSlot):
+                continue
             elif not slot.tasks and slot.capacity and now_s - slot.used_s > self.idle_s:
                 log.info("worker %d was idle for %.0f s: stopped", slot.index, self.idle_s)
                 del self.workers[slot.index]
-                slot.stop(wait_s=2.0)
+                slot.stop(wait_s=max(2.0, slot.stop_s))
 
     def _bury(self, slot: WorkerSlot) -> None:
         """A worker died: blame the page it had alone, suspect those it had together."""
         del self.workers[slot.index]
         slot.process.join()
         slot.conn.close()
-        why = slot.doom or _exit_reason(slot.process.exitcode)
+        why = slot.doom or exit_reason(slot.process.exitcode)
         log.error("worker %d ended: %s", slot.index, why)
         self.metrics.worker_deaths.add(1, _kind_of_death(slot))
         if slot.capacity == 0:
@@ -824,14 +888,17 @@ class Dispatcher:
         hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
         for key in slot.tasks:
             if isinstance(key, str):
-                with self._lock:
-                    _, future = self._asked.pop(key, (None, None))
-                if future and not future.cancelled():
-                    future.set_exception(JobError(f"the worker ended: {why}"))
+                self._disappoint(key, why)
         for job_id in hurt:
             run = self.runs.get(job_id)
             if run:
                 self._lose(run, slot, why)
+
+    def _disappoint(self, key: str, why: str) -> None:
+        with self._lock:
+            _, future = self._asked.pop(key, (None, None))
+        if future and not future.cancelled():
+            future.set_exception(JobError(f"the worker ended: {why}"))
 
     def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
         """One attempt is spent. The next finds on disk and in the table where to go on."""
@@ -883,7 +950,8 @@ def _kind_of_death(slot: WorkerSlot) -> str:
     return "signal" if (slot.process.exitcode or 0) < 0 else "exit"
 
 
-def _exit_reason(code: int | None) -> str:
+def exit_reason(code: int | None) -> str:
+    """Of a worker process, in words."""
     if code is not None and code < 0:
         likely = ": probably out of memory, or killed by hand" if code == -9 else ""
         return f"the worker process was ended by signal {-code}{likely}"
@@ -891,7 +959,7 @@ def _exit_reason(code: int | None) -> str:
 
 
 # ---------------------------------------------------------------- the child's side
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The pipe's end tells of the parent's death too, but nobody reads it during seconds of imports."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -902,7 +970,7 @@ def _end_with_parent() -> None:
 def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
     """Entry point of the worker process. infer is imported here, in the child: naming its
     function as the target would load torch in the parent, which pickles it by name."""
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
     logs.setup(choice.log, f"worker-{slot}")

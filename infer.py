@@ -69,6 +69,8 @@ from messages import (
     Probe,
     Probed,
     Ready,
+    Settle,
+    Settled,
     SourcePage,
     Stage,
     Staged,
@@ -214,6 +216,20 @@ def make_plan(
     if tries and pays(model, plan, kind.fast_precision, slot):
         plan = replace(plan, precision=kind.fast_precision)
     return plan
+
+
+def describe_machine(device: str, slot: int) -> str:
+    """What, beside the plan's other values, decides the last bit of a page."""
+    libraries = f"torch {torch.__version__}, OpenCV {cv2.__version__}"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name(torch_device(device, slot))}, {libraries}"
+    if device != "cpu":
+        return f"{device}, {libraries}"
+    features = [torch.backends.cpu.get_cpu_capability()]
+    for feature in ("amx_tile", "avx512_bf16"):
+        if getattr(torch.cpu, f"_is_{feature}_supported", bool)():
+            features.append(feature.upper())
+    return f"{platform.machine()} {'+'.join(features)}, {libraries}"
 
 
 def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
@@ -603,7 +619,8 @@ class Engines:
                 self.halos[key] = halo_for(model, device, slot)
             return self.halos[key]
 
-        return make_plan(params, self.choice, model, self.slot, pays, halo_of)
+        plan = make_plan(params, self.choice, model, self.slot, pays, halo_of)
+        return replace(plan, machine=describe_machine(plan.device, self.slot))
 
     def is_current(self, plan: Plan) -> bool:
         """Whether the weights that this plan was made for are those that are here."""
@@ -795,6 +812,8 @@ class Worker:
             case Stage():
                 # Staging settles the plan, which loads and probes the model.
                 self.device.submit(self._file_step, task, self._stage)
+            case Settle():
+                self.device.submit(self._file_step, task, self._settle, first=True)
             case Pack():
                 self.files.submit(self._file_step, task, self._pack)
             case Preview():
@@ -937,7 +956,7 @@ class Worker:
         kept = cache.keep(done.cache_key, page, done.sha256, done.size_bytes, facts)
         return done.cache_key if kept else None
 
-    def _file_step(self, task: Stage | Pack, step: Callable[..., None]) -> None:
+    def _file_step(self, task: Stage | Settle | Pack, step: Callable[..., None]) -> None:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
         try:
@@ -962,13 +981,20 @@ class Worker:
             del self.computing[threading.get_ident()]
             self.watch.end()
 
+    def _settled(self, params: Params, plan: Plan | None) -> Plan:
+        """The job's last plan while it holds, else a new one."""
+        if plan is None or not self.engines.is_current(plan):
+            return self.engines.plan(params)
+        if params.device != "auto":
+            pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
+        return plan
+
+    def _settle(self, task: Settle) -> None:
+        self.send(Settled(task.job_id, task.attempt, self._settled(task.params, task.plan)))
+
     def _stage(self, task: Stage) -> None:
         storage.sweep_temporaries(task.outputs)
-        plan = task.plan
-        if plan is None or not self.engines.is_current(plan):
-            plan = self.engines.plan(task.params)
-        elif task.params.device != "auto":
-            pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
+        plan = task.settled or self._settled(task.params, task.plan)
         log.info("%s on %s, %s, by the %s engine", plan.model, plan.device, plan.precision, plan.engine)
         # Other weights make other pages: nothing of the old plan may stay among the new.
         known = {page.source.name: page for page in task.known} if plan == task.plan else {}

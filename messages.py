@@ -74,6 +74,7 @@ class Plan:
     tile: int  # input pixels
     halo_px: int
     batch: int
+    machine: str = ""  # the processor or card, and libraries: others' pages may differ by a level
     choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (infer.choose_model)
 
     @classmethod
@@ -156,7 +157,18 @@ class Stage:
     known: tuple[KnownPage, ...]
     manifest: dict[str, Any] | None
     limits: Limits
+    settled: Plan | None = None  # by another machine (cluster.py), which computes; None: by this worker
     reserve_bytes: int | None = None  # that must stay free beside what the job needs; None: unchecked
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Task: settle a job's plan, for a machine that stages it and computes nothing. plan: its last one."""
+
+    job_id: str
+    attempt: int
+    params: Params
+    plan: Plan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +220,7 @@ class Cancel:
     attempt: int
 
 
-Task = Probe | Stage | ComputePage | Pack | Preview
+Task = Probe | Stage | Settle | ComputePage | Pack | Preview
 
 
 # ---------------------------------------------------------------- events
@@ -242,6 +254,15 @@ class Probed:
 
     devices: list[dict[str, Any]]
     models: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Event: answer to Settle."""
+
+    job_id: str
+    attempt: int
+    plan: Plan
 
 
 @dataclass(frozen=True, slots=True)

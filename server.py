@@ -16,6 +16,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -47,6 +48,7 @@ from typing import Any
 from websockets.http11 import Request as UpgradeRequest
 from websockets.server import ServerProtocol
 
+import cluster
 import containers
 import dispatch
 import jobs
@@ -98,6 +100,7 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8001
     max_concurrency: int = 1
+    cluster: str | None = None  # "auto" or a Ray head's host:port; None: this machine alone
     token: str | None = None
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -226,6 +229,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         host=flags.host or host,
         port=port if flags.port is None else flags.port,
         max_concurrency=int(concurrency),
+        cluster=read_cluster(setting("CLUSTER", "")),
         token=token,
         allowed_origins=origins,
         allowed_hosts=several("ALLOWED_HOSTS"),
@@ -245,6 +249,17 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
         watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
     )
+
+
+def read_cluster(text: str) -> str | None:
+    """REICHAN_CLUSTER. Raises ConfigError."""
+    if not text:
+        return None
+    if text != "auto" and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]+):[0-9]{1,5}", text):
+        raise ConfigError(f"REICHAN_CLUSTER must be auto or the host:port of a Ray head, not {text!r}")
+    if not cluster.is_installed():
+        raise ConfigError("REICHAN_CLUSTER needs Ray, which is not installed: pip install -e '.[cluster]'")
+    return text
 
 
 def split_bind(bind: str) -> tuple[str, int]:
@@ -994,6 +1009,8 @@ class Api:
     def health(self, _request: Request) -> Answer:
         """GET /health. No paths, no names: it needs no token."""
         counts = self.table.counts()
+        here = self.dispatcher
+        beyond = {"cluster": here.health()} if isinstance(here, cluster.ClusterDispatcher) else {}
         return json_answer(
             {
                 "status": "stopping" if self.dispatcher.stopping else "ok",
@@ -1009,6 +1026,7 @@ class Api:
                 "database_set_aside": self.table.set_aside is not None,
                 "rebuilding": self.rebuild.is_running,
                 "rebuilt_jobs": self.table.salvaged + self.rebuild.found,
+                **beyond,
             }
         )
 
@@ -1026,7 +1044,7 @@ class Api:
         yield gauge("reichan_queued_jobs", "Jobs that wait for a worker.", counts[jobs.PENDING])
         left = sum(run.left for run in list(self.dispatcher.runs.values()))
         yield gauge("reichan_queued_pages", "Unfinished pages of running jobs.", left)
-        workers = list(self.dispatcher.workers.values())
+        workers = self.dispatcher.holders()
         yield gauge("reichan_workers", "Worker processes.", len(workers))
         cards = {slot.card[0]: slot.card[1:] for slot in workers if slot.card}
         used, whole = ({device: sizes[i] for device, sizes in cards.items()} for i in (0, 1))
@@ -1286,7 +1304,8 @@ class Service:
                 config.device, config.precision, config.engine, layout.models, config.sandbox, config.log
             )
             slots, limits = config.max_concurrency, config.limits
-            self.dispatcher = dispatch.Dispatcher(
+            kind = functools.partial(cluster.ClusterDispatcher, config.cluster) if config.cluster else None
+            self.dispatcher = (kind or dispatch.Dispatcher)(
                 self.table, layout, choice, slots, limits, config.worker_idle_s, worker, config.keep,
                 config.reserve_bytes if config.checks_room else None, config.job_cache_bytes,
             )

@@ -208,3 +208,33 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
     infer.NativeEngine.upscale = waiting  # type: ignore[method-assign]
     infer.DEVICES["cpu"] = replace(infer.DEVICES["cpu"], count=lambda: 2)
     infer.worker_main(conn, choice, slot)
+
+
+def held_up(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, whose pages wait before they are decoded: for "go", or for a "pass" of their own."""
+    import functools
+
+    import infer
+
+    decode = infer.Worker._decode
+
+    @functools.wraps(decode)
+    def waiting(self: Any, task: Any) -> None:
+        folder = Path(os.environ["FAULTS"])
+        while not (folder / "go").exists() and not any(map(taken, folder.glob("pass*"))):
+            if (task.job_id, task.attempt) in self.cancelled:
+                raise infer.Cancelled
+            time.sleep(0.02)
+        decode(self, task)
+
+    infer.Worker._decode = waiting  # type: ignore[method-assign]
+    infer.worker_main(conn, choice, slot)
+
+
+def taken(path: Path) -> bool:
+    """Whether this process, and no other, took the file away."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True

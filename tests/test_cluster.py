@@ -1,0 +1,367 @@
+"""Pages computed by the nodes of a real Ray cluster: several on this machine, on loopback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import faults
+import pytest
+from helpers import require
+from serving import until
+from test_service import Client, check_artifact, png, volume
+
+import cluster
+import server
+from dispatch import run_worker
+from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
+
+HERE = Path(__file__).parent
+SETTINGS = {
+    "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",  # nodes have what the service has, and faults
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: every node on loopback
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+@dataclass
+class Ring:
+    """A Ray cluster whose head computes nothing."""
+
+    place: Path
+    port: int = 0
+    ray: Any = None
+
+    def start(self) -> None:
+        """Start the head, at the port it had before."""
+        from ray.cluster_utils import Cluster
+
+        if not self.port:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.port = free.getsockname()[1]
+        head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False,
+                "node_ip_address": "127.0.0.1", "gcs_server_port": self.port}  # fmt: skip
+        self.ray = Cluster(initialize_head=True, head_node_args=head)
+
+    def stop(self) -> None:
+        """End all of its processes, and see that they are gone."""
+        nodes = [*self.ray.worker_nodes, self.ray.head_node]
+        pids = [info.process.pid for node in nodes for one in node.all_processes.values() for info in one]
+        self.ray.shutdown()
+        for pid in pids:
+            until(lambda pid=pid: not Path(f"/proc/{pid}/cmdline").exists()
+                  or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20)  # fmt: skip
+
+    @property
+    def address(self) -> str:
+        """For REICHAN_CLUSTER."""
+        return f"127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="module")
+def ring() -> Iterator[Ring]:
+    """The cluster that the tests share; each brings its nodes."""
+    require(cluster.is_installed() and sys.platform == "linux", "Ray is not installed: .[cluster]")
+    place = Path(tempfile.mkdtemp(prefix="ring-"))  # short: Ray's sockets lie in it
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        patch.setenv("FAULTS", str(place))
+        patch.setenv("TMPDIR", str(place))
+        made = Ring(place)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
+            shutil.rmtree(place)
+
+
+@contextlib.contextmanager
+def nodes(ring: Ring, count: int) -> Iterator[list[Any]]:
+    """Nodes of one core each; the block may kill and add some."""
+    started = [ring.ray.add_node(**NODE, wait=False) for _ in range(count)]
+    try:
+        yield started
+    finally:
+        for node in started:
+            if node in ring.ray.worker_nodes:
+                ring.ray.remove_node(node)
+
+
+@contextlib.contextmanager
+def serving(
+    root: Path, address: str | None, worker: Callable[..., None] | None = None, **settings: Any
+) -> Iterator[tuple[server.Service, Client]]:
+    """A service over this cluster."""
+    config = server.Config(storage_root=root, port=0, cluster=address, **settings)
+    with server.Service(config, worker) as service:
+        yield service, Client(service.url)
+
+
+def mixed() -> bytes:
+    """A volume of 16 pages of several sizes, and one that no decoder reads."""
+    pages = {f"{n:02}.png": png(n, 96 + 16 * (n % 3), 128) for n in range(16)}
+    return volume(pages | {"07a.png": b"\x89PNG\r\n\x1a\n broken"})
+
+
+def facts(client: Client, state: dict[str, Any]) -> dict[str, Any]:
+    """A finished job's report, without what differs between two jobs."""
+    assert state["status"] == "SUCCESS", state
+    report = check_artifact(client.call("GET", f"/jobs/{state['jobId']}/artifact")[2], state)
+    return {key: value for key, value in report.items() if key not in ("jobId", "outputDir")}
+
+
+def run(client: Client, data: bytes, name: str = "v.zip") -> dict[str, Any]:
+    client.call("PUT", f"/incoming/{name}", data)
+    return facts(client, client.wait(client.submit(name)))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one machine makes of mixed()."""
+    with serving(tmp_path_factory.mktemp("alone"), None) as (_, client):
+        return run(client, mixed())
+
+
+# ---------------------------------------------------------------- with Ray
+def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
+    with nodes(ring, 2), serving(tmp_path, ring.address) as (service, client):
+        client.call("PUT", "/incoming/v.zip", mixed())
+        job = client.submit("v.zip")
+        shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 60)
+        assert facts(client, client.wait(job)) == alone and shared
+        assert json.loads(client.call("GET", "/health")[2])["cluster"]["devices"] == 2
+        spools = [path for path in ring.place.glob("reichan-node-*") if any(path.iterdir())]
+        assert not spools
+    until(lambda: not [*ring.place.glob("reichan-node-*")])
+
+
+def test_a_cluster_of_its_own_gives_the_same(tmp_path, ring, alone, monkeypatch):
+    """auto, where no cluster runs: none is found under another folder of Ray's."""
+    monkeypatch.setenv("RAY_TMPDIR", str(ring.place / "own"))
+    with serving(tmp_path, "auto") as (_, client):
+        assert run(client, mixed()) == alone
+
+
+def test_a_page_that_kills_its_workers_is_carried_and_costs_the_job_no_attempt(tmp_path, ring):
+    pages = {f"{n}.png": png(n, width) for n, width in enumerate((32, faults.KILLER, 33, 34))}
+    with nodes(ring, 2), serving(tmp_path, ring.address, faults.by_width) as (service, client):
+        client.call("PUT", "/incoming/v.zip", volume(pages))
+        state = client.wait(job := client.submit("v.zip"))
+        items = facts(client, state)["items"]
+        assert service.table.get(job).attempt == 1
+    assert [item["status"] for item in items] == ["upscaled", "carried", "upscaled", "upscaled"]
+    assert "died twice" in items[1]["error"]
+
+
+def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_path, ring, alone):
+    with nodes(ring, 1) as running, serving(tmp_path, ring.address, faults.held_up) as (service, client):
+        (ring.place / "go").unlink(missing_ok=True)
+        client.call("PUT", "/incoming/v.zip", mixed())
+        job = client.submit("v.zip")
+        busy = lambda: [node for node in service.dispatcher.nodes.values() if node.tasks]  # noqa: E731
+        first = until(busy, 60)[0]
+        running.append(ring.ray.add_node(**NODE, wait=False))
+        until(lambda: len(busy()) == 2, 60)
+        ring.ray.remove_node(running[0], allow_graceful=False)
+        (ring.place / "go").touch()
+        assert facts(client, client.wait(job)) == alone
+        assert first.index not in service.dispatcher.nodes and service.table.get(job).attempt == 1
+
+
+def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring):
+    with (
+        nodes(ring, 2),
+        serving(tmp_path, ring.address, faults.held_up, max_concurrency=2) as (service, client),
+    ):
+        (ring.place / "go").unlink(missing_ok=True)
+        client.call("PUT", "/incoming/v.zip", mixed())
+        jobs = [client.submit("v.zip") for _ in range(3)]
+
+        def held() -> list[int]:
+            keys = [key for node in service.dispatcher.nodes.values() for key in node.tasks]
+            return [sum(key[0] == job for key in keys) for job in jobs]
+
+        client.wait(jobs[1], lambda state: state["phase"] == "inferring")
+        until(lambda: sum(node.capacity > 0 for node in service.dispatcher.nodes.values()) == 2, 60)
+        room = sum(node.capacity for node in service.dispatcher.nodes.values())
+        until(lambda: sum(held()) == room)
+        for n in range(room // 2):  # what these pages leave goes to the job that has fewer
+            (ring.place / f"pass{n}").touch()
+        until(lambda: held() == [room // 2, room // 2, 0])
+        assert client.state(jobs[2])["status"] == "PENDING"
+        for job in jobs[:2]:
+            client.call("POST", f"/jobs/{job}/cancel")
+        (ring.place / "go").touch()
+        assert all(service.dispatcher.wait_released(job, 20) for job in jobs[:2])
+        assert client.wait(jobs[2])["status"] == "SUCCESS"
+        done = [sum(page.status != "pending" for page in service.table.pages(job)) for job in jobs]
+        assert max(done[:2]) < done[2] == 17
+
+
+def test_the_service_waits_for_a_head_that_restarts_and_goes_on(tmp_path, ring, alone):
+    """The whole cluster goes with its head, as without a database of Ray's; the job keeps its pages."""
+    own = Ring(ring.place)
+    own.start()
+    try:
+        own.ray.add_node(**NODE, wait=False)
+        with serving(tmp_path, own.address, faults.held_up) as (service, client):
+            (ring.place / "go").unlink(missing_ok=True)
+            client.call("PUT", "/incoming/v.zip", mixed())
+            job = client.submit("v.zip")
+            for n in range(5):
+                (ring.place / f"pass{n}").touch()
+            client.wait(job, lambda state: state["processed"] == 5)
+            own.stop()
+            health = lambda: json.loads(client.call("GET", "/health")[2])["cluster"]  # noqa: E731
+            until(lambda: "waiting for it" in (health()["detail"] or ""), 90)
+            state = client.state(job)
+            assert (health()["status"], state["status"], state["processed"]) == ("waiting", "RUNNING", 5)
+            (ring.place / "go").touch()
+            own.start()
+            own.ray.add_node(**NODE, wait=False)
+            assert facts(client, client.wait(job)) == alone
+            assert service.table.get(job).attempt == 1
+    finally:
+        own.stop()
+
+
+# ---------------------------------------------------------------- without
+@pytest.fixture
+def node(tmp_path, monkeypatch) -> Iterator[tuple[cluster.Node, Callable[..., list[Any]]]]:
+    """What runs on a node, and how to have it compute a page by a plan: the events that come of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    choice = EngineChoice(device="cpu", precision="fp32", model_root=tmp_path)
+    made = cluster.Node(choice, run_worker, cluster.code_hash())
+    worker = made.worker.process
+    params = Params(model="realesr-animevideov3")
+
+    def ended(*kinds: type) -> list[Any]:
+        found: list[Any] = []
+        until(lambda: [found.extend(made.collect()), any(isinstance(one, kinds) for one, _ in found)][1], 60)
+        return [one for one in found if isinstance(one[0], kinds)]
+
+    def compute(**changes: Any) -> list[Any]:
+        made.worker.post(Settle("job", 1, params, None))
+        plan = replace(ended(Settled)[0][0].plan, **changes)
+        made.give([(ComputePage("job", 1, 1, Path("1.png"), Path("1"), params, plan, Limits()), png(1))])
+        return ended(PageDone, cluster.Declined)
+
+    yield made, compute
+    made.close()
+    assert not worker.is_alive() and not [*tmp_path.glob("reichan-node-*")]
+
+
+def test_a_page_of_another_machine_than_the_plan_s_says_so(node):
+    ((event, data),) = node[1](machine="a card")
+    assert isinstance(event, PageDone) and hashlib.sha256(data).hexdigest() == event.sha256
+    assert event.deviation.startswith("on ") and "torch" in event.deviation
+
+
+def test_a_node_that_would_compute_otherwise_gives_the_page_back(node):
+    ((event, data),) = node[1](precision="bf16")
+    assert (event.code, data) == (None, None) and "in fp32, not by" in event.detail
+    assert not [*node[0].spool.iterdir()]
+
+
+def test_a_node_with_another_version_of_the_service_is_refused():
+    with pytest.raises(RuntimeError, match="another version"):
+        cluster.Node(EngineChoice(), run_worker, "0" * 64)
+
+
+PLAN = Plan("m", "a" * 64, "wheel", "cuda", "fp16", "native", 512, 18, 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "follows"),
+    [
+        ({}, True),
+        ({"tile": 256, "batch": 1, "machine": "another"}, True),  # the plan's are taken
+        ({"weights_sha256": "b" * 64}, False),
+        ({"device": "cpu", "precision": "fp32"}, False),
+        ({"precision": "fp32"}, False),  # an older card, on which fp16 even gave black pages
+        ({"engine": "upstream"}, False),
+    ],
+)
+def test_a_node_follows_a_plan_that_it_could_have_made(own, follows):
+    assert cluster.can_follow(PLAN, replace(PLAN, **own)) == follows
+    auto = replace(PLAN, model="auto", choices=(PLAN, replace(PLAN, weights_sha256="c" * 64)))
+    mine = replace(auto, choices=(auto.choices[1], replace(PLAN, **own)))
+    assert cluster.can_follow(auto, mine) == follows
+
+
+def test_a_slow_disk_holds_back_the_node(tmp_path, monkeypatch):
+    """While a page is being written no more are collected, and none is told of as done."""
+    told, writing, free = [], threading.Event(), threading.Event()
+    page = ComputePage("job", 1, 1, tmp_path, tmp_path / "1", Params(), PLAN, Limits())
+    done = PageDone("job", 1, 1, "page.jpg", hashlib.sha256(b"x").hexdigest(), 1, 1, 1, "L", 0.1)
+    calls = iter([[(done, b"x")]])
+    ray = SimpleNamespace(get=lambda call: next(calls), kill=lambda actor: None)
+    collect = SimpleNamespace(collect=SimpleNamespace(remote=lambda: told.append("asked")))
+    lost = threading.Event()
+    bridge = SimpleNamespace(ray=ray, send=told.append, close=lambda _: None, lose=lambda *_: lost.set())
+    link = cluster.Link(bridge, 7, collect)
+    link.pages["job", 1, 1] = page
+    write = cluster.storage.write_whole
+
+    def slow(target: Path, data: bytes) -> str:
+        writing.set()
+        assert free.wait(10)
+        return write(target, data)
+
+    monkeypatch.setattr(cluster.storage, "write_whole", slow)
+    link.start()
+    assert writing.wait(10) and told == ["asked"]
+    free.set()
+    assert lost.wait(10)  # it asked again, and there was no more
+    link.outbox.put(None)
+    assert told[1:] == [cluster.FromNode(7, replace(done, output="1.jpg")), "asked"]
+    assert (tmp_path / "1.jpg").read_bytes() == b"x"
+
+
+def flags() -> argparse.Namespace:
+    return argparse.Namespace(storage_root=None, model_root=None, host=None, port=None, token=None)
+
+
+def test_without_ray_the_start_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(server.ConfigError, match=r"pip install -e '.\[cluster\]'"):
+        server.read_config({"REICHAN_CLUSTER": "auto"}, flags())
+
+
+@pytest.mark.parametrize("text", ["here", "host", "host:port", "ray://host:1"])
+def test_a_bad_address_stops_the_start(text):
+    with pytest.raises(server.ConfigError, match="REICHAN_CLUSTER must be auto or the host:port"):
+        server.read_config({"REICHAN_CLUSTER": text}, flags())
+
+
+def test_the_service_itself_never_imports_ray(tmp_path):
+    """Not even with the setting: the bridge does."""
+    code = (
+        "import sys, server; from pathlib import Path\n"
+        "config = server.Config(storage_root=Path(sys.argv[1]), port=0, cluster='auto')\n"
+        "with server.Service(config) as one:\n"
+        "    assert one.dispatcher.health()['status'] == 'idle'\n"
+        "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=HERE.parent, check=False)
+    assert done.returncode == 0
