@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,8 @@ def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
         shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 60)
         assert facts(client, client.wait(job)) == alone and shared
         assert json.loads(client.call("GET", "/health")[2])["cluster"]["devices"] == 2
+        page = client.call("POST", "/pages?outputFormat=png", png(3), **{"Content-Type": "image/png"})[2]
+        assert page[16:24] == struct.pack(">II", 64, 96), "a reader's page is computed there too"
         spools = [path for path in ring.place.glob("reichan-node-*") if any(path.iterdir())]
         assert not spools
     until(lambda: not [*ring.place.glob("reichan-node-*")])
