@@ -1,8 +1,9 @@
 """Finished pages by what decides their bytes: a repeated volume costs only its new pages.
 
-Map: Entry - key_of - PageCache (find, keep) - Keeper (the bound)
+Map: Entry - key_of - PageCache (find, take, keep) - Keeper (the bound)
 Rule: an entry is nothing until its bytes have the hash that stands beside them; a doubt means a miss.
-Runs in: the worker's byte threads (PageCache), dispatcher and http-N threads (Keeper). No torch, no SQL.
+Runs in: the worker's byte threads, or a cluster's bridge (PageCache); dispatcher and http-N threads (Keeper).
+No torch, no SQL.
 
     <root>/cache/<2 hex>/<key>.page   a hard link to the job's own page (a copy, where there are no links)
                          <key>.json   its hash and facts, sealed; renamed into place last
@@ -20,12 +21,12 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import storage
-from messages import Limits, Params, Plan
+from messages import Limits, PageDone, Params, Plan
 
 log = logging.getLogger("cache")
 
@@ -44,6 +45,12 @@ class Entry:
     mode: str
     color_spread: float | None
     model: str | None
+
+    def facts(self, key: str, seconds: float) -> dict[str, Any]:
+        """What PageDone says of a page that was taken from here."""
+        names = ("width", "height", "mode", "color_spread", "model")
+        told = {"seconds": round(seconds, 3), "cache_key": key, "cached": True}
+        return {name: getattr(self, name) for name in names} | told
 
 
 def key_of(source_sha256: str, params: Params, plan: Plan, limits: Limits, program: str) -> str:
@@ -89,6 +96,19 @@ class PageCache:
             return None
         names = ("suffix", "width", "height", "mode", "color_spread", "model")
         return Entry(data, **{name: facts[name] for name in names})
+
+    def take(self, page: Path, done: PageDone) -> PageDone:
+        """Take in a page that was just computed; its event, with the key if the page is held under it.
+
+        What deviated from its plan is not what another attempt would give.
+        """
+        if done.cache_key is None or done.cached:
+            return done
+        facts = {"suffix": page.suffix, "width": done.width, "height": done.height, "mode": done.mode}
+        facts |= {"color_spread": done.color_spread, "model": done.model}
+        if done.deviation is None and self.keep(done.cache_key, page, done.sha256, done.size_bytes, facts):
+            return done
+        return replace(done, cache_key=None)
 
     def keep(self, key: str, page: Path, sha256: str, size_bytes: int, facts: dict[str, Any]) -> bool:
         """Take in a page that is on disk, whole, under its final name; was it possible?

@@ -41,9 +41,11 @@ from typing import Any
 import dispatch
 import logs
 import storage
+from cache import PageCache
 from dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher, Run, Slot, WorkerSlot
 from jobs import Job
 from messages import (
+    AUTO_MODEL,
     Beat,
     BootFailed,
     ComputePage,
@@ -66,10 +68,11 @@ LOOK_S = 1.0  # between two looks at the cluster's nodes
 SILENCE_S = 5.0  # after which a head that does not answer counts as gone, in what is told
 LOSSES = 3  # of a page with its node; one more, and the page is suspected
 BATCH_BYTES = 32 << 20  # of pages in one call
-COLLECT_S = 10.0  # a call waits for news
+COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "dispatch", "infer", "messages", "models", "pages", "rolling", "storage", "windows")
+CODE = ("cluster", "dispatch", "storage", *(  # and infer.PIPELINE
+    "community", "infer", "messages", "models", "pages", "rolling", "windows"))  # fmt: skip
 
 
 def is_installed() -> bool:
@@ -118,6 +121,15 @@ class Cut:
     """From the bridge: why there is no cluster at present; None: there is one."""
 
     detail: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """To a node, with the bytes: the file in the service's model root of this model. Without: it is gone."""
+
+    key: str  # see storage.model_key
+    name: str  # of the file
+    trusted: bytes  # what stands beside it, see storage.read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +217,8 @@ class ClusterDispatcher(Dispatcher):
 
     def _turn(self) -> None:
         bridge = self.workers.get(BRIDGE)
-        if bridge and (self.runs or any(node.tasks for node in self.nodes.values())):
+        is_due = bool(self.runs) and self.paused_s is None
+        if bridge and (is_due or any(node.tasks for node in self.nodes.values())):
             bridge.used_s = time.monotonic()  # an idle one ends, and gives the cards back
         super()._turn()
 
@@ -347,6 +360,7 @@ class ClusterDispatcher(Dispatcher):
         if self.nodes and BRIDGE not in self.workers:  # it was idle, and stopped: so were they
             self.nodes.clear()
             self.declined.clear()
+            self.settling.clear()
 
 
 # ---------------------------------------------------------------- the bridge
@@ -374,6 +388,7 @@ def places(nodes: list[dict[str, Any]], device: str) -> dict[Place, str]:
     return found
 
 
+@functools.cache
 def code_hash() -> str:
     """Of the files that decide how a page will look: nodes must have the service's own."""
     digest = hashlib.sha256()
@@ -389,7 +404,10 @@ class Link:
         self.bridge = bridge
         self.index = index
         self.actor = actor
-        self.pages: dict[tuple[str, int, int], ComputePage] = {}
+        # With its key in the cache.
+        self.pages: dict[tuple[str, int, int], tuple[ComputePage, str | None]] = {}
+        self.weights: dict[str, tuple[Any, ...]] = {}  # of the service's own, as the node has them
+        self.plans: set[tuple[Params, Plan | None]] = set()  # that the node knows of
         self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.is_up = False
 
@@ -424,17 +442,59 @@ class Link:
         return 0
 
     def _packed(self, item: Any) -> tuple[Any, bytes | None] | None:
-        """A task with its source's bytes; None where they can't be read, which is told."""
+        """A task with its source's bytes, once the node has its weights. None: the page is in the cache, or
+        can't be read; that is told at once."""
+        if isinstance(item, Settle):
+            self._send_weights(item.params)
         if not isinstance(item, ComputePage):
             return item, None
+        started = time.perf_counter()
         try:
             data = item.source.read_bytes()
         except OSError as error:
             reason = f"{type(error).__name__}: {storage.reason_of(error)}"
             self.tell(PageFailed(item.job_id, item.attempt, item.n, reason, "decode"))
             return None
-        self.pages[item.job_id, item.attempt, item.n] = item
+        key, cache = None, self.bridge.cache
+        if cache and item.plan and item.plan.engine == "native":
+            key = cache.key(data, item.params, item.plan, item.limits)
+            if found := cache.find(key):
+                facts = found.facts(key, time.perf_counter() - started)
+                digest, size = hashlib.sha256(found.data).hexdigest(), len(found.data)
+                place = (item.job_id, item.attempt, item.n, PAGE + found.suffix)
+                self._finish(item, PageDone(*place, digest, size_bytes=size, **facts), found.data)
+                return None
+        self.pages[item.job_id, item.attempt, item.n] = item, key
+        if item.plan is None or (item.params, item.plan) not in self.plans:
+            self._send_weights(item.params)
+            self.plans.add((item.params, item.plan))
         return item, data
+
+    def _send_weights(self, params: Params) -> None:
+        """What lies in the service's model root for these settings, unless the node has it as it is."""
+        root, trusted = self.bridge.choice.model_root, b""
+        files = {key: file for key, file in storage.find_weights(root).items() if file.source == "model-root"}
+        for key in self.weights.keys() - files.keys():
+            del self.weights[key]
+            self._give_now(Weights(key, "", b""), None)
+        with contextlib.suppress(OSError):
+            trusted = (root / storage.TRUSTED).read_bytes()
+        for key, file in files.items():
+            # "auto" chooses among these, see infer.auto_candidates.
+            of_auto = file.release is not None or "janai" in key
+            if not (of_auto if params.model == AUTO_MODEL else key == storage.model_key(params.model)):
+                continue
+            with contextlib.suppress(OSError):  # it was just removed: the worker will say so
+                stat = file.path.stat()
+                stamp = (file.path.name, stat.st_size, stat.st_mtime_ns, trusted)
+                if self.weights.get(key) != stamp:
+                    self._give_now(Weights(key, file.path.name, trusted), file.path.read_bytes())
+                    self.weights[key] = stamp
+
+    def _give_now(self, item: Any, data: bytes | None) -> None:
+        """Calls may overtake each other: this one is over before the next begins."""
+        with contextlib.suppress(Exception):  # of an actor that is gone: _receive_all learns of it
+            self.bridge.ray.get(self.actor.give.remote([(item, data)]))
 
     def _receive_all(self) -> None:
         lost: Lost | None = None
@@ -453,24 +513,28 @@ class Link:
         self.bridge.lose(self, replace(lost, index=self.index))
 
     def _deliver(self, event: Any, data: bytes | None) -> None:
-        key = (event.job_id, event.attempt, event.n) if hasattr(event, "n") else None
-        task = self.pages.pop(key, None) if key else None
+        place = (event.job_id, event.attempt, event.n) if hasattr(event, "n") else None
+        task, key = self.pages.pop(place, (None, None)) if place else (None, None)
         if not isinstance(event, PageDone):
             self.tell(event)
             return
         if task is None or data is None:
-            raise ValueError(f"a page came back that was not sent: {key}")
-        # See Node: its name for the page is PAGE and the suffix.
-        target = task.target_stem.with_name(task.target_stem.name + event.output.removeprefix(PAGE))
+            raise ValueError(f"a page came back that was not sent: {place}")
         if hashlib.sha256(data).hexdigest() != event.sha256:
             raise ValueError(f"page {event.n} came back damaged")
+        self._finish(task, replace(event, cache_key=None if event.carried else key), data)
+
+    def _finish(self, task: ComputePage, done: PageDone, data: bytes) -> None:
+        """Put a page on the service's disk, then say so. Its name so far is PAGE and the suffix, see Node."""
+        target = task.target_stem.with_name(task.target_stem.name + done.output.removeprefix(PAGE))
         try:
             storage.write_whole(target, data)
         except OSError as error:
             refused = storage.DiskRefused(error)
-            self.tell(TaskFailed(event.job_id, event.attempt, event.n, refused.code, refused.detail))
-        else:
-            self.tell(replace(event, output=target.name))
+            self.tell(TaskFailed(done.job_id, done.attempt, done.n, refused.code, refused.detail))
+            return
+        done = replace(done, output=target.name)
+        self.tell(self.bridge.cache.take(target, done) if self.bridge.cache else done)
 
 
 class Bridge:
@@ -484,6 +548,8 @@ class Bridge:
         self.ray = ray
         self.conn = conn
         self.choice = choice
+        # A plan names its machine, and what another one computed is not kept.
+        self.cache = PageCache(choice.cache_root, code_hash()) if choice.cache_root else None
         self.address = address
         self.entry = entry
         self.lock = threading.Lock()  # of what is sent, and of links
@@ -604,7 +670,7 @@ class Bridge:
         )
         self.indices += 1
         self.send(Joined(self.indices, host, place.cards > 0))
-        actor = kind.remote(self.choice, self.entry, code_hash())
+        actor = kind.remote(replace(self.choice, cache_root=None), self.entry, code_hash())
         link = Link(self, self.indices, actor)
         self.links[place] = self.by_index[self.indices] = link
         link.start()
@@ -657,6 +723,7 @@ def run_bridge(
 
 # ---------------------------------------------------------------- a node's side
 PAGE, SOURCE = "page", "source"  # names in the spool, before their suffixes
+MODELS = "models"  # its folder for weights
 
 
 @dataclass(slots=True)
@@ -701,10 +768,12 @@ class Node:
         self.lock = threading.RLock()  # of all below
         self.pages: dict[tuple[str, int, int], Spooled] = {}
         self.own: dict[tuple[Params, Plan], Settled | TaskFailed | None] = {}  # None: being asked
+        self.asked: list[tuple[Params, Plan]] = []  # in the order of the questions
+        self.beat: Beat | None = None  # the last one that was not told
         self.held: list[tuple[ComputePage, bytes]] = []  # until own knows of their plan
         self.news: deque[tuple[Any, bytes | None]] = deque()
         self.changed = threading.Condition(self.lock)
-        self.worker = WorkerSlot(0, entry, choice)
+        self.worker = WorkerSlot(0, entry, replace(choice, model_root=self.spool / MODELS))
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     # -- called by the bridge
@@ -712,7 +781,9 @@ class Node:
         """Tasks for the worker, pages with their bytes."""
         for item, data in batch:
             with self.lock:
-                if isinstance(item, ComputePage) and data is not None:
+                if isinstance(item, Weights):
+                    self._keep_weights(item, data)
+                elif isinstance(item, ComputePage) and data is not None:
                     self._take(item, data)
                 else:
                     self.worker.post(item)
@@ -725,6 +796,9 @@ class Node:
             while self.news and size < BATCH_BYTES:
                 batch.append(self.news.popleft())
                 size += len(batch[-1][1] or b"")
+            if self.beat:
+                batch.append((self.beat, None))
+                self.beat = None
             return batch
 
     def close(self) -> None:
@@ -733,7 +807,20 @@ class Node:
         self.worker.process.join()
         shutil.rmtree(self.spool, ignore_errors=True)
 
-    # -- pages on their way in
+    # -- weights and pages on their way in
+    def _keep_weights(self, item: Weights, data: bytes | None) -> None:
+        root = self.spool / MODELS
+        try:
+            root.mkdir(exist_ok=True)
+            for path in root.iterdir():
+                if path.name not in (item.name, storage.TRUSTED) and storage.model_key(path.stem) == item.key:
+                    path.unlink()
+            if data is not None:
+                storage.write_whole(root / storage.TRUSTED, item.trusted)
+                storage.write_whole(root / item.name, data)
+        except OSError as error:  # its worker will say that there are none
+            log.warning("weights can't be kept: %s", storage.reason_of(error))
+
     def _take(self, task: ComputePage, data: bytes) -> None:
         if task.plan is None:  # outside any job
             self._spool(task, data)
@@ -741,7 +828,8 @@ class Node:
         asked = (task.params, task.plan)
         if asked not in self.own:
             self.own[asked] = None
-            self.worker.post(Settle(f"plan {len(self.own)}", 0, task.params, None))
+            self.asked.append(asked)
+            self.worker.post(Settle(f"plan {len(self.asked)}", 0, task.params, None))
         self.held.append((task, data))
         self._release()
 
@@ -798,8 +886,13 @@ class Node:
     def _on_event(self, event: Any) -> None:
         match event:
             case Settled(job_id, 0) | TaskFailed(job_id, 0, 0):  # attempts of jobs are counted from 1
-                self.own[list(self.own)[int(job_id.removeprefix("plan ")) - 1]] = event
+                asked = self.asked[int(job_id.removeprefix("plan ")) - 1]
+                self.own[asked] = event
                 self._release()
+                if isinstance(event, TaskFailed):
+                    del self.own[asked]  # ask again, should it ever come back: somebody may have mended it
+            case Beat():
+                self.beat = event
             case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n) | Dropped(job_id, attempt, n):
                 spooled = self.pages.pop((job_id, attempt, n), None)
                 self._page_ended(event, spooled)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -218,9 +219,11 @@ def make_plan(
     return plan
 
 
+@functools.cache
 def describe_machine(device: str, slot: int) -> str:
-    """What, beside the plan's other values, decides the last bit of a page."""
-    libraries = f"torch {torch.__version__}, OpenCV {cv2.__version__}"
+    """What, beside the plan's other values, decides the last bit of a page: in words, then by a hash."""
+    whole = hashlib.sha256(program(slot).encode()).hexdigest()[:8]
+    libraries = f"torch {torch.__version__}, OpenCV {cv2.__version__}, program {whole}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name(torch_device(device, slot))}, {libraries}"
     if device != "cpu":
@@ -871,9 +874,7 @@ class Worker:
 
     def _reuse(self, task: ComputePage, entry: Entry, key: str, spent: float) -> None:
         """Write a cached page: a copy, so that what befalls one job's file is no other's harm."""
-        facts = {name: getattr(entry, name) for name in ("width", "height", "mode", "color_spread", "model")}
-        facts |= {"seconds": round(spent, 3), "cache_key": key, "cached": True}
-        self._finish(task, entry.data, entry.suffix, **facts)
+        self._finish(task, entry.data, entry.suffix, **entry.facts(key, spent))
 
     def _infer(self, task: ComputePage, page: pages.Decoded, spent: float, key: str | None) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
@@ -942,19 +943,7 @@ class Worker:
         except OSError as error:
             raise storage.DiskRefused(error) from error
         done = PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
-        if self.cache and done.cache_key and not done.cached:
-            done = replace(done, cache_key=self._keep(self.cache, target, done))
-        self.send(done)
-
-    def _keep(self, cache: PageCache, page: Path, done: PageDone) -> str | None:
-        """The key under which the cache took a page, if it did. What deviated from its plan is not
-        what another attempt would give."""
-        if done.deviation is not None or done.cache_key is None:
-            return None
-        facts = {"suffix": page.suffix, "width": done.width, "height": done.height, "mode": done.mode}
-        facts |= {"color_spread": done.color_spread, "model": done.model}
-        kept = cache.keep(done.cache_key, page, done.sha256, done.size_bytes, facts)
-        return done.cache_key if kept else None
+        self.send(self.cache.take(target, done) if self.cache else done)
 
     def _file_step(self, task: Stage | Settle | Pack, step: Callable[..., None]) -> None:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs

