@@ -231,6 +231,15 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
     infer.worker_main(conn, choice, slot)
 
 
+def held_up_on_unlike_machines(conn: Any, choice: Any, slot: int) -> None:
+    """held_up, where each worker says that its machine is another one."""
+    import infer
+
+    describe, which = infer.describe_machine, note("machine")
+    infer.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"
+    held_up(conn, choice, slot)
+
+
 def taken(path: Path) -> bool:
     """Whether this process, and no other, took the file away."""
     try:

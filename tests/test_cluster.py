@@ -230,7 +230,10 @@ def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_
 def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring):
     with (
         nodes(ring, 2),
-        serving(tmp_path, ring.address, faults.held_up, max_concurrency=2) as (service, client),
+        serving(tmp_path, ring.address, faults.held_up_on_unlike_machines, max_concurrency=2) as (
+            service,
+            client,
+        ),
     ):
         (ring.place / "go").unlink(missing_ok=True)
         client.call("PUT", "/incoming/v.zip", mixed())
@@ -252,7 +255,9 @@ def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path
             client.call("POST", f"/jobs/{job}/cancel")
         (ring.place / "go").touch()
         assert all(service.dispatcher.wait_released(job, 20) for job in jobs[:2])
-        assert client.wait(jobs[2])["status"] == "SUCCESS"
+        items = facts(client, client.wait(jobs[2]))["items"]
+        machines = {(item.get("deviation") or "the plan's").rpartition(", ")[2] for item in items}
+        assert len(machines) == 2 and "the plan's" in machines, "the report says which pages are another's"
         done = [sum(page.status != "pending" for page in service.table.pages(job)) for job in jobs]
         assert max(done[:2]) < done[2] == 17
 
