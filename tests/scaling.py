@@ -11,13 +11,16 @@ costs. More workers: see simulate().
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +70,30 @@ def volume_of(pages: int, width: int, height: int) -> bytes:
     return volume({f"{n:04}.png": png(n, width, height) for n in range(pages)})
 
 
-class Stopwatch:
-    """When a service's jobs began to compute and had their last page; and its dispatcher's time a page."""
+def processor_s(of: Callable[[set[int]], Iterable[int]]) -> float:
+    """Seconds of processor time so far of some among this process and all below it."""
+    spent, children = {}, defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            values = path.read_text().rpartition(")")[2].split()
+            children[int(values[1])].append(int(path.parent.name))
+            spent[int(path.parent.name)] = (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+    found, due = {os.getpid()}, [os.getpid()]
+    while due:
+        below = children[due.pop()]
+        found.update(below)
+        due += below
+    return sum(spent.get(pid, 0.0) for pid in of(found))
 
-    def __init__(self, service: Any, client: Any) -> None:
+
+class Stopwatch:
+    """When a service's jobs began to compute and had their last page; the processor time that they took;
+    and its dispatcher's time a page."""
+
+    def __init__(self, service: Any, client: Any, of: Callable[[set[int]], Iterable[int]]) -> None:
         self.client = client
+        self.of = of  # see processor_s: which processes work for this service
+        self.spent_s: list[float] = []  # processor time of each job
         self.service = service
         self.began: dict[str, float] = {}
         self.ended: dict[str, float] = {}
@@ -98,7 +120,9 @@ class Stopwatch:
 
     def job(self, name: str) -> float:
         """Seconds for this volume."""
+        before_s = processor_s(self.of)
         state = self.client.wait(self.client.submit(name))
+        self.spent_s.append(processor_s(self.of) - before_s)
         assert (state["status"], state["failedPages"]) == ("SUCCESS", 0), state
         return self.ended[state["jobId"]] - self.began[state["jobId"]]
 
@@ -127,6 +151,16 @@ def measure_way(source: bytes, result: bytes) -> float:
     return statistics.median(tries)
 
 
+def workers(service: Any) -> set[int]:
+    """Process ids of a service's own workers."""
+    return {slot.process.pid for slot in service.dispatcher.workers.values()}
+
+
+def of_its_own(service: Any, _: set[int]) -> set[int]:
+    """The processes that work for a service without a cluster."""
+    return {os.getpid(), *workers(service)}
+
+
 def report(ring: Any, given: argparse.Namespace) -> None:
     """All measurements over a cluster that is up, and what follows from them."""
     import ray
@@ -139,20 +173,24 @@ def report(ring: Any, given: argparse.Namespace) -> None:
         serving(ring.place / "both", None, max_concurrency=2) as twice,
         serving(ring.place / "far", ring.address) as beyond,
     ):
-        local, both, far = Stopwatch(*here), Stopwatch(*twice), Stopwatch(*beyond)
+        local, both = (Stopwatch(*one, partial(of_its_own, one[0])) for one in (here, twice))
+        far = Stopwatch(*beyond, lambda all_: all_ - workers(local.service) - workers(both.service))
         for client in (local.client, both.client, far.client):
             for name, pages in (("few", 4), ("one", given.pages), ("two", 2 * given.pages)):
                 client.call("PUT", f"/incoming/{name}.zip", volume_of(pages, width, height))
         ring.ray.add_node(**NODE)
         local.job("few.zip"), far.job("few.zip")  # warm
+        local.spent_s.clear(), far.spent_s.clear()
         for _ in range(given.rounds):
             local_s.append(local.job("one.zip"))
             one_s.append(far.job("one.zip"))
         ring.ray.add_node(**NODE)
         while sum(node.capacity > 0 for node in beyond[0].dispatcher.nodes.values()) < 2:
             time.sleep(0.1)
+        one_spent_s = far.spent_s
+        far.spent_s = []
         far.job("few.zip"), both.job("one.zip")
-        far.busy_s.clear()
+        far.busy_s.clear(), far.spent_s.clear(), both.spent_s.clear()
         for _ in range(given.rounds):
             both_s.append(both.job("two.zip"))
             two_s.append(far.job("two.zip"))
@@ -171,6 +209,10 @@ def report(ring: Any, given: argparse.Namespace) -> None:
         print(f"{name}: {', '.join(f'{one:.2f}' for one in each)} s")
     one, two = (100 * (far / near - 1) for far, near in ((one_m, local_m), (two_m, both_m)))
     print(f"overhead of the cluster: {one:+.1f}%, with two workers {two:+.1f}%")
+    costs = ((one_spent_s, local.spent_s), (far.spent_s, both.spent_s))
+    one, two = (100 * (sum(far_s) / sum(near_s) - 1) for far_s, near_s in costs)
+    print(f"in processor time: {one:+.1f}%, with two workers {two:+.1f}%; Ray's processes for "
+          "three machines are among it")  # fmt: skip
     print(f"from 1 to 2 workers: efficiency {one_m / two_m:.0%}, without a cluster {local_m / both_m:.0%}")
     print(f"a page: {page_s:.3f} s, its way {1e3 * way_s:.1f} ms, 1 Gbit/s {1e3 * line_s:.1f} ms, "
           f"dispatcher {1e3 * row_s:.2f} ms")  # fmt: skip
