@@ -29,7 +29,7 @@ from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 
 LIMITS = Limits()
 DEFAULTS = Params()
-ARCHIVES = (".zip", ".cbz")
+ARCHIVES = (".zip", ".cbz")  # that are written; others are only read
 FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
@@ -41,7 +41,7 @@ class Usage(Exception):
 def parser() -> argparse.ArgumentParser:
     """Every flag, with what the service would take."""
     flags = argparse.ArgumentParser(prog="infer.py", description="Upscale one volume or image.")
-    flags.add_argument("source", metavar="IN", type=Path, help="an image, a folder, a .zip or a .cbz")
+    flags.add_argument("source", metavar="IN", type=Path, help="an image, a folder or an archive")
     flags.add_argument("target", metavar="OUT", type=Path, help="an image; a folder, a .zip or a .cbz")
     flags.add_argument("--model", default=DEFAULTS.model)
     flags.add_argument("--model-root", type=Path, default=Path("models"), help="your own weights")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def is_image(source: Path) -> bool:
     """Whether IN is a single page: any file that isn't called an archive."""
-    return source.is_file() and source.suffix.lower() not in ARCHIVES
+    return source.is_file() and source.suffix.lower() not in storage.ARCHIVE_SUFFIXES
 
 
 def check_places(source: Path, target: Path) -> None:

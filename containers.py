@@ -21,11 +21,11 @@ import os
 import re
 import shutil
 import xml.parsers.expat
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import formats
 import storage
 from messages import Limits
 from storage import Entry
@@ -62,11 +62,12 @@ def keep(source: Path, outputs: Path, limits: Limits, reserve_bytes: int | None 
         info = comic_info_of(listing)
         names = kept_names([entry.name for entry in listing.others], stems)
         files, total_bytes = [], 0
-        for entry, name in zip(listing.others, names, strict=True):
-            target = COMIC_INFO_AS_IT_CAME if entry is info else name
-            files.append(_keep_one(entry, archive, outputs, target, limits, room - total_bytes))
-            total_bytes += files[-1]["bytes"] or 0
-            yield total_bytes
+        with formats.opener(listing.others, archive, limits, outputs) as open_entry:
+            for entry, name in zip(listing.others, names, strict=True):
+                target = COMIC_INFO_AS_IT_CAME if entry is info else name
+                files.append(_keep_one(entry, open_entry, outputs, target, limits, room - total_bytes))
+                total_bytes += files[-1]["bytes"] or 0
+                yield total_bytes
     storage.write_whole(outputs / INDEX, json.dumps(files).encode())
 
 
@@ -107,6 +108,8 @@ def _index(outputs: Path) -> list[dict[str, Any]]:
 
 def _forget(outputs: Path) -> None:
     """Remove what was kept of an earlier input: nothing of it may be in a new one's way."""
+    for folder in outputs.glob(formats.UNPACKED + "*"):  # of an attempt that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError, ValueError):
         for file in _index(outputs):
             if file["filename"]:
@@ -115,14 +118,19 @@ def _forget(outputs: Path) -> None:
 
 
 def _keep_one(
-    entry: Entry, archive: zipfile.ZipFile | None, outputs: Path, name: str, limits: Limits, room: int
+    entry: Entry,
+    open_entry: Callable[[Entry], IO[bytes]],
+    outputs: Path,
+    name: str,
+    limits: Limits,
+    room: int,
 ) -> dict[str, Any]:
     """A line of the index: as in the report, but for what complete() adds."""
     digest, size_bytes, error = hashlib.sha256(), 0, None
     target = outputs / name
     try:
         storage.member_parts(entry.name, limits)
-        with storage.open_entry(entry, archive, limits) as file:
+        with open_entry(entry) as file:
             target.parent.mkdir(parents=True, exist_ok=True)
             storage.remove_file(target)
             with open(target, "xb") as copy:

@@ -32,13 +32,15 @@ import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from messages import Limits, Params, SourcePage, setting_name
 
+if TYPE_CHECKING:
+    import formats  # at run time only where an input is one of them
+
 PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz"})
-NESTED_SUFFIXES = ARCHIVE_SUFFIXES | {".rar", ".cbr", ".7z", ".cb7", ".pdf", ".epub"}
+ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
 REPORT_NAME = "artifact-report.json"
 REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
 CHUNK_BYTES = 1 << 20
@@ -655,17 +657,20 @@ class Entry:
 
     name: str
     path: Path  # the file, or the archive that holds it
-    member: zipfile.ZipInfo | None
+    member: zipfile.ZipInfo | formats.Member | None
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What an input holds, pages in natural order."""
+    """What an input holds, pages in natural order (an EPUB's are called so that it is the reading order)."""
 
     pages: list[Entry]
     left_out: int  # files that are no pages
     manifest: dict[str, Any] | None
     others: list[Entry] = field(default_factory=list)  # those files; a folder's names as they are
+
+
+Archive: TypeAlias = "zipfile.ZipFile | formats.Container"
 
 
 def resolve_incoming(layout: Layout, path: str) -> Path:
@@ -723,12 +728,22 @@ def _is_nested(inside: str) -> bool:
     return os.path.splitext(inside)[1].lower() in ARCHIVE_SUFFIXES
 
 
+def _folder_in(source: Path) -> list[str]:
+    """The components of the folder in an archive that an input is; none for all of the archive."""
+    inside = located(source)[1]
+    return inside.split("/") if inside and not _is_nested(inside) else []
+
+
 def _is_inside(place: Path) -> bool:
     on_disk, inside = located(place)
     if not inside:
         return False
     with _opened_archive(on_disk) as archive:
-        names = map(_plain, _entry_names(archive.infolist()))
+        if isinstance(archive, zipfile.ZipFile):
+            entries = _entry_names(archive.infolist())
+        else:
+            entries = [member.name for member in archive.members(Limits())]
+        names = map(_plain, entries)
         return any(name == inside if _is_nested(inside) else name.startswith(inside + "/") for name in names)
 
 
@@ -737,9 +752,18 @@ def _plain(name: str) -> str:
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
-def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = None) -> Listing:
+def list_entries(source: Path, limits: Limits, archive: Archive | None) -> Listing:
+    """What list_input() lists, pages or none."""
+    if archive is None:
+        return list_folder(source, limits)
+    if isinstance(archive, zipfile.ZipFile):
+        return list_archive(source, archive, limits)
+    return list_container(source, archive, limits)
+
+
+def list_input(source: Path, limits: Limits, archive: Archive | None = None) -> Listing:
     """The pages of a folder, or of an opened archive. Raises InputUnusable's family."""
-    listing = list_archive(source, archive, limits) if archive else list_folder(source, limits)
+    listing = list_entries(source, limits, archive)
     if not listing.pages:
         raise NoPages(
             f"{source.name} holds no page ({', '.join(sorted(PAGE_SUFFIXES))}); "
@@ -751,7 +775,7 @@ def list_input(source: Path, limits: Limits, archive: zipfile.ZipFile | None = N
 
 
 @contextlib.contextmanager
-def opened(source: Path, limits: Limits) -> Iterator[zipfile.ZipFile | None]:
+def opened(source: Path, limits: Limits) -> Iterator[Archive | None]:
     """The archive at `source`, or None where it is a folder. Of a place inside an archive (see
     located) the archive; an archive in it is unpacked to a temporary file, within the limits.
 
@@ -769,23 +793,45 @@ def opened(source: Path, limits: Limits) -> Iterator[zipfile.ZipFile | None]:
             return
         with tempfile.TemporaryFile() as copy:
             _unpack(archive, inside, copy, limits)
-            with _as_archive(copy, inside) as nested:
+            with _as_archive(copy, inside, None) as nested:
                 yield nested
 
 
 @contextlib.contextmanager
-def _opened_archive(place: Path) -> Iterator[zipfile.ZipFile]:
+def _opened_archive(place: Path) -> Iterator[Archive]:
     try:
         file = open_regular(place)
     except FileNotFoundError as error:
         raise InputMissing(f"{place.name} is no longer in incoming/") from error
     except OSError as error:
         raise InputUnusable(f"{place.name} can't be opened: {reason_of(error)}") from error
-    with file, _as_archive(file, place.name) as archive:
+    with file, _as_archive(file, place.name, place) as archive:
         yield archive
 
 
-def _as_archive(file: IO[bytes], name: str) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _as_archive(file: IO[bytes], name: str, place: Path | None) -> Iterator[Archive]:
+    """place: where the file lies; None for one without a name on disk."""
+    import formats
+
+    file.seek(0)
+    head = file.read(16)
+    if formats.is_container(head) and place is None:  # its reader needs a name
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder, "archive")
+            file.seek(0)
+            with open(place, "xb") as copy:
+                shutil.copyfileobj(file, copy, CHUNK_BYTES)
+            yield formats.Container(place, head, name)
+    elif formats.is_container(head):
+        assert place is not None
+        yield formats.Container(place, head, name)
+    else:
+        with _as_zip(file, name) as archive:
+            yield archive
+
+
+def _as_zip(file: IO[bytes], name: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
     except UnicodeDecodeError as error:
@@ -797,24 +843,37 @@ def _as_archive(file: IO[bytes], name: str) -> zipfile.ZipFile:
         ) from error
 
 
-def _unpack(archive: zipfile.ZipFile, inside: str, copy: IO[bytes], limits: Limits) -> None:
+def _unpack(archive: Archive, inside: str, copy: IO[bytes], limits: Limits) -> None:
     """Copy an archive out of another."""
-    infos = archive.infolist()
-    if len(infos) > limits.entries:
-        raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
-    _check_sizes(infos, _archive_bytes(archive), limits)
-    _check_overlap(infos)
-    found = [info for info, name in zip(infos, _entry_names(infos), strict=True) if _plain(name) == inside]
-    if not found:
-        raise InputMissing(f"{inside} is no longer in the archive")
+    entry = _entry_at(archive, inside, limits)
     try:
-        with open_member(archive, found[0]) as file:
+        with open_entry(entry, archive, limits) as file:
             while chunk := file.read(CHUNK_BYTES):
                 copy.write(chunk)
     except ENTRY_ERRORS as error:
         if isinstance(error, OSError) and error.errno in OUR_DISK:
             raise
         raise InputUnusable(f"{inside} can't be unpacked: {reason_of(error)}") from error
+
+
+def _entry_at(archive: Archive, inside: str, limits: Limits) -> Entry:
+    """The entry of this name, once the whole archive passed its checks. Raises InputUnusable's family."""
+    if isinstance(archive, zipfile.ZipFile):
+        infos = archive.infolist()
+        if len(infos) > limits.entries:
+            raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
+        _check_sizes(infos, _archive_bytes(archive), limits)
+        _check_overlap(infos)
+        named: Iterable[tuple[zipfile.ZipInfo | formats.Member, str]]
+        named = zip(infos, _entry_names(infos), strict=True)
+    else:
+        members = archive.members(limits)
+        _check_sizes(members, archive.size_bytes, limits)
+        named = ((member, member.name) for member in members if not member.is_special)
+    for entry, name in named:
+        if _plain(name) == inside:
+            return Entry(name, Path(inside), entry)
+    raise InputMissing(f"{inside} is no longer in the archive")
 
 
 def _archive_bytes(archive: zipfile.ZipFile) -> int:
@@ -871,8 +930,7 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
     """List an archive, refusing it whole if any entry lies or leads outside; of a folder in it (see
     located) what that holds, by names without it."""
     infos = archive.infolist()
-    inside = located(source)[1]
-    folder = inside.split("/") if inside and not _is_nested(inside) else []
+    folder = _folder_in(source)
     if len(infos) > limits.entries:
         raise LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
     _check_sizes(infos, _archive_bytes(archive), limits)
@@ -900,6 +958,49 @@ def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> List
             others.append(Entry("/".join(parts), source, info))
             if parts == ["manifest.json"] and info.file_size <= MANIFEST_BYTES:
                 manifest = parse_manifest(_read_member(archive, info))
+    shown = _in_reading_order(source, archive, pages)
+    members = {entry.member for entry in shown}
+    others += [page for page in pages if page.member not in members]
+    return Listing(_in_order(shown), len(others), manifest, _in_order(others))
+
+
+def _in_reading_order(source: Path, archive: zipfile.ZipFile, pages: list[Entry]) -> list[Entry]:
+    """The pages of an EPUB that its documents show, in their order; of another zip all of them."""
+    import formats
+
+    order = formats.spine_pages(source, archive, lambda info: _read_member(archive, info))
+    if order is None:
+        return pages
+    held = {page.member.filename: page for page in pages if isinstance(page.member, zipfile.ZipInfo)}
+    shown = [held[name] for name in order if name in held]
+    names = formats.numbered([page.name for page in shown])
+    return [Entry(name, page.path, page.member) for name, page in zip(names, shown, strict=True)] or pages
+
+
+def list_container(source: Path, archive: formats.Container, limits: Limits) -> Listing:
+    """list_archive() for what is no zip: the same checks."""
+    members = archive.members(limits)
+    folder = _folder_in(source)
+    _check_sizes(members, archive.size_bytes, limits)
+    pages: list[Entry] = []
+    others: list[Entry] = []
+    manifest = None
+    for member in members:
+        if member.is_special:
+            raise UnsafeName(f"entry {member.name[:80]!a} is a link or a device, not a file")
+        parts = member_parts(member.name, limits)
+        if member.is_folder or parts[: len(folder)] != folder:
+            continue
+        parts = parts[len(folder) :]
+        if not parts:
+            continue  # a file where the folder is
+        if is_page_name(parts):
+            pages.append(Entry("/".join(parts), source, member))
+        elif not is_junk(parts):
+            others.append(Entry("/".join(parts), source, member))
+            if parts == ["manifest.json"] and member.file_size <= MANIFEST_BYTES:
+                with contextlib.suppress(*ENTRY_ERRORS), archive.open(member, limits) as file:
+                    manifest = parse_manifest(file.read())
     return Listing(_in_order(pages), len(others), manifest, _in_order(others))
 
 
@@ -913,7 +1014,9 @@ def _entry_names(infos: Sequence[zipfile.ZipInfo]) -> list[str]:
     return names
 
 
-def _check_sizes(infos: Sequence[zipfile.ZipInfo], archive_bytes: int, limits: Limits) -> None:
+def _check_sizes(
+    infos: Sequence[zipfile.ZipInfo | formats.Member], archive_bytes: int, limits: Limits
+) -> None:
     largest = max((info.file_size for info in infos), default=0)
     if largest > limits.entry_bytes:
         raise LimitExceeded("entry_bytes", largest, limits.entry_bytes, "bytes in one entry")
@@ -997,9 +1100,13 @@ def stage_input(
         sizes = [(page.name, entry_bytes(page)) for page in listing.pages]
         check([(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes])
         staging.mkdir(parents=True)
-        for n, entry in enumerate(listing.pages, 1):
-            staged = f"{n:05d}{os.path.splitext(entry.name)[1].lower()}"
-            yield _stage_page(entry, archive, staging / staged, limits)
+        suffixes = [os.path.splitext(entry.name)[1].lower() for entry in listing.pages]
+        targets = [staging / f"{n:05d}{suffix}" for n, suffix in enumerate(suffixes, 1)]
+        if archive is None or isinstance(archive, zipfile.ZipFile):
+            for entry, target in zip(listing.pages, targets, strict=True):
+                yield _stage_page(entry, archive, target, limits)
+        else:
+            yield from _stage_members(listing.pages, archive, targets, limits)
         sync_dir(staging)
     yield listing
 
@@ -1009,7 +1116,7 @@ def entry_bytes(entry: Entry) -> int:
     return entry.member.file_size if entry.member else entry.path.lstat().st_size
 
 
-def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, limits: Limits) -> SourcePage:
+def _stage_page(entry: Entry, archive: Archive | None, target: Path, limits: Limits) -> SourcePage:
     digest, size_bytes, error = hashlib.sha256(), 0, None
     with open(target, "xb") as copy:
         try:
@@ -1027,6 +1134,29 @@ def _stage_page(entry: Entry, archive: zipfile.ZipFile | None, target: Path, lim
         # No sync: a later attempt believes a staged page by its hash only.
     target.chmod(0o600)
     return SourcePage(entry.name, target.name, digest.hexdigest(), size_bytes, error)
+
+
+def _stage_members(
+    entries: Sequence[Entry], archive: formats.Container, targets: Sequence[Path], limits: Limits
+) -> Iterator[SourcePage]:
+    """Pages of a container, which is unpacked once, in its own order."""
+    # A container's pages have members of its own, no others.
+    members = [entry.member for entry in entries if not isinstance(entry.member, zipfile.ZipInfo)]
+    indexes = [member.index for member in members if member]
+    wanted = dict(zip(indexes, targets, strict=True))
+    errors: dict[int, str | None] = {}
+    total_bytes = 0
+    for index, error in archive.extract(wanted, limits):
+        errors[index] = error and f"can't be read from the input: {error}"
+        with contextlib.suppress(FileNotFoundError):
+            total_bytes += wanted[index].stat().st_size
+        if total_bytes > limits.total_bytes:  # of a PDF's pages nothing said so before
+            raise LimitExceeded("total_bytes", total_bytes, limits.total_bytes, "bytes in the pages")
+    for entry, index, target in zip(entries, indexes, targets, strict=True):
+        target.touch()  # of a member that could not be read at all
+        target.chmod(0o600)
+        size_bytes = target.stat().st_size
+        yield SourcePage(entry.name, target.name, sha256_file(target), size_bytes, errors[index])
 
 
 # Everything that reading one entry of a hostile archive was seen to raise.
@@ -1054,10 +1184,14 @@ def _check_entry(size_bytes: int, limits: Limits) -> None:
         raise LimitExceeded("entry_bytes", size_bytes, limits.entry_bytes, "bytes in a page")
 
 
-def open_entry(entry: Entry, archive: zipfile.ZipFile | None, limits: Limits) -> IO[bytes]:
+def open_entry(entry: Entry, archive: Archive | None, limits: Limits) -> IO[bytes]:
     """An entry's bytes, to be read in pieces. Raises ENTRY_ERRORS."""
-    if archive is not None and entry.member is not None:
+    if isinstance(entry.member, zipfile.ZipInfo):
+        assert isinstance(archive, zipfile.ZipFile)
         return open_member(archive, entry.member)
+    if entry.member is not None:
+        assert archive is not None and not isinstance(archive, zipfile.ZipFile)
+        return archive.open(entry.member, limits)
     file = open_regular(entry.path)
     try:
         _check_entry(os.fstat(file.fileno()).st_size, limits)

@@ -43,7 +43,7 @@ service was lost on the way, or its artifact could not be fetched whole; 130 int
 NAME_AND_NUMBER = re.compile(
     r"(.*?)[\s_.\-]*(?:(?<![a-z])(?:vol(?:ume)?|v)[\s_.\-]*|第)?(\d{1,4})[巻卷集]?", re.IGNORECASE
 )
-ARCHIVES = (".zip", ".cbz")
+ARCHIVES = tuple(sorted(storage.ARCHIVE_SUFFIXES))
 MANIFEST = "manifest.json"
 OVER = ("SUCCESS", "FAILED")
 MOST_PRIORITY = 100
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         prog="server.py submit", description="Submit a volume to a running service.", epilog=STATUSES
     )
     add = flags.add_argument
-    add("path", metavar="PATH", nargs="?", type=Path, help="a folder of pages, a .zip or a .cbz")
+    add("path", metavar="PATH", nargs="?", type=Path, help="a folder of pages, or " + ", ".join(ARCHIVES))
     add("--job", metavar="ID", help="in place of PATH: a job that was submitted before")
     add("--url", default="http://127.0.0.1:8001", help="the service (%(default)s)")
     add("--token", help="its access token (REICHAN_TOKEN)")
@@ -133,7 +133,7 @@ def check(given: argparse.Namespace) -> None:
 def title_and_volume(path: Path) -> tuple[str, str]:
     """From the input's name, see NAME_AND_NUMBER."""
     name = path.absolute().name
-    stem = name[:-4] if name.lower().endswith(ARCHIVES) else name
+    stem = os.path.splitext(name)[0] if name.lower().endswith(ARCHIVES) else name
     found = NAME_AND_NUMBER.fullmatch(stem)
     if found and found[1].strip():
         return found[1].strip(), found[2]
@@ -291,8 +291,9 @@ class Input:
         if not path.is_file():
             raise Failure(f"{path} is not there")
         if not name.lower().endswith(ARCHIVES):
-            raise Failure(f"{path} is no folder, .zip or .cbz; for a single image: python infer.py")
-        return cls(path, name[:-4], None)
+            known = ", ".join(ARCHIVES)
+            raise Failure(f"{path} is no folder and no {known}; for a single image: python infer.py")
+        return cls(path, os.path.splitext(name)[0], None)
 
     def pieces(self) -> Iterator[bytes]:
         """All bytes of the archive, a little at a time; a folder becomes one on the way."""

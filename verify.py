@@ -1,7 +1,8 @@
 """`python storage.py verify ARTIFACT [--against INPUT]`: prove a finished volume without the service.
 
 Map: main - an artifact against its own report - a report against an input
-Rule: reads only, asks nobody, and needs the standard library alone. What it can't prove it names.
+Rule: changes nothing, asks nobody, and needs the standard library alone (of an input that is a RAR, 7z or
+PDF, what formats.py needs). What it can't prove it names.
 Runs in: a terminal.
 
     artifact --every hash--> its report --every source's hash--> folder or archive it was made of
@@ -14,11 +15,12 @@ import hashlib
 import sys
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import formats
 import storage
 from messages import Limits
 from storage import Entry
@@ -113,7 +115,7 @@ def sources_of(report: dict[str, Any]) -> Sources:
 
 
 def source_faults(
-    source: Path, archive: zipfile.ZipFile | None, sources: Sources
+    source: Path, archive: storage.Archive | None, sources: Sources
 ) -> Iterator[tuple[str, str]]:
     """(name in the input, how it differs from what the report says of it).
 
@@ -124,8 +126,9 @@ def source_faults(
     if sources.left_out is not None:
         entries += [entry for entry in listing.others if _shown(entry) not in sources.left_out]
     there: defaultdict[str, list[str]] = defaultdict(list)
-    for entry in entries:
-        there[_shown(entry)].append(_sha256_as_staged(entry, archive))
+    with formats.opener(entries, archive, ANY) as open_entry:
+        for entry in entries:
+            there[_shown(entry)].append(_sha256_as_staged(entry, open_entry))
     # Of several entries of one name each may stand for one page: those that fit are taken first.
     missed = []
     for name, sha256 in sources.expected:
@@ -155,11 +158,11 @@ def _shown(entry: Entry) -> str:
     return entry.name.encode("utf-8", "replace").decode()
 
 
-def _sha256_as_staged(entry: Entry, archive: zipfile.ZipFile | None) -> str:
+def _sha256_as_staged(entry: Entry, open_entry: Callable[[Entry], IO[bytes]]) -> str:
     """As the service took it: of a damaged entry, what could be read."""
     digest = hashlib.sha256()
     try:
-        with storage.open_entry(entry, archive, ANY) as file:
+        with open_entry(entry) as file:
             while chunk := file.read(storage.CHUNK_BYTES):
                 digest.update(chunk)
     except storage.ENTRY_ERRORS:

@@ -53,9 +53,7 @@ def find(place: Path, limits: Limits) -> list[Volume]:
     with storage.opened(place, limits) as archive:
         # What a folder holds in all is nothing to refuse: each volume is measured by itself.
         each = replace(limits, total_bytes=1 << 62)
-        listing = (
-            storage.list_archive(place, archive, limits) if archive else storage.list_folder(place, each)
-        )
+        listing = storage.list_entries(place, limits if archive else each, archive)
     archives = [entry for entry in listing.others if uploads.is_archive_name(entry.name.rpartition("/")[2])]
     names = [entry.name for entry in listing.others]
     for entry in archives:

@@ -847,7 +847,7 @@ def test_a_very_deep_folder_is_over_the_limit_and_no_crash(deep_folder, tmp_path
     assert caught.value.code == "LIMIT_DEPTH"
 
 
-UNREADABLE = [b"", b"not a zip" * 50, b"Rar!\x1a\x07\x01\x00" + bytes(200), b"<!doctype html>" * 20]
+UNREADABLE = [b"", b"not a zip" * 50, b"PK\x03\x04" + bytes(200), b"<!doctype html>" * 20]
 
 
 @pytest.mark.parametrize("data", UNREADABLE, ids=range(len(UNREADABLE)))
