@@ -30,7 +30,7 @@ from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 LIMITS = Limits()
 DEFAULTS = Params()
 ARCHIVES = (".zip", ".cbz")  # that are written; others are only read
-FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
 
 
 class Usage(Exception):

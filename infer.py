@@ -94,7 +94,7 @@ LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animev
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 # Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
-PIPELINE = ("community", "infer", "messages", "models", "pages", "rolling", "windows")
+PIPELINE = ("community", "imagekinds", "infer", "messages", "models", "pages", "rolling", "windows")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -1116,8 +1116,9 @@ def program(slot: int) -> str:
         code.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions.append("spandrel " + importlib.metadata.version("spandrel"))
+    for library in ("spandrel", "pillow", "pillow-jxl-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{library} {importlib.metadata.version(library)}")
     processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         processor += sorted({line.strip() for line in lines if line.startswith(("model name", "flags"))})

@@ -920,7 +920,7 @@ class Submission:
 
 CHOICES = {
     "denoise": ("low", "medium", "high"),
-    "output_format": ("jpg", "png", "webp"),
+    "output_format": ("jpg", "png", "webp", "avif"),
     "device": ("auto", "cuda", "cpu"),
     "color": ("auto", "gray", "keep"),
     "reduction": ("auto", "lanczos", "area"),

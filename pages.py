@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+import imagekinds
 import storage
 from messages import Limits, Params, setting_name
 
@@ -30,13 +31,16 @@ Curve = npt.NDArray[np.float64]
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # The most that a format's own fields can say, in pixels of one side.
 # OpenCV refuses JPEG over 65,500 although the format itself has 65,535.
-SIDE_LIMITS = {"jpg": 65_500, "webp": 16_383, "png": 2**31 - 1}
+# AVIF: libavif, which OpenCV asks, refuses to read more, and more pixels than PIXEL_LIMITS.
+SIDE_LIMITS = {"jpg": 65_500, "webp": 16_383, "avif": 32_768, "png": 2**31 - 1}
+PIXEL_LIMITS = {"avif": 16_384 * 16_384}
 # A lossy WebP or a colour conversion leaves a grey page's channels one level apart here and
 # there, and 0.05 in the mean (measured); the faintest tint moves some pixel by two.
 GREY_SPREAD = 1.0  # 8-bit levels
 GREY_CAST = 0.25  # 8-bit levels
 GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a scan has
 ALPHA_CHANNELS = 4
+AVIF_SPEED = 8  # of 0..10: at 6 a page takes three times as long and is a few percent smaller
 NETWORK_SCALE = 4  # the largest; what a page may need before it is reduced to its target
 
 
@@ -53,7 +57,7 @@ def image_kind(data: bytes) -> str:
     if not data:
         raise PageError("the file is empty")
     known = f"it is {kind}" if kind else "unknown content"
-    raise PageError(f"not an image that can be read ({known}); expected JPEG, PNG, WebP, BMP or GIF")
+    raise PageError(f"not an image that can be read ({known}); expected {KNOWN_KINDS}")
 
 
 def header_size(data: bytes) -> tuple[int, int]:
@@ -115,12 +119,22 @@ def _gif_size(data: bytes) -> tuple[int, int]:
     return struct.unpack_from("<HH", data, 6)
 
 
+def _size_by(facts_of: Callable[[bytes], imagekinds.Facts]) -> Callable[[bytes], tuple[int, int]]:
+    def size(data: bytes) -> tuple[int, int]:
+        facts = facts_of(data)
+        return facts.width, facts.height
+
+    return size
+
+
+KNOWN_KINDS = "JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG XL"
 HEADER_SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "png": _png_size,
     "jpeg": _jpeg_size,
     "webp": _webp_size,
     "bmp": _bmp_size,
     "gif": _gif_size,
+    **{kind: _size_by(facts_of) for kind, facts_of in imagekinds.FACTS.items()},
 }
 
 
@@ -181,12 +195,15 @@ def decode_page(data: bytes, params: Params, limits: Limits) -> Decoded:
 
 def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
     """(pixels, the embedded ICC profile)."""
+    kind = image_kind(data)
+    if kind in imagekinds.FACTS:
+        return _decode_by_facts(data, kind)
     try:
         pixels, kinds, blocks = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise PageError(f"the decoder refused it: {error.err or 'damaged data'}") from error
     if pixels is None:
-        raise PageError(f"the {image_kind(data).upper()} data is damaged or cut off")
+        raise PageError(f"the {kind.upper()} data is damaged or cut off")
     pixels = _with_transparent_grey(pixels, data)
     found = {
         kind: bytes(block.reshape(-1).view(np.uint8)) for kind, block in zip(kinds, blocks, strict=False)
@@ -194,6 +211,39 @@ def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
     if cv2.IMAGE_METADATA_EXIF in found:
         pixels = orient(pixels, exif_orientation(found[cv2.IMAGE_METADATA_EXIF]))
     return pixels, found.get(cv2.IMAGE_METADATA_ICCP)
+
+
+def _decode_by_facts(data: bytes, kind: str) -> tuple[Pixels, bytes | None]:
+    """_decode_upright() for the kinds of imagekinds.py."""
+    facts = imagekinds.FACTS[kind](data)
+    pixels: Pixels | None
+    profile, exif = facts.profile, None
+    try:
+        if kind == "jxl":
+            pixels, profile, exif = imagekinds.decode_jxl(data)
+        else:
+            plain = np.frombuffer(imagekinds.unturned(data, facts), np.uint8)
+            pixels = cv2.imdecode(plain, cv2.IMREAD_UNCHANGED)
+    except imagekinds.PluginMissing as error:
+        raise PageError(str(error)) from error
+    except (cv2.error, ValueError) as error:
+        reason = getattr(error, "err", None) or str(error) or "damaged data"
+        raise PageError(f"the decoder refused it: {reason}") from error
+    # A decoder that went by another size than was checked has shown something else.
+    fits = pixels is not None and sorted(pixels.shape[:2]) == sorted((facts.height, facts.width))
+    if pixels is None or not fits or facts.end > len(data):
+        raise PageError(f"the {kind.upper()} data is damaged or cut off")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        samples = f"samples of the kind {pixels.dtype}"
+        raise PageError(f"{kind.upper()} with {samples} is not read; save it with 8 or 16 bits")
+    if pixels.dtype == np.uint16 and facts.depth > 8:
+        white = 2**facts.depth - 1
+        pixels = ((pixels.astype(np.uint32) * 65_535 + white // 2) // white).astype(np.uint16)
+    if kind == "tiff" and channels(pixels) == ALPHA_CHANNELS and pixels.dtype == np.uint8:
+        pixels = imagekinds.without_premultiplied(pixels)
+    for turn in (*facts.turns, exif_orientation(exif) if exif else 1):
+        pixels = orient(pixels, turn)
+    return pixels, profile
 
 
 def _with_transparent_grey(pixels: Pixels, data: bytes) -> Pixels:
@@ -459,11 +509,13 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
 
     A side over the format's limit falls back to PNG, and deviation says so.
     JPEG is 4:4:4 from quality 90 on, since chroma subsampling smears coloured line art;
-    WebP at 100 is lossless. Raises PageError.
+    WebP and AVIF at 100 are lossless. Raises PageError.
     """
     side = max(pixels.shape[:2])
     wanted = params.output_format
-    actual = wanted if side <= SIDE_LIMITS[wanted] else "png"
+    many = pixels.shape[0] * pixels.shape[1]
+    fits = side <= SIDE_LIMITS[wanted] and many <= PIXEL_LIMITS.get(wanted, many)
+    actual = wanted if fits else "png"
     if actual == "jpg":
         pixels = flatten(pixels)
     settings = {
@@ -478,6 +530,8 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
         "png": [cv2.IMWRITE_PNG_COMPRESSION, 6],
         # OpenCV's own convention: over 100 means lossless.
         "webp": [cv2.IMWRITE_WEBP_QUALITY, 101 if params.jpeg_quality == 100 else params.jpeg_quality],
+        # Below 100 it keeps a quarter of the chroma samples; OpenCV has no setting for that.
+        "avif": [*(cv2.IMWRITE_AVIF_QUALITY, params.jpeg_quality), *(cv2.IMWRITE_AVIF_SPEED, AVIF_SPEED)],
     }[actual]
     try:
         fitting = fitting_profile(profile, pixels)
@@ -491,6 +545,8 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
     if not done or not data.size:
         raise PageError(f"the {actual} encoder gave nothing for {pixels.shape[1]}x{pixels.shape[0]} pixels")
     why = f"written as png: {side} px is over the {SIDE_LIMITS[wanted]} px that {wanted} allows"
+    if side <= SIDE_LIMITS[wanted]:
+        why = f"written as png: {many} pixels are over the {PIXEL_LIMITS.get(wanted)} that {wanted} allows"
     return data.tobytes(), f".{actual}", None if actual == wanted else why
 
 

@@ -47,7 +47,7 @@ REMEMBERED = 1000  # pages that can't be upscaled, so that a reader's next view 
 STOPPING = "the service is shutting down"
 SOURCE = "source-"  # begins the name of a page that a worker is to read
 DEATHS = 2  # of workers that had this page, before it is not tried again
-IMAGES = ("jpeg", "png", "webp", "gif", "bmp")
+IMAGES = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jxl")
 
 
 # Of the query; the small model is the default, since somebody waits.

@@ -1219,7 +1219,7 @@ def content_disposition(name: str) -> str:
 def _image_headers(data: bytes) -> dict[str, str]:
     """By content, never by name: an HTML file called .jpg must not run as a page."""
     kind = storage.sniff(data)
-    media = f"image/{kind}" if kind in ("jpeg", "png", "webp", "gif", "bmp") else "application/octet-stream"
+    media = f"image/{kind}" if kind in reader.IMAGES else "application/octet-stream"
     return {"Content-Type": media, "Content-Security-Policy": "default-src 'none'; sandbox"}
 
 

@@ -39,7 +39,9 @@ from messages import Limits, Params, SourcePage, setting_name
 if TYPE_CHECKING:
     import formats  # at run time only where an input is one of them
 
-PAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+PAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
+)
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
 REPORT_NAME = "artifact-report.json"
 REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
@@ -390,6 +392,10 @@ MAGICS = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"BM", "bmp"),
     (b"GIF8", "gif"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"\xff\x0a", "jxl"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"),
     (b"PK\x03\x04", "zip"),
     (b"Rar!", "rar"),
     (b"7z\xbc\xaf", "7z"),
@@ -404,6 +410,8 @@ def sniff(data: bytes) -> str:
     """What the first bytes say a file is: "png", "jpeg", "webp"...; "" where they say nothing."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
     if data[4:8] == b"ftyp":
         return f"an ISO media file ({data[8:12].decode('latin-1')})"
     return next((kind for magic, kind in MAGICS if data.startswith(magic)), "")
@@ -1040,14 +1048,15 @@ def _check_overlap(infos: Sequence[zipfile.ZipInfo]) -> None:
 # Bytes a pixel takes on disk: sources rather low and results rather high, so that an estimate
 # from file sizes errs to the safe side. An archive counts as PNG until it is listed.
 SOURCE_DENSITY = {".jpg": 0.15, ".jpeg": 0.15, ".webp": 0.1, ".gif": 0.2, ".png": 0.3, ".bmp": 1.0}
-OUTPUT_DENSITY = {"jpg": 0.25, "webp": 0.25, "png": 0.6}
+SOURCE_DENSITY |= {".tif": 0.3, ".tiff": 0.3, ".avif": 0.06, ".jxl": 0.1}
+OUTPUT_DENSITY = {"jpg": 0.25, "webp": 0.25, "avif": 0.2, "png": 0.6}
 
 
 def output_bytes(name: str, size_bytes: int, params: Params) -> float:
     """What a page of this name and size is expected to become. A target size counts as scale 2."""
     density = SOURCE_DENSITY.get(os.path.splitext(name)[1].lower(), SOURCE_DENSITY[".png"])
     scale = 2 if params.has_target else params.scale
-    lossless = params.output_format == "webp" and params.jpeg_quality == 100
+    lossless = params.output_format in ("webp", "avif") and params.jpeg_quality == 100
     return size_bytes / density * scale**2 * OUTPUT_DENSITY["png" if lossless else params.output_format]
 
 

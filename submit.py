@@ -54,7 +54,7 @@ RESTART_S = 300.0  # with a service that is away while its job is watched
 PARAMS = {  # flag: (key of params, type, help)
     "--model": ("model", str, "a name from GET /models, or auto"),
     "--scale": ("scale", int, "1 to 4"),
-    "--format": ("outputFormat", str, "jpg, png or webp"),
+    "--format": ("outputFormat", str, "jpg, png, webp or avif"),
     "--quality": ("jpegQuality", int, "1 to 100"),
     "--denoise": ("denoise", str, "low, medium or high"),
     "--color": ("color", str, "auto, gray or keep"),

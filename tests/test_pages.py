@@ -278,7 +278,6 @@ NO_IMAGES = [
     (b"%!PS-Adobe-3.0", "PostScript"),
     (b"8BPS\0\1", "Photoshop"),
     (b"\0\0\0\x18ftypheic", "heic"),
-    (b"\0\0\0\x18ftypavif", "avif"),
     (b"PK\x03\x04", "zip"),
     (b"Rar!\x1a\x07", "rar"),
 ]

@@ -279,7 +279,7 @@ def test_pages_are_known_by_suffix_and_what_file_managers_leave_is_none():
         ".thumbs/1.png",
         "__MACOSX/1.png",
         "1.jpe",
-        "1.tif",
+        "1.jp2",
         "1.png.part",
     ]
     assert [name for name in pages + others if storage.is_page_name(name.split("/"))] == pages
@@ -432,6 +432,11 @@ SNIFFED = [
     (b"GIF89a", "gif"),
     (b"BM\0\0", "bmp"),
     (b"\0\0\0\x18ftypheic", "an ISO media file (heic)"),
+    (b"\0\0\0\x20ftypavif", "avif"),
+    (b"II*\0\x08\0\0\0", "tiff"),
+    (b"MM\0*\0\0\0\x08", "tiff"),
+    (b"\xff\x0a\xf8", "jxl"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"),
     (b"<!doctype html>", "markup (HTML, SVG)"),
     (b"", ""),
     (b"\xff\xd8", ""),

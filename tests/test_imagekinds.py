@@ -1,0 +1,294 @@
+"""TIFF, AVIF and JPEG XL: files by Pillow, libavif's and libjxl's own programs, and their damaged kin."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from drawn import alpha, colour, grey, sixteen_bit
+from helpers import require
+
+import imagekinds
+import pages
+import storage
+from messages import Limits, Params
+from pages import Pixels
+
+LIMITS = Limits()
+COLOUR = colour(60, 40)
+
+
+def decode(data: bytes, **limits: Any) -> Pixels:
+    return pages.decode(data, 1, Limits(**limits))
+
+
+def saved(pixels: Pixels, form: str, **options: Any) -> bytes:
+    """By Pillow."""
+    require(importlib.util.find_spec("PIL"), "Pillow is not installed")
+    from PIL import Image
+
+    order = {2: slice(None), 3: (..., slice(None, None, -1))}[pixels.ndim]
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        order = (..., [2, 1, 0, 3])
+    image = Image.fromarray(np.ascontiguousarray(pixels[order]))
+    image = image.convert(options.pop("mode", image.mode))
+    if "orientation" in options:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = options.pop("orientation")
+    data = io.BytesIO()
+    image.save(data, form, **options)
+    return data.getvalue()
+
+
+def srgb() -> bytes:
+    require(importlib.util.find_spec("PIL"), "Pillow is not installed")
+    from PIL import ImageCms
+
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def far(got: Pixels, wanted: Pixels) -> float:
+    assert got.shape == wanted.shape
+    return float(np.abs(got.astype(int) - wanted).mean())
+
+
+def refusal(data: bytes, **limits: Any) -> str:
+    with pytest.raises(pages.PageError) as caught:
+        decode(data, **limits)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- TIFF
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+@pytest.mark.parametrize("page", [COLOUR, grey(60, 40), sixteen_bit(grey(36, 44))], ids=range(3))
+def test_a_tiff_comes_back_pixel_for_pixel(page, compression):
+    assert np.array_equal(decode(saved(page, "TIFF", compression=compression)), page)
+
+
+def test_a_tiffs_alpha_does_not_darken_its_colours():
+    page = alpha(36, 44)
+    got = decode(saved(page, "TIFF"))
+    assert np.array_equal(got[..., 3], page[..., 3])
+    seen = page[..., 3] >= 128
+    assert np.abs(got[seen].astype(int) - page[seen]).max() <= 1
+
+
+def test_bilevel_palette_and_ink_tiffs_show_what_they_show_elsewhere():
+    lines = np.where(grey(60, 40) > 128, 255, 0).astype(np.uint8)
+    for compression in (None, "group4"):
+        assert np.array_equal(decode(saved(lines, "TIFF", mode="1", compression=compression)), lines)
+    assert far(decode(saved(COLOUR, "TIFF", mode="P")), COLOUR) < 20
+    assert far(decode(saved(COLOUR, "TIFF", mode="CMYK")), COLOUR) < 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiffs_orientation_is_applied_once(orientation):
+    got = decode(saved(COLOUR, "TIFF", tiffinfo={274: orientation}))
+    assert np.array_equal(got, pages.orient(COLOUR, orientation))
+
+
+def test_of_several_images_in_a_tiff_the_first_counts():
+    require(importlib.util.find_spec("PIL"), "Pillow is not installed")
+    from PIL import Image
+
+    data, first = io.BytesIO(), Image.fromarray(grey(60, 40))
+    first.save(data, "TIFF", save_all=True, append_images=[Image.fromarray(grey(10, 10))])
+    assert np.array_equal(decode(data.getvalue()), grey(60, 40))
+
+
+def test_tiffs_of_other_samples_are_named():
+    for mode in ("F", "I"):
+        assert "8 or 16 bits" in refusal(saved(grey(60, 40), "TIFF", mode=mode))
+
+
+def test_a_tiff_cut_anywhere_is_a_page_error():
+    data = saved(COLOUR, "TIFF", compression="tiff_lzw")
+    for size in range(8, len(data), 97):
+        assert "cut off" in refusal(data[:size])
+
+
+# ---------------------------------------------------------------- AVIF
+def test_avif_by_pillow_and_by_libavif_shows_its_drawing(tmp_path):
+    got = decode(saved(COLOUR, "AVIF", quality=100, subsampling="4:4:4"))
+    assert far(got, COLOUR) < 1.5
+    require(shutil.which("avifenc"), "avifenc is not installed")
+    cv2.imwrite(str(tmp_path / "c.png"), COLOUR)
+    cv2.imwrite(str(tmp_path / "g.png"), grey(60, 40))
+    for name, page, depth in (
+        ("c", COLOUR, 8),
+        ("c", COLOUR, 10),
+        ("c", COLOUR, 12),
+        ("g", grey(60, 40), 10),
+    ):
+        command = [
+            "avifenc",
+            "-d",
+            str(depth),
+            "-y",
+            "444",
+            "--min",
+            "0",
+            "--max",
+            "0",
+            f"{name}.png",
+            "o.avif",
+        ]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        got = decode((tmp_path / "o.avif").read_bytes())
+        assert got.dtype == (np.uint8 if depth == 8 else np.uint16)
+        assert far(pages.to_eight_bit(got), page) < 1.5, (name, depth)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_is_turned_and_mirrored_as_its_boxes_say(orientation):
+    data = saved(COLOUR, "AVIF", quality=100, subsampling="4:4:4", orientation=orientation)
+    assert far(decode(data), pages.orient(COLOUR, orientation)) < 1.5
+
+
+def test_alpha_of_an_avif_is_kept():
+    page = alpha(36, 44)
+    got = decode(saved(page, "AVIF", quality=100, subsampling="4:4:4"))
+    assert far(got[..., 3], page[..., 3]) < 2
+
+
+def test_a_cut_avif_is_a_page_error():
+    data = saved(COLOUR, "AVIF")
+    for size in range(12, len(data), 61):
+        assert refusal(data[:size])
+
+
+# ---------------------------------------------------------------- JPEG XL
+def jxl(tmp_path: Path, source: bytes, suffix: str, *flags: str) -> bytes:
+    """By cjxl."""
+    require(shutil.which("cjxl"), "cjxl is not installed")
+    require(importlib.util.find_spec("pillow_jxl"), "pillow-jxl-plugin is not installed")
+    (tmp_path / f"in{suffix}").write_bytes(source)
+    command = ["cjxl", f"in{suffix}", "out.jxl", "--quiet", *flags]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    return (tmp_path / "out.jxl").read_bytes()
+
+
+def coded(page: Pixels, suffix: str = ".png") -> bytes:
+    return cv2.imencode(suffix, page)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "page", [COLOUR, grey(48, 64), grey(40, 40), alpha(36, 44), sixteen_bit(grey(36, 44))], ids=range(5)
+)
+def test_a_jpeg_xl_comes_back_pixel_for_pixel(page, tmp_path):
+    data = jxl(tmp_path, coded(page), ".png", "-d", "0")
+    assert pages.header_size(data) == (page.shape[1], page.shape[0])
+    assert np.array_equal(decode(data), page)
+    boxed = jxl(tmp_path, coded(page), ".png", "-d", "0", "--container=1")
+    assert boxed[:2] == b"\0\0" and np.array_equal(decode(boxed), page)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize("flags", [["-d", "0", "-j", "0"], ["-j", "1"]], ids=["pixels", "packed JPEG"])
+def test_the_orientation_of_a_jpeg_xl_is_applied_once(orientation, flags, tmp_path):
+    source = saved(COLOUR, "JPEG", quality=95, orientation=orientation)
+    got = decode(jxl(tmp_path, source, ".jpg", *flags))
+    assert far(got, decode(source)) < 1.5
+
+
+def test_a_cut_jpeg_xl_is_a_page_error(tmp_path):
+    data = jxl(tmp_path, coded(COLOUR), ".png", "-d", "0")
+    for size in range(3, len(data), 397):
+        assert refusal(data[:size])
+
+
+def test_without_the_extra_the_error_of_a_jpeg_xl_names_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pillow_jxl", None)
+    small = (1 << 0 | 4 << 1 | 1 << 6).to_bytes(2, "little")  # 40x40
+    assert "pip install '.[formats]'" in refusal(b"\xff\x0a" + small + bytes(20))
+
+
+# ---------------------------------------------------------------- all of them
+def bombs() -> dict[str, bytes]:
+    """Headers that state 60,000 x 60,000 pixels, with next to nothing behind them."""
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((256, 60_000), (257, 60_000)))
+    tiff = b"II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    fields = 2 << 1 | (60_000 - 1) << 3 | 1 << 21  # not small; 18 bits; as wide as high
+    jxl_head = b"\xff\x0a" + fields.to_bytes(16, "little")
+    avif = bytearray(saved(grey(60, 40), "AVIF"))
+    at = avif.find(b"ispe") + 8
+    avif[at : at + 8] = struct.pack(">II", 60_000, 60_000)
+    return {"tiff": tiff, "jxl": jxl_head, "avif": bytes(avif)}
+
+
+@pytest.mark.parametrize("kind", ["tiff", "jxl", "avif"])
+def test_a_bomb_is_refused_by_its_header(kind, monkeypatch):
+    data = bombs()[kind]
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(imagekinds, "decode_jxl", lambda *_: pytest.fail("it was decoded"))
+    assert pages.header_size(data) == (60_000, 60_000)
+    assert "over the limit of 100000000" in refusal(data)
+
+
+def test_a_decoder_that_shows_another_size_than_was_checked_is_not_believed(monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: grey(60, 41))
+    assert "damaged" in refusal(saved(COLOUR, "AVIF"))
+
+
+@pytest.mark.parametrize("form", ["TIFF", "AVIF"])
+def test_profiles_go_with_the_page(form):
+    profile = srgb()
+    page = pages.decode_page(saved(COLOUR, form, icc_profile=profile), Params(), LIMITS)
+    assert page.profile == profile
+
+
+@pytest.mark.parametrize("form", ["TIFF", "AVIF"])
+def test_any_byte_changed_gives_a_page_or_a_page_error(form):
+    data = saved(COLOUR, form)
+    for at in range(0, len(data), max(1, len(data) // 150)):
+        changed = bytearray(data)
+        changed[at] ^= 0x55
+        try:
+            decode(bytes(changed))
+        except pages.PageError as error:
+            assert str(error)
+
+
+# ---------------------------------------------------------------- output
+def encode(pixels: Pixels, quality: int, profile: bytes | None = None) -> bytes:
+    data, suffix, deviation = pages.encode(
+        pixels, Params(output_format="avif", jpeg_quality=quality), profile
+    )
+    assert (suffix, deviation, storage.sniff(data)) == (".avif", None, "avif")
+    return data
+
+
+@pytest.mark.parametrize("page", [COLOUR, grey(60, 40)], ids=["colour", "grey"])
+def test_avif_at_100_is_lossless_and_below_is_near(page):
+    assert np.array_equal(decode(encode(page, 100)), page)
+    smooth = cv2.GaussianBlur(page, (0, 0), 4)
+    assert far(decode(encode(smooth, 90)), smooth) < 3
+    assert encode(page, 90) == encode(page, 90)
+
+
+def test_an_avif_keeps_its_profile_and_its_alpha():
+    profile, page = srgb(), alpha(36, 44)
+    back = pages.decode_page(encode(page, 100, profile), Params(color="keep"), LIMITS)
+    assert back.profile == profile and np.array_equal(back.pixels[..., 3], page[..., 3])
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encode(page, 100, profile))) as other:
+        assert other.info["icc_profile"] == profile and other.size == (44, 36)
+
+
+def test_what_avif_cant_hold_is_written_as_png_and_says_so(monkeypatch):
+    params = Params(output_format="avif")
+    data, suffix, why = pages.encode(np.zeros((32_769, 2), np.uint8), params)
+    assert (suffix, storage.sniff(data)) == (".png", "png")
+    assert why == "written as png: 32769 px is over the 32768 px that avif allows"
+    monkeypatch.setitem(pages.PIXEL_LIMITS, "avif", 99)
+    _, suffix, why = pages.encode(np.zeros((10, 10), np.uint8), params)
+    assert (suffix, why) == (".png", "written as png: 100 pixels are over the 99 that avif allows")
