@@ -31,6 +31,7 @@ from messages import Limits, PageDone, Params, Plan
 log = logging.getLogger("cache")
 
 T = TypeVar("T")
+Part = tuple[str | None, int | None]  # what of its scan a page is (storage.mark_of), its share of bytes
 ENTRY = re.compile(r"([0-9a-f]{64})\.(page|json)")
 
 
@@ -53,13 +54,15 @@ class Entry:
         return {name: getattr(self, name) for name in names} | told
 
 
-def key_of(source_sha256: str, params: Params, plan: Plan, limits: Limits, program: str) -> str:
+def key_of(
+    source_sha256: str, params: Params, plan: Plan, limits: Limits, program: str, part: Part = (None, None)
+) -> str:
     """64 hex digits of all that decides a page's bytes, and whether it can be computed at all.
 
     program: code, libraries and hardware, whose results are alike to the bit only among themselves.
     """
     sizes = (limits.page_pixels, limits.output_pixels)
-    parts = (source_sha256, asdict(params), asdict(plan), sizes, program)
+    parts = (source_sha256, asdict(params), asdict(plan), sizes, program, part)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -74,9 +77,11 @@ class PageCache:
         self.root = root
         self.program = program
 
-    def key(self, source: bytes, params: Params, plan: Plan, limits: Limits) -> str:
+    def key(
+        self, source: bytes, params: Params, plan: Plan, limits: Limits, part: Part = (None, None)
+    ) -> str:
         """See key_of; source: the page's file as it came."""
-        return key_of(hashlib.sha256(source).hexdigest(), params, plan, limits, self.program)
+        return key_of(hashlib.sha256(source).hexdigest(), params, plan, limits, self.program, part)
 
     def find(self, key: str) -> Entry | None:
         """The entry, proved by its hash. A damaged one is removed."""
@@ -97,16 +102,19 @@ class PageCache:
         names = ("suffix", "width", "height", "mode", "color_spread", "model")
         return Entry(data, **{name: facts[name] for name in names})
 
-    def take(self, page: Path, done: PageDone) -> PageDone:
+    def take(self, page: Path, done: PageDone, part: str | None = None) -> PageDone:
         """Take in a page that was just computed; its event, with the key if the page is held under it.
 
-        What deviated from its plan is not what another attempt would give.
+        What deviated from its plan is not what another attempt would give; but what is said of a
+        part (storage.part_of) is said of it always.
         """
         if done.cache_key is None or done.cached:
             return done
         facts = {"suffix": page.suffix, "width": done.width, "height": done.height, "mode": done.mode}
         facts |= {"color_spread": done.color_spread, "model": done.model}
-        if done.deviation is None and self.keep(done.cache_key, page, done.sha256, done.size_bytes, facts):
+        if done.deviation in (None, part) and self.keep(
+            done.cache_key, page, done.sha256, done.size_bytes, facts
+        ):
             return done
         return replace(done, cache_key=None)
 

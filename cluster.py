@@ -72,7 +72,8 @@ COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
 CODE = ("cluster", "dispatch", "storage", *(  # and infer.PIPELINE
-    "community", "infer", "messages", "models", "pages", "rolling", "windows"))  # fmt: skip
+    "budgets", "community", "devices", "imagekinds", "infer", "messages", "models", "pages", "rolling",
+    "spreads", "windows"))  # fmt: skip
 
 
 def is_installed() -> bool:
@@ -457,9 +458,11 @@ class Link:
             return None
         key, cache = None, self.bridge.cache
         if cache and item.plan and item.plan.engine == "native":
-            key = cache.key(data, item.params, item.plan, item.limits)
+            part = (storage.mark_of(item.source.name), item.most_bytes)
+            key = cache.key(data, item.params, item.plan, item.limits, part)
             if found := cache.find(key):
                 facts = found.facts(key, time.perf_counter() - started)
+                facts["deviation"] = storage.part_of(item.source.name)
                 digest, size = hashlib.sha256(found.data).hexdigest(), len(found.data)
                 place = (item.job_id, item.attempt, item.n, PAGE + found.suffix)
                 self._finish(item, PageDone(*place, digest, size_bytes=size, **facts), found.data)
@@ -534,7 +537,8 @@ class Link:
             self.tell(TaskFailed(done.job_id, done.attempt, done.n, refused.code, refused.detail))
             return
         done = replace(done, output=target.name)
-        self.tell(self.bridge.cache.take(target, done) if self.bridge.cache else done)
+        part = storage.part_of(task.source.name)
+        self.tell(self.bridge.cache.take(target, done, part) if self.bridge.cache else done)
 
 
 class Bridge:
@@ -855,7 +859,8 @@ class Node:
     def _spool(self, task: ComputePage, data: bytes) -> None:
         self.folders += 1
         folder = self.spool / str(self.folders)
-        source = folder / (SOURCE + task.source.suffix)
+        mark = storage.mark_of(task.source.name)
+        source = folder / ((f"{SOURCE}.{mark}" if mark else SOURCE) + task.source.suffix)
         try:
             folder.mkdir()
             source.write_bytes(data)

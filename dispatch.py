@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import budgets
 import logs
 import storage
 from cache import Keeper
@@ -113,6 +114,7 @@ class Run:
     blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
     in_flight: set[int] = field(default_factory=set)
     settled: Plan | None = None  # see Stage
+    shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
     file_task: str | None = "stage"  # the stage or pack task that is due
     pack_tries: int = 0
     started_s: float = 0.0  # monotonic, when the first page was dealt
@@ -122,6 +124,18 @@ class Run:
     def key(self, n: int) -> TaskKey:
         """The key of this attempt's page n, or of its stage or pack (0)."""
         return (self.job.id, self.job.attempt, n)
+
+    def share_of(self, n: int) -> int | None:
+        """How many bytes page n may have, so that the artifact is no larger than was asked."""
+        most = self.job.params.max_artifact_bytes
+        if most is None:
+            return None
+        if not self.shares:
+            numbers = sorted(self.pages)
+            held = [self.pages[number] for number in numbers]
+            sources = [(page.source_bytes, len((page.name + page.stem).encode())) for page in held]
+            self.shares = dict(zip(numbers, budgets.shares(most, sources), strict=True))
+        return self.shares[n]
 
     def give_up(self, n: int, step: str, why: str) -> None:
         """Page n will be taken over as it is."""
@@ -617,6 +631,7 @@ class Dispatcher:
             job.plan,
             self.limits,
             carry,
+            run.share_of(n),
         )
         slot.give(run.key(n), task)
 
@@ -827,7 +842,7 @@ class Dispatcher:
             self.table.clock(),
             artifact_hash=event.sha256,
             artifact_bytes=event.size_bytes,
-            message=closing_message(run.job, pages),
+            message=closing_message(run.job, pages, event.size_bytes),
         )
         self.metrics.jobs.add(1, SUCCESS)
         self.metrics.artifact_bytes.add(event.size_bytes)

@@ -41,11 +41,14 @@ import numpy as np
 import torch
 from torch import nn
 
+import budgets
 import community
 import containers
+import devices
 import logs
 import pages
 import sandbox
+import spreads
 import storage
 import windows
 from cache import Entry, PageCache
@@ -94,7 +97,10 @@ LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animev
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 # Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
-PIPELINE = ("community", "imagekinds", "infer", "messages", "models", "pages", "rolling", "windows")
+PIPELINE = (
+    "budgets", "community", "devices", "imagekinds", "infer", "messages", "models", "pages", "rolling",
+    "spreads", "windows",
+)  # fmt: skip
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -857,24 +863,40 @@ class Worker:
         data, params = task.source.read_bytes(), task.params
         key = found = None
         if self.cache and task.plan and task.plan.engine == "native":
-            key = self.cache.key(data, params, task.plan, task.limits)
+            part = (storage.mark_of(task.source.name), task.most_bytes)
+            key = self.cache.key(data, params, task.plan, task.limits, part)
             found = self.cache.find(key)
         if found:
             spent = time.perf_counter() - started
             self.encoders.submit(self._page_step, task, self._reuse, found, key, spent)
             return
         page = pages.decode_page(data, params, task.limits)
+        mark = storage.mark_of(task.source.name)
+        page = replace(page, pixels=spreads.taken(page.pixels, mark))
         height, width = page.pixels.shape[:2]
         wanted = pages.target_size(width, height, params)
-        if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
-            self.encoders.submit(self._page_step, task, self._carry)
-            return
         spent = time.perf_counter() - started
+        if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
+            fits = len(data) <= (_most_bytes(task) or len(data))
+            if fits and not mark and not params.profile:
+                self.encoders.submit(self._page_step, task, self._carry)
+            else:
+                self.encoders.submit(self._page_step, task, self._reduce, page, wanted, spent)
+            return
         self.device.submit(self._page_step, task, self._infer, page, spent, key, first=task.plan is None)
 
     def _reuse(self, task: ComputePage, entry: Entry, key: str, spent: float) -> None:
         """Write a cached page: a copy, so that what befalls one job's file is no other's harm."""
-        self._finish(task, entry.data, entry.suffix, **entry.facts(key, spent))
+        facts = entry.facts(key, spent) | {"deviation": storage.part_of(task.source.name)}
+        self._finish(task, entry.data, entry.suffix, **facts)
+
+    def _reduce(self, task: ComputePage, page: pages.Decoded, wanted: tuple[int, int], spent: float) -> None:
+        """A page that is large enough, in the size, format or bytes that were asked for."""
+        height, width = page.pixels.shape[:2]
+        pixels = pages.resize(pages.to_eight_bit(page.pixels), wanted, in_light=True)
+        smaller = wanted != (width, height)
+        what = f"reduced from {width}x{height}, by no network" if smaller else "by no network"
+        self._encode(task, replace(page, pixels=pixels), None, what, spent, None)
 
     def _infer(self, task: ComputePage, page: pages.Decoded, spent: float, key: str | None) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
@@ -893,13 +915,18 @@ class Worker:
         self,
         task: ComputePage,
         page: pages.Decoded,
-        model: str,
+        model: str | None,
         deviation: str | None,
         spent: float,
         key: str | None,
     ) -> None:
         started = time.perf_counter()
-        data, suffix, other = pages.encode(page.pixels, task.params, page.profile)
+        device = devices.DEVICES.get(task.params.profile or "")
+        if device and page.pixels.ndim == 2 and pages.is_lossless(task.params):
+            page = replace(page, pixels=pages.to_levels(page.pixels, device.greys))
+        data, suffix, other = budgets.fitted(
+            lambda params: pages.encode(page.pixels, params, page.profile), task.params, _most_bytes(task)
+        )
         height, width = page.pixels.shape[:2]
         channels = pages.channels(pages.flatten(page.pixels) if suffix == ".jpg" else page.pixels)
         self._finish(
@@ -910,7 +937,7 @@ class Worker:
             height=height,
             mode=pages.MODES[channels],
             seconds=round(spent + time.perf_counter() - started, 3),
-            deviation="; ".join(filter(None, (deviation, other))) or None,
+            deviation="; ".join(filter(None, (storage.part_of(task.source.name), deviation, other))) or None,
             color_spread=round(page.spread, 2),
             model=model,
             cache_key=key,
@@ -943,7 +970,7 @@ class Worker:
         except OSError as error:
             raise storage.DiskRefused(error) from error
         done = PageDone(task.job_id, task.attempt, task.n, target.name, digest, size_bytes=len(data), **facts)
-        self.send(self.cache.take(target, done) if self.cache else done)
+        self.send(self.cache.take(target, done, storage.part_of(task.source.name)) if self.cache else done)
 
     def _file_step(self, task: Stage | Settle | Pack, step: Callable[..., None]) -> None:
         self.watch.begin(math.inf)  # copying 16 GB takes its time; the disk answers or errs
@@ -987,7 +1014,8 @@ class Worker:
         log.info("%s on %s, %s, by the %s engine", plan.model, plan.device, plan.precision, plan.engine)
         # Other weights make other pages: nothing of the old plan may stay among the new.
         known = {page.source.name: page for page in task.known} if plan == task.plan else {}
-        names, left_out, manifest = [], None, task.manifest
+        names: list[str] = []
+        left_out, manifest = None, task.manifest
         for item in self._staged_pages(task, known):
             self._tick()
             if isinstance(item, storage.Listing):
@@ -995,7 +1023,8 @@ class Worker:
                 left_out = containers.left_out(task.outputs) if is_cbz else item.left_out
                 manifest = manifest or storage.find_manifest(task.source, item.manifest)
                 continue
-            names.append(item.name)
+            whole = storage.whole_name(item.name, item.staged)
+            names += [whole] if names[-1:] != [whole] else []
             done = _still_done(task, known.get(item.name), item)
             self.send(StagedPage(task.job_id, task.attempt, item, done))
         reconciliation = storage.reconcile(manifest, names) if manifest else None
@@ -1023,7 +1052,8 @@ class Worker:
                     folder, reserve = task.staging.parent, task.reserve_bytes
                     storage.check_room(folder, sizes, done, task.params, reserve, others_bytes)
 
-            yield from storage.stage_input(task.source, task.staging, task.limits, check)
+            staged = storage.stage_input(task.source, task.staging, task.limits, check)
+            yield from spreads.divided(staged, task.staging, task.params, task.limits)
 
     def _keep_others(self, task: Stage) -> int:
         """Their bytes."""
@@ -1041,7 +1071,9 @@ class Worker:
         self.watch.begin(self.BYTES_STEP_LIMIT_S)
         error = None
         try:
-            pages.write_preview(task.source, task.target, task.width, task.limits)
+            mark = storage.mark_of(task.source.name)
+            part = functools.partial(spreads.taken, mark=mark)
+            pages.write_preview(task.source, task.target, task.width, task.limits, part)
         except (PageError, OSError) as problem:
             error = str(problem)
         finally:
@@ -1064,6 +1096,11 @@ def device_count(choice: EngineChoice) -> int:
     with contextlib.suppress(DeviceMissing):
         return max(1, DEVICES[pick_device(choice.device)].count())
     return 1
+
+
+def _most_bytes(task: ComputePage) -> int | None:
+    """How large a page may be, by its own limit and by its share of the artifact."""
+    return min(filter(None, (task.most_bytes, task.params.max_page_bytes)), default=None)
 
 
 def describe_devices() -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import devices
 import logs
 import storage
 from messages import (
@@ -926,6 +927,8 @@ CHOICES = {
     "reduction": ("auto", "lanczos", "area"),
     "container": ("zip", "cbz"),
     "split": ("none", "volumes"),
+    "spreads": ("keep", "split", "rotate"),
+    "reading_direction": ("rtl", "ltr"),
 }
 RANGES = {  # name: (least, most, may be null)
     "scale": (1, 4, False),
@@ -935,6 +938,8 @@ RANGES = {  # name: (least, most, may be null)
     "batch_size": (1, 16, True),
     "target_width": (16, 65_500, True),
     "target_height": (16, 65_500, True),
+    "max_page_bytes": (4096, 1 << 40, True),
+    "max_artifact_bytes": (1 << 16, 1 << 40, True),
 }
 TITLE_CHARACTERS = 300
 PRIORITIES = (-100, 100)  # least, most
@@ -1010,6 +1015,7 @@ def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tup
             values[name] = value
         elif value is not None or name in given or camel(name) in given:
             errors.append((f"params.{camel(name)}", f"must be one of {', '.join(allowed)}"))
+    values = _of_profile(given.get("profile"), errors) | values
     model = given.get("model", Params().model)
     if isinstance(model, str) and model.lower() == AUTO_MODEL:
         values["model"] = AUTO_MODEL
@@ -1019,6 +1025,15 @@ def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tup
         known = ", ".join(sorted(set(models.values())))
         errors.append(("params.model", f"is not a model here; there are {known}, and {AUTO_MODEL}"))
     return Params(**values)
+
+
+def _of_profile(name: Any, errors: list[tuple[str, str]]) -> dict[str, Any]:
+    """What an e-reader stands for, where the request does not say it itself."""
+    if isinstance(name, str) and name in devices.DEVICES:
+        return devices.settings_of(name) | {"profile": name}
+    if name is not None:
+        errors.append(("params.profile", f"must be null or one of {', '.join(devices.DEVICES)}"))
+    return {}
 
 
 def _text(body: dict[str, Any], name: str, errors: list[tuple[str, str]]) -> str:
@@ -1286,9 +1301,12 @@ def to_report(job: Job, pages: list[Page], layout: Layout) -> dict[str, Any]:
     }
 
 
-def closing_message(job: Job, pages: list[Page]) -> str | None:
+def closing_message(job: Job, pages: list[Page], artifact_bytes: int) -> str | None:
     """What a person should know of a finished job; None when all is well."""
     parts = []
+    most = job.params.max_artifact_bytes
+    if most is not None and artifact_bytes > most:
+        parts.append(f"the artifact has {artifact_bytes} bytes, over the {most} of maxArtifactBytes")
     failed = [page for page in pages if page.failed]
     if failed:
         named = "; ".join(f"{page.name}: {page.error}" for page in failed[:3])

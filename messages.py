@@ -32,6 +32,11 @@ class Params:
     color: str = "auto"  # "gray": one channel always; "keep": as many as the file has
     target_width: int | None = None  # output pixels, in place of scale; with both the page fits in
     target_height: int | None = None
+    spreads: str = "keep"  # of double pages: "split" into their halves, "rotate" (spreads.py)
+    reading_direction: str = "rtl"
+    profile: str | None = None  # of devices.DEVICES: its pixels and greys
+    max_page_bytes: int | None = None  # see budgets.py
+    max_artifact_bytes: int | None = None
     reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)
     container: str = "zip"  # of the artifact; "cbz": as comic readers open it (containers.py)
     split: str = "none"  # "volumes": each volume in the input became a job (volumes.py)
@@ -48,16 +53,17 @@ class Params:
 
 
 OF_VOLUMES = ("container", "split")  # nothing that a single page (POST /pages) could have
+LATER = (*OF_VOLUMES, "spreads", "reading_direction", "profile", "max_page_bytes", "max_artifact_bytes")
 
 
 def reported(params: Params) -> dict[str, Any]:
-    """Params as reports have them: without those OF_VOLUMES that are what they always were, so that
+    """Params as reports have them: without those LATER ones that are what they always were, so that
     a plain job's report has the same bytes as before there were others."""
     values, usual = asdict(params), Params()
     return {
         name: value
         for name, value in values.items()
-        if name not in OF_VOLUMES or value != getattr(usual, name)
+        if name not in LATER or value != getattr(usual, name)
     }
 
 
@@ -188,6 +194,7 @@ class ComputePage:
     plan: Plan | None
     limits: Limits
     carry: str | None = None
+    most_bytes: int | None = None  # its share of the artifact, see budgets.shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +327,7 @@ class PageFailed:
     attempt: int
     n: int
     error: str
-    step: str  # "decode", "infer", "encode"; "carry": even the original could not be taken over
+    step: str  # "decode", "infer", "reduce", "encode"; "carry": even the original could not be taken over
 
 
 @dataclass(frozen=True, slots=True)

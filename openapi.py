@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import devices
 import jobs
 from messages import Params
 
@@ -93,7 +94,11 @@ def _params_schema() -> dict[str, Any]:
         jobs.camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
         for name, allowed in jobs.CHOICES.items()
     }
-    return _object(properties | {"model": {"type": "string", "default": defaults.model}})
+    properties |= {
+        "model": {"type": "string", "default": defaults.model},
+        "profile": {"type": ["string", "null"], "enum": [*devices.DEVICES, None], "default": None},
+    }
+    return _object(properties)
 
 
 @functools.cache

@@ -446,6 +446,36 @@ def to_eight_bit(pixels: Pixels) -> Pixels:
     return ((pixels.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
 
 
+def to_levels(pixels: Pixels, greys: int) -> Pixels:
+    """An 8-bit grey page in so many greys, black and white among them; tones between them are dithered.
+
+    By an 8x8 ordered pattern (Bayer 1973): a page has the same dots wherever it is cut into tiles, and
+    flat black and white stay without any.
+    """
+    step = 255 / (greys - 1)
+    height, width = pixels.shape
+    pattern = np.tile(BAYER, (height // 8 + 1, width // 8 + 1))[:height, :width]
+    steps = np.floor(pixels / step + 0.5 + pattern)
+    levelled: Pixels = np.rint(steps * step).astype(np.uint8)
+    return levelled
+
+
+def _bayer() -> npt.NDArray[np.float32]:
+    pattern = np.zeros((1, 1))
+    for _ in range(3):
+        pattern = np.block([[4 * pattern, 4 * pattern + 2], [4 * pattern + 3, 4 * pattern + 1]])
+    return ((pattern + 0.5) / 64 - 0.5).astype(np.float32)  # within -0.5 and 0.5
+
+
+BAYER = _bayer()
+
+
+def is_lossless(params: Params) -> bool:
+    """Whether what is written shows each pixel as it is."""
+    form = params.output_format
+    return form == "png" or (form in ("webp", "avif") and params.jpeg_quality == 100)
+
+
 # ---------------------------------------------------------------- size
 def target_size(width: int, height: int, params: Params) -> tuple[int, int]:
     """(width, height) that a page of this size shall get; its proportions stay."""
@@ -551,9 +581,15 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
 
 
 # ---------------------------------------------------------------- previews
-def write_preview(source: Path, target: Path, width: int, limits: Limits) -> None:
-    """A JPEG of `source`, at most `width` pixels wide. Raises PageError, OSError."""
-    pixels = to_eight_bit(flatten(decode(source.read_bytes(), 1, limits)))
+def write_preview(
+    source: Path,
+    target: Path,
+    width: int,
+    limits: Limits,
+    part: Callable[[Pixels], Pixels] = lambda pixels: pixels,
+) -> None:
+    """A JPEG of `source`, or of a part of it, at most `width` pixels wide. Raises PageError, OSError."""
+    pixels = to_eight_bit(flatten(part(decode(source.read_bytes(), 1, limits))))
     height = pixels.shape[0]
     # A strip may be over JPEG's own limit at any width.
     factor = min(width / pixels.shape[1], SIDE_LIMITS["jpg"] / height)

@@ -55,6 +55,7 @@ DEFAULTS = Params(model="realesr-animevideov3")
 PARAMETERS = (
     *(jobs.camel(name) for name in (*jobs.RANGES, *jobs.CHOICES) if name not in OF_VOLUMES),
     "model",
+    "profile",
 )
 
 

@@ -188,7 +188,7 @@ def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) 
         seq=0, created_s=when_s, started_s=None, finished_s=when_s, idempotency_key=None,
         request_hash=None, outputs_removed_s=None, artifact_removed_s=None,
     )  # fmt: skip
-    closing = jobs.closing_message(job, pages)
+    closing = jobs.closing_message(job, pages, size_bytes)
     return replace(job, message=f"{closing}. {NOTE}" if closing else NOTE), pages
 
 

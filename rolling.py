@@ -122,7 +122,8 @@ def leak_into(room: Tensor, x: Tensor) -> None:
 
 def enlarge_into(room: Tensor, x: Tensor) -> None:
     """room = x at twice its size, nearest neighbour."""
-    room.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).copy_(x[:, :, :, None, :, None])
+    pairs = torch.unflatten(torch.unflatten(room, 3, (-1, 2)), 2, (-1, 2))
+    pairs.copy_(x[:, :, :, None, :, None])
 
 
 # ---------------------------------------------------------------- networks

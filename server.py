@@ -789,12 +789,13 @@ class Api:
             raise Refused(410, storage.InputMissing.code, detail)
         source = self.layout.incoming / job.input_path
         try:
-            data = storage.read_source_page(source, page.name, page.source_sha256, self.config.limits)
+            name = storage.whole_name(page.name, page.staged)
+            data = storage.read_source_page(source, name, page.source_sha256, self.config.limits)
         except storage.StorageError as error:
             raise Refused(410, error.code, error.detail) from error
         if not preview:
             return Answer(200, _image_headers(data), data)
-        copy = preview.with_suffix(".source")
+        copy = preview.with_name(f"{preview.stem}.{page.staged}")  # of which it may be a half
         storage.write_whole(copy, data)
         try:
             return self._image(request, self._preview(copy, preview, width))

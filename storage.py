@@ -306,6 +306,31 @@ def awaits(name: str, beside: Iterable[str]) -> str | None:
     return next((other for other in waits if other.lstrip(".").startswith(name + ".")), None)
 
 
+# The name of a working copy of which only a part is a page (spreads.py).
+MARK = re.compile(r".+\.(?P<mark>left|right|clockwise|anticlockwise)\.\w+")
+HALVES = {"left": "the left half of a double page", "right": "the right half of a double page"}
+
+
+def mark_of(staged: str) -> str | None:
+    """What is to be taken of a working copy, by its name; None: all of it."""
+    match = MARK.fullmatch(staged)
+    return match["mark"] if match else None
+
+
+def part_of(staged: str) -> str | None:
+    """What a page is of its scan, in words; None: all of it, upright."""
+    mark = mark_of(staged)
+    return HALVES.get(mark, f"turned {mark}") if mark else None
+
+
+def whole_name(name: str, staged: str) -> str:
+    """The name in the input of a page, or of the double page that it is a half of."""
+    if mark_of(staged) not in HALVES:
+        return name
+    stem, suffix = os.path.splitext(name)
+    return stem[:-2] + suffix
+
+
 def output_stems(names: Sequence[str]) -> list[str]:
     """Distinct output paths without suffix for source names, in their order.
 

@@ -132,7 +132,8 @@ def test_every_field_of_params_and_plan_decides(record):
 def test_source_limits_and_program_decide(tmp_path):
     given = ("0" * 64, Params(), PLAN, Limits(), infer.program(0))
     others = [("1" * 64, *given[1:]), (*given[:3], Limits(page_pixels=1), given[4]), (*given[:4], "other")]
-    assert len({cache.key_of(*one) for one in (given, *others)}) == 4
+    others += [(*given, ("left", None)), (*given, ("right", None)), (*given, (None, 4096))]
+    assert len({cache.key_of(*one) for one in (given, *others)}) == 7
 
 
 def kept_pages(root: Path, *names: str) -> list[str]:
@@ -251,6 +252,8 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
     done = PageDone("job", 1, 1, "1.png", "0" * 64, 4, 1, 1, "L", 0.1, cache_key=KEY)
     store = cache.PageCache(tmp_path / "cache", "")
     assert store.take(tmp_path / "1.png", replace(done, deviation="smaller windows")).cache_key is None
+    half = replace(done, deviation="the left half")
+    assert store.take(tmp_path / "1.png", half, "the left half").cache_key == KEY
     assert store.take(tmp_path / "1.png", done).cache_key == KEY
     assert len(entries(tmp_path)) == 1
 
