@@ -3,8 +3,8 @@
 Map: Device - DEVICES - fitted
 Runs in: the http-* threads, the worker. Standard library only.
 
-Sizes: the makers' data sheets, as Kindle Comic Converter's table of profiles gathers them (its image.py);
-16 greys is what the controllers of all these E Ink screens show (the first Kindles: 4). A colour screen
+Pixels are what is generally given for these models, and nothing here measures them: targetWidth and
+targetHeight say otherwise where one is wrong. E Ink screens of this kind show 16 greys. A colour screen
 shows its colours at half these pixels; black and white, above all lettering, at all of them.
 """
 
@@ -25,24 +25,17 @@ class Device:
 
 
 DEVICES = {
-    "kindle-1": Device("Kindle 1", 600, 670, greys=4),
-    "kindle-2": Device("Kindle 2", 600, 670, greys=16),
     "kindle-keyboard": Device("Kindle Keyboard, Touch, 5, 7, 8, 10", 600, 800),
-    "kindle-dx": Device("Kindle DX", 824, 1000),
     "kindle-paperwhite-2": Device("Kindle Paperwhite 1, 2", 758, 1024),
     "kindle-paperwhite-4": Device("Kindle Paperwhite 3, 4, Voyage, Oasis 1", 1072, 1448),
     "kindle-11": Device("Kindle 11", 1072, 1448),
     "kindle-paperwhite-5": Device("Kindle Paperwhite 5", 1236, 1648),
-    "kindle-paperwhite-6": Device("Kindle Paperwhite 6", 1264, 1680),
     "kindle-oasis-3": Device("Kindle Oasis 2, 3", 1264, 1680),
-    "kindle-colorsoft": Device("Kindle Colorsoft", 1264, 1680, colour=True),
-    "kindle-scribe": Device("Kindle Scribe 1, 2", 1860, 2480),
+    "kindle-scribe": Device("Kindle Scribe", 1860, 2480),
     "kobo-touch": Device("Kobo Mini, Touch", 600, 800),
-    "kobo-glo": Device("Kobo Glo", 768, 1024),
     "kobo-glo-hd": Device("Kobo Glo HD", 1072, 1448),
     "kobo-aura": Device("Kobo Aura", 758, 1024),
     "kobo-aura-hd": Device("Kobo Aura HD", 1080, 1440),
-    "kobo-aura-h2o": Device("Kobo Aura H2O", 1080, 1430),
     "kobo-aura-one": Device("Kobo Aura ONE", 1404, 1872),
     "kobo-nia": Device("Kobo Nia", 758, 1024),
     "kobo-clara": Device("Kobo Clara HD, 2E, BW", 1072, 1448),
@@ -52,8 +45,6 @@ DEVICES = {
     "kobo-forma": Device("Kobo Forma", 1440, 1920),
     "kobo-sage": Device("Kobo Sage", 1440, 1920),
     "kobo-elipsa": Device("Kobo Elipsa, 2E", 1404, 1872),
-    "remarkable-1": Device("reMarkable 1", 1404, 1872),
-    "remarkable-2": Device("reMarkable 2", 1404, 1872),
 }
 
 
