@@ -945,7 +945,9 @@ class Worker:
 
     def _carry(self, task: ComputePage) -> None:
         """Take the original over, so that a reader finds the page where it belongs."""
-        data = task.source.read_bytes()
+        data, suffix = task.source.read_bytes(), task.source.suffix
+        half = spreads.half_of(data, storage.mark_of(task.source.name), task.limits)
+        data, suffix = half or (data, suffix)
         width, height, mode = 0, 0, ""
         with contextlib.suppress(PageError):
             pixels = pages.decode(data, 1, task.limits)
@@ -953,13 +955,14 @@ class Worker:
         self._finish(
             task,
             data,
-            task.source.suffix,
+            suffix,
             width=width,
             height=height,
             mode=mode,
             seconds=0.0,
             error=task.carry,
             carried=True,
+            deviation=storage.part_of(task.source.name) if half else None,
         )
 
     def _finish(self, task: ComputePage, data: bytes, suffix: str, **facts: Any) -> None:

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 import pages
+import storage
 from messages import Limits, Params, SourcePage
 from pages import Pixels
 
@@ -135,3 +136,14 @@ def taken(pixels: Pixels, mark: str | None) -> Pixels:
         return np.ascontiguousarray(np.rot90(pixels, TURNS[mark]))
     at = gutter(pixels) or pixels.shape[1] // 2
     return np.ascontiguousarray(pixels[:, :at] if mark == "left" else pixels[:, at:])
+
+
+def half_of(data: bytes, mark: str | None, limits: Limits) -> tuple[bytes, str] | None:
+    """(a PNG of that half, its suffix): what stays of a page that is one, since two whole scans in its
+    place would show everything twice. None for what is no half, or can't be decoded."""
+    if mark not in storage.HALVES:
+        return None
+    with contextlib.suppress(pages.PageError):
+        pixels = taken(pages.decode(data, 1, limits), mark)
+        return pages.encode(pages.to_eight_bit(pixels), Params(output_format="png"))[:2]
+    return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import zipfile
 from collections import Counter, defaultdict
@@ -20,10 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import formats
 import storage
 from messages import Limits
 from storage import Entry
+
+
+class NotProvable(storage.StorageError):
+    """An artifact of a kind that holds its report, and not its pages' files."""
+
 
 PROVED, WRONG, UNUSABLE = 0, 1, 2  # exit statuses
 # Nothing is written, and all is read in pieces: what a service with higher limits took is proved too.
@@ -36,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is proved; 1: something is not as its report says, a line each; 2: it can't be looked at."""
     flags = argparse.ArgumentParser(prog="storage.py", description="Prove a finished volume, offline.")
     command = flags.add_subparsers(required=True, metavar="verify").add_parser("verify")
-    command.add_argument("artifact", metavar="ARTIFACT", type=Path, help="a .zip or .cbz of the service's")
+    kinds = "a .zip, .cbz or .epub of the service's"
+    command.add_argument("artifact", metavar="ARTIFACT", type=Path, help=kinds)
     command.add_argument("--against", metavar="INPUT", type=Path, help="the folder or archive it was made of")
     given = flags.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -53,6 +59,13 @@ def verify(artifact: Path, against: Path | None) -> int:
     faults = 0
     with storage.open_regular(artifact.resolve(strict=True)) as file:
         digest, size_bytes = storage.sha256_of(file), file.tell()
+        file.seek(0)
+        if storage.sniff(file.read(16)) == "pdf":
+            print(f"sha256 {digest} of {artifact.name}, {size_bytes} bytes")
+            raise NotProvable(
+                f"{artifact.name} is a PDF, whose pages this can't prove one by one; all of it is as it was"
+                " made if that sha256 is the job's artifactHash"
+            )
         try:
             with zipfile.ZipFile(file) as archive:
                 report = storage.read_report(archive)
@@ -108,7 +121,8 @@ class Sources:
 
 def sources_of(report: dict[str, Any]) -> Sources:
     """Raises TypeError, KeyError, AttributeError where the report makes no sense."""
-    expected = [_source_of(item) for item in storage.members_of(report)]
+    others = [file for file in report.get("files", ()) if file["filename"]]
+    expected = [_source_of(item) for item in (*_whole_scans(report["items"]), *others)]
     if "files" not in report:
         return Sources(expected, None)
     return Sources(expected, {file["source"]["filename"] for file in report["files"] if not file["filename"]})
@@ -121,6 +135,8 @@ def source_faults(
 
     Raises storage.InputUnusable's family.
     """
+    import formats
+
     listing = storage.list_input(source, ANY, archive)
     entries = list(listing.pages)
     if sources.left_out is not None:
@@ -144,6 +160,19 @@ def source_faults(
     for name, left in there.items():
         for _ in left:
             yield name, "is in the input, and not in the report"
+
+
+def _whole_scans(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The items, but one for the two halves of a double page, under its name (see spreads.py)."""
+    for item in items:
+        half = next((half for half in storage.HALVES.values() if half in (item.get("deviation") or "")), None)
+        if half is None:
+            yield item
+            continue
+        name, sha256 = _source_of(item)
+        stem, suffix = os.path.splitext(name)
+        if stem.endswith("-1"):
+            yield {"source": {"filename": stem[:-2] + suffix, "sha256": sha256}}
 
 
 def _source_of(item: dict[str, Any]) -> tuple[str, str]:

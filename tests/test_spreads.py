@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -16,11 +18,13 @@ from drawn import colour, grey
 from helpers import require
 from serving import until, volume
 
+import infer
 import pages
 import server
 import spreads
 import storage
-from messages import Limits, Params, SourcePage
+import verify
+from messages import ComputePage, Limits, Params, SourcePage
 from pages import Pixels
 
 LEFT, RIGHT = grey(120, 80), grey(120, 80)[::-1]
@@ -174,3 +178,32 @@ def test_halves_are_pages_of_their_own_to_the_end(tmp_path):
     assert abs(smaller - page(RIGHT)).mean() < 25 < abs(smaller - page(LEFT)).mean()
     assert whole == files["002.png"]
     assert cv2.imdecode(np.frombuffer(before, np.uint8), cv2.IMREAD_UNCHANGED).shape == (87, 64)
+
+
+def test_a_half_that_fails_stays_that_half(tmp_path):
+    """And not the whole scan, which would then stand there twice."""
+    found, staging = staged(tmp_path, {"1.png": COVER, "2.png": coded(SPREAD)}, spreads="split")
+    for item, side in zip(found[1:], (RIGHT, LEFT), strict=True):
+        places = (staging / item.staged, tmp_path / "out")
+        task = ComputePage("j", 1, 2, *places, Params(), None, Limits(), "why")
+        written: list[Any] = []
+        worker: Any = SimpleNamespace(_finish=lambda *given, to=written, **facts: to.append((given, facts)))
+        infer.Worker._carry(worker, task)
+        ((_, data, suffix), facts) = written[0]
+        assert (suffix, facts["carried"], facts["error"]) == (".png", True, "why")
+        assert facts["deviation"] == storage.HALVES[storage.mark_of(item.staged)]
+        kept = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(kept, page(side)) and (facts["height"], facts["width"]) == kept.shape
+
+
+def test_what_was_a_half_is_proved_against_its_scan(tmp_path):
+    files = {"1.png": COVER, "2.png": coded(SPREAD)}
+    found, _ = staged(tmp_path, files, spreads="split")
+    items = [
+        {"filename": item.name, "source": {"filename": item.name, "sha256": item.sha256}}
+        | {"deviation": spreads.part_of(item.staged)}
+        for item in found
+    ]
+    assert verify.sources_of({"items": items}).expected == [
+        (name, hashlib.sha256(data).hexdigest()) for name, data in files.items()
+    ]
