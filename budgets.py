@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from messages import Params
+from messages import CONTAINER_FORMATS, Params
 
 LEAST_QUALITY = 40  # below it every format smears lettering
 # In which a page is tried next, once the one asked for is too large at LEAST_QUALITY. Each is smaller than
@@ -24,19 +24,23 @@ EQUAL_PART = 0.5  # of an artifact's bytes is dealt out equally, the rest by the
 # Of an artifact that is no page: a page's lines in the report and its two entries in the zip; the rest.
 PAGE_OVERHEAD_BYTES, OVERHEAD_BYTES = 1400, 6000
 
+BOOK_PAGE_BYTES = 2200  # of an EPUB: a page's document, its line in the report, its entry
+
 Encoded = tuple[bytes, str, str | None]  # see pages.encode
 
 
 # ---------------------------------------------------------------- shares of an artifact
-def shares(artifact_bytes: int, sources: Sequence[tuple[int, int]]) -> list[int]:
+def shares(artifact_bytes: int, sources: Sequence[tuple[int, int]], is_book: bool = False) -> list[int]:
     """How many bytes each page may have, so that all of them and the report fit into an artifact.
 
+    is_book: an EPUB or PDF has documents of its own.
     sources: each page's size in bytes as it came, and the UTF-8 bytes of its two names. Known before any
     page is computed, so that a resumed job deals out the same.
     """
     if not sources:
         return []
-    overhead = sum(PAGE_OVERHEAD_BYTES + 4 * names for _, names in sources) + OVERHEAD_BYTES
+    each_page = PAGE_OVERHEAD_BYTES + (BOOK_PAGE_BYTES if is_book else 0)
+    overhead = sum(each_page + 4 * names for _, names in sources) + OVERHEAD_BYTES
     left = max(0, artifact_bytes - overhead)
     total = max(1, sum(size_bytes for size_bytes, _ in sources))
     each = left * EQUAL_PART / len(sources)
@@ -56,8 +60,8 @@ def fitted(encode: Callable[[Params], Encoded], params: Params, most_bytes: int 
     asked = params.output_format
     steps = ((asked, LEAST_QUALITY, params.jpeg_quality - 1), *NEXT_FORMATS[asked])
     for form, least, most in steps:
-        if form == "png":  # it has no quality
-            continue
+        if form == "png" or form not in CONTAINER_FORMATS.get(params.container, NEXT_FORMATS):
+            continue  # PNG has no quality
         found = _best_quality(encode, replace(params, output_format=form), least, most, most_bytes)
         if found is None:
             continue

@@ -21,15 +21,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import books
+import budgets
 import containers
 import infer
 import pages
+import spreads
 import storage
 from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 
 LIMITS = Limits()
 DEFAULTS = Params()
-ARCHIVES = (".zip", ".cbz")  # that are written; others are only read
+CONTAINERS = {".zip": "zip", ".cbz": "cbz", ".epub": "epub", ".pdf": "pdf"}  # that are written
 FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
 
 
@@ -42,13 +45,18 @@ def parser() -> argparse.ArgumentParser:
     """Every flag, with what the service would take."""
     flags = argparse.ArgumentParser(prog="infer.py", description="Upscale one volume or image.")
     flags.add_argument("source", metavar="IN", type=Path, help="an image, a folder or an archive")
-    flags.add_argument("target", metavar="OUT", type=Path, help="an image; a folder, a .zip or a .cbz")
+    kinds = ", ".join(CONTAINERS)
+    flags.add_argument("target", metavar="OUT", type=Path, help=f"an image; a folder, or {kinds}")
     flags.add_argument("--model", default=DEFAULTS.model)
     flags.add_argument("--model-root", type=Path, default=Path("models"), help="your own weights")
     flags.add_argument("--scale", type=int, choices=(1, 2, 3, 4), default=DEFAULTS.scale)
     flags.add_argument("--denoise", choices=("low", "medium", "high"), default=DEFAULTS.denoise)
-    flags.add_argument("--format", choices=("jpg", "png", "webp"), help="jpg, or as OUT's suffix says")
+    formats = ("jpg", "png", "webp", "avif")
+    flags.add_argument("--format", choices=formats, help="jpg, or as OUT's suffix says")
     flags.add_argument("--quality", type=_from_to(1, 100), default=DEFAULTS.jpeg_quality, metavar="1..100")
+    flags.add_argument("--spreads", choices=("keep", "split", "rotate"), default=DEFAULTS.spreads)
+    flags.add_argument("--reading-direction", choices=("rtl", "ltr"), default=DEFAULTS.reading_direction)
+    flags.add_argument("--max-page-bytes", type=_from_to(4096, 1 << 40), help="a page's, at most")
     flags.add_argument("--tile", type=_from_to(32, 65_536), help="input pixels of a tile")
     flags.add_argument("--precision", choices=("auto", *infer.PRECISIONS), default="auto")
     flags.add_argument("--device", choices=("auto", *infer.DEVICES), default="auto")
@@ -111,7 +119,7 @@ def params_of(given: argparse.Namespace) -> Params:
     by_name = FORMATS.get(given.target.suffix.lower())
     if by_name and given.format and by_name != given.format:
         raise Usage(f"OUT is called {given.target.suffix}, --format says {given.format}; leave one out")
-    return Params(
+    params = Params(
         scale=given.scale,
         model=given.model,
         denoise=given.denoise,
@@ -119,8 +127,14 @@ def params_of(given: argparse.Namespace) -> Params:
         jpeg_quality=given.quality,
         tile_size=given.tile,
         device=given.device,
-        container="cbz" if given.target.suffix.lower() == ".cbz" else "zip",
+        container=CONTAINERS.get(given.target.suffix.lower(), "zip"),
+        spreads=given.spreads,
+        reading_direction=given.reading_direction,
+        max_page_bytes=given.max_page_bytes,
     )
+    if why := books.refusal(params):
+        raise Usage(why)
+    return params
 
 
 # ---------------------------------------------------------------- one image
@@ -156,7 +170,9 @@ class Volume:
         staging = self.work / ".staging"
         if self.params.container == "cbz":
             collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
-        staged = storage.stage_input(self.source, staging, LIMITS)
+        staged = spreads.divided(
+            storage.stage_input(self.source, staging, LIMITS), staging, self.params, LIMITS
+        )
         sources = [page for page in staged if isinstance(page, SourcePage)]
         stems = storage.output_stems([page.name for page in sources])
         known = self._known()
@@ -186,6 +202,7 @@ class Volume:
             if page.error:
                 raise pages.PageError(page.error)
             read = pages.decode_page(path.read_bytes(), self.params, LIMITS)
+            read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
             plan = infer.plan_for(self.plan, read.pixels)
             result, deviation = self.engines.compute(read.pixels, self.params, plan)
             return replace(read, pixels=result), deviation, None
@@ -204,10 +221,18 @@ class Volume:
         data, suffix = path.read_bytes(), path.suffix
         if done is not None:
             try:
-                data, suffix, other = pages.encode(done.pixels, self.params, done.profile)
-                deviation = "; ".join(filter(None, (deviation, other))) or None
+                data, suffix, other = budgets.fitted(
+                    lambda params: pages.encode(done.pixels, params, done.profile),
+                    self.params,
+                    self.params.max_page_bytes,
+                )
+                deviation = "; ".join(filter(None, (spreads.part_of(path.name), deviation, other))) or None
             except pages.PageError as problem:
                 error = str(problem)
+        if error:
+            half = spreads.half_of(data, storage.mark_of(path.name), LIMITS)
+            data, suffix = half or (data, suffix)
+            deviation = spreads.part_of(path.name) if half else None
         height, width = done.pixels.shape[:2] if done is not None and not error else _size_of(data)
         digest = storage.write_whole(self.work / (stem + suffix), data)
         return {
@@ -250,7 +275,7 @@ class Volume:
         progress.page(item)
 
     def _finish(self) -> None:
-        if self.target.suffix.lower() in ARCHIVES:
+        if self.target.suffix.lower() in CONTAINERS:
             containers.pack(self.work, self.target, self._report())
             shutil.rmtree(self.work)
         else:

@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import formats
 import storage
-from messages import Limits
+from messages import CONTAINER_FORMATS, Limits
 from storage import Entry
 
 INDEX = ".kept-files.json"  # hidden, like the next: no kept file can be called so
@@ -37,7 +36,12 @@ COMIC_INFO_UNREAD = "_ComicInfo.xml"
 OWN_FILES = (INDEX, COMIC_INFO_AS_IT_CAME)
 COMIC_INFO_BYTES = 4 << 20  # of 20,000 pages it has 2 MB
 COMIC_INFO_DEPTH = 32
-MEDIA_TYPES = {"zip": "application/zip", "cbz": "application/vnd.comicbook+zip"}
+MEDIA_TYPES = {
+    "zip": "application/zip",
+    "cbz": "application/vnd.comicbook+zip",
+    "epub": "application/epub+zip",
+    "pdf": "application/pdf",
+}
 
 
 # ---------------------------------------------------------------- keeping
@@ -49,6 +53,8 @@ def keep(source: Path, outputs: Path, limits: Limits, reserve_bytes: int | None 
     reserve_bytes: what must stay free beside them and their copy in the artifact; None: unchecked.
     Raises storage.InputUnusable's family, storage.NoRoom, and OSError where the disk refuses.
     """
+    import formats
+
     outputs.mkdir(parents=True, exist_ok=True)
     _forget(outputs)
     with storage.opened(source, limits) as archive:
@@ -108,7 +114,7 @@ def _index(outputs: Path) -> list[dict[str, Any]]:
 
 def _forget(outputs: Path) -> None:
     """Remove what was kept of an earlier input: nothing of it may be in a new one's way."""
-    for folder in outputs.glob(formats.UNPACKED + "*"):  # of an attempt that was killed
+    for folder in outputs.glob(storage.UNPACKED + "*"):  # of an attempt that was killed
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError, ValueError):
         for file in _index(outputs):
@@ -213,7 +219,14 @@ def _folders(path: str) -> list[str]:
 
 # ---------------------------------------------------------------- completing
 def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
-    """storage.pack() for either container; the report's params name it. Raises storage.OutputDamaged."""
+    """storage.pack() for any container; the report's params name it.
+
+    Raises storage.OutputDamaged, books.ExtraMissing.
+    """
+    if report["params"].get("container") in CONTAINER_FORMATS:
+        import books
+
+        return books.pack(outputs, artifact, report)
     if report["params"].get("container") != "cbz":
         return storage.pack(outputs, artifact, report)
     return storage.pack(outputs, artifact, complete(outputs, report), OWN_FILES)

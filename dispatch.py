@@ -54,6 +54,7 @@ from jobs import (
     to_report,
 )
 from messages import (
+    CONTAINER_FORMATS,
     Beat,
     BootFailed,
     Cancel,
@@ -133,8 +134,9 @@ class Run:
         if not self.shares:
             numbers = sorted(self.pages)
             held = [self.pages[number] for number in numbers]
+            is_book = self.job.params.container in CONTAINER_FORMATS
             sources = [(page.source_bytes, len((page.name + page.stem).encode())) for page in held]
-            self.shares = dict(zip(numbers, budgets.shares(most, sources), strict=True))
+            self.shares = dict(zip(numbers, budgets.shares(most, sources, is_book), strict=True))
         return self.shares[n]
 
     def give_up(self, n: int, step: str, why: str) -> None:

@@ -37,7 +37,6 @@ from messages import Limits
 
 KINDS = {"rar": "a RAR archive", "7z": "a 7z archive", "pdf": "a PDF"}
 READER = Path(__file__).with_name("unpack.py")
-UNPACKED = ".unpacked-"  # begins the names of folders for what is unpacked on the way
 SILENCE_S = 300.0  # after which a reader is taken for hung
 DEATHS = 20  # of readers of one archive, before the rest of its members is given up
 TOOLS = (
@@ -254,7 +253,7 @@ def opener(
     if not isinstance(archive, Container):
         yield lambda entry: storage.open_entry(entry, archive, limits)
         return
-    with tempfile.TemporaryDirectory(prefix=UNPACKED, dir=room) as folder:
+    with tempfile.TemporaryDirectory(prefix=storage.UNPACKED, dir=room) as folder:
         members = [entry.member.index for entry in entries if isinstance(entry.member, Member)]
         paths = {index: Path(folder, str(index)) for index in members}
         errors = dict(archive.extract(paths, limits))

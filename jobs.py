@@ -37,6 +37,7 @@ import logs
 import storage
 from messages import (
     AUTO_MODEL,
+    CONTAINER_FORMATS,
     Limits,
     PageDone,
     Params,
@@ -925,7 +926,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu"),
     "color": ("auto", "gray", "keep"),
     "reduction": ("auto", "lanczos", "area"),
-    "container": ("zip", "cbz"),
+    "container": ("zip", "cbz", "epub", "pdf"),
     "split": ("none", "volumes"),
     "spreads": ("keep", "split", "rotate"),
     "reading_direction": ("rtl", "ltr"),
@@ -1024,7 +1025,17 @@ def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tup
     else:
         known = ", ".join(sorted(set(models.values())))
         errors.append(("params.model", f"is not a model here; there are {known}, and {AUTO_MODEL}"))
-    return Params(**values)
+    params = Params(**values)
+    _check_container(params, errors)
+    return params
+
+
+def _check_container(params: Params, errors: list[tuple[str, str]]) -> None:
+    if params.container in CONTAINER_FORMATS:
+        import books
+
+        if why := books.refusal(params):
+            errors.append(("params.container", why))
 
 
 def _of_profile(name: Any, errors: list[tuple[str, str]]) -> dict[str, Any]:

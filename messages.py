@@ -16,6 +16,10 @@ from typing import Any
 AUTO_MODEL = "auto"  # in place of a model's name: the page decides (infer.choose_model)
 
 
+# What the pages of an artifact may be, where it isn't just any file.
+CONTAINER_FORMATS = {"epub": ("jpg", "png", "webp"), "pdf": ("jpg", "png")}
+
+
 @dataclass(frozen=True, slots=True)
 class Params:
     """The settings of a job, as accepted (README: POST /jobs)."""
@@ -38,7 +42,7 @@ class Params:
     max_page_bytes: int | None = None  # see budgets.py
     max_artifact_bytes: int | None = None
     reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)
-    container: str = "zip"  # of the artifact; "cbz": as comic readers open it (containers.py)
+    container: str = "zip"  # of the artifact: "cbz" (containers.py), "epub", "pdf" (books.py)
     split: str = "none"  # "volumes": each volume in the input became a job (volumes.py)
 
     @property

@@ -29,7 +29,7 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -44,15 +44,19 @@ PAGE_SUFFIXES = frozenset(
 )
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
 REPORT_NAME = "artifact-report.json"
+EPUB_REPORT_NAME = f"META-INF/{REPORT_NAME}"
 REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
 CHUNK_BYTES = 1 << 20
 # Unmistakably ours, so that start-up may remove it wherever it lies.
 TEMPORARY = re.compile(r"\.reichan-[0-9a-f]{32}\.tmp")
+UNPACKED = ".unpacked-"  # begins the names of folders for what is unpacked on the way
 # Names that Windows gives to devices, in any folder and with any extension.
 WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
     | {f"{port}{n}" for port in ("com", "lpt") for n in "0123456789\u00b9\u00b2\u00b3"}
 )
+# What an artifact may hold at its root beside pages, case-folded (books.py).
+RESERVED = re.compile(re.escape(REPORT_NAME) + r"|mimetype|meta-inf|package\.opf|nav\.xhtml|page-\d+\.xhtml")
 COMPONENT_BYTES = 200  # of the 255 that file systems allow: room for suffixes and " (2)"
 
 
@@ -198,7 +202,7 @@ class Layout:
         return folder
 
     def artifact(self, title: str, volume: str, job_id: str, container: str = "zip") -> Path:
-        """The artifact's path. container: "zip" or "cbz"."""
+        """The artifact's path. container: see messages.Params."""
         return self.artifacts / f"{slug(title)}-{slug(volume)}-{job_id}.{container}"
 
     def relative(self, path: Path) -> str:
@@ -340,8 +344,8 @@ def output_stems(names: Sequence[str]) -> list[str]:
     """
     safe = [[safe_component(part) for part in name.split("/")] for name in names]
     for parts in safe:
-        if len(parts) > 1 and fold(parts[0]) == REPORT_NAME:
-            parts[0] = "_" + parts[0]  # the report itself must go there
+        if len(parts) > 1 and RESERVED.fullmatch(fold(parts[0])):
+            parts[0] = "_" + parts[0]  # the report itself must go there, or what makes an EPUB one
     folders = {fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
     taken: set[str] = set()
     stems = []
@@ -1097,9 +1101,10 @@ def check_room(
     `done`, and the artifact. sizes: names and bytes of the input's pages; others_bytes: what
     the artifact will hold beside them."""
     needed = float(others_bytes)
+    copies = 3 if params.container == "pdf" else 2  # of each page: it is put together from pieces
     for name, size_bytes in sizes:
         page = output_bytes(name, size_bytes, params)
-        needed += size_bytes + page * (1 if name in done else 2)
+        needed += size_bytes + page * (copies - (name in done))
     free = shutil.disk_usage(folder).free
     if needed + reserve > free:
         raise NoRoom(round(needed), free, reserve)
@@ -1335,19 +1340,33 @@ def report_bytes(report: dict[str, Any]) -> bytes:
 
 
 def members_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an artifact holds beside its report: the pages, then the other files of a cbz."""
+    """What an artifact holds beside its report: the pages, then the other files of a cbz, or an EPUB's
+    own documents."""
     others = [file for file in report.get("files", ()) if file["filename"] is not None]
-    return [*report["items"], *others]
+    return [*report["items"], *others, *report.get("book", ())]
+
+
+def report_entry(report: dict[str, Any]) -> str:
+    """What the report is called in its artifact: in an EPUB it lies where readers look for nothing."""
+    return EPUB_REPORT_NAME if "book" in report else REPORT_NAME
 
 
 def entry_order(report: dict[str, Any]) -> list[str]:
-    """An artifact's names in their order. In a cbz the pages come first, as readers expect."""
+    """An artifact's names in their order. In a cbz the pages come first, as readers expect; in an EPUB
+    its documents, the first of which says what it is."""
     names = [item["filename"] for item in members_of(report)]
+    if "book" in report:
+        pages = len(report["items"])
+        return [*names[pages:], *names[:pages], EPUB_REPORT_NAME]
     return [*names, REPORT_NAME] if "files" in report else [REPORT_NAME, *names]
 
 
 def pack(
-    outputs: Path, artifact: Path, report: dict[str, Any], beside: Iterable[str] = ()
+    outputs: Path,
+    artifact: Path,
+    report: dict[str, Any],
+    beside: Iterable[str] = (),
+    made: Mapping[str, bytes] | None = None,
 ) -> tuple[str, int]:
     """Write report and artifact; returns the artifact's (hex SHA-256, bytes).
 
@@ -1355,6 +1374,7 @@ def pack(
     give the same bytes. Each page is hashed as it is read. The archive is hashed from
     disk after the sync: the hash speaks of what a download will read.
     beside: files of `outputs` that are no strays although the report doesn't list them.
+    made: what lies in the artifact alone, by name.
     Raises OutputDamaged for a page that is not what was recorded.
     """
     data = report_bytes(report)
@@ -1364,8 +1384,11 @@ def pack(
     with replacing(artifact, own_temporary(artifact)) as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name in entry_order(report):
-                if name == REPORT_NAME:
+                if name == report_entry(report):
                     archive.writestr(_zip_info(name), data)
+                    continue
+                if made and name in made:
+                    archive.writestr(_zip_info(name), made[name])
                     continue
                 n, item = numbered[name]
                 _pack_output(archive, outputs, item, n if n <= pages else None)
@@ -1412,7 +1435,8 @@ def prove_artifact(artifact: Path) -> tuple[dict[str, Any], str, int]:
 
 def read_report(archive: zipfile.ZipFile) -> dict[str, Any]:
     """An artifact's own report. Raises KeyError where there is none, ValueError, ENTRY_ERRORS."""
-    with open_member(archive, archive.getinfo(REPORT_NAME)) as file:
+    name = EPUB_REPORT_NAME if EPUB_REPORT_NAME in archive.NameToInfo else REPORT_NAME
+    with open_member(archive, archive.getinfo(name)) as file:
         data = file.read(REPORT_BYTES + 1)
     report = json.loads(data) if len(data) <= REPORT_BYTES else None
     if not isinstance(report, dict) or not isinstance(report.get("items"), list):
@@ -1440,7 +1464,7 @@ def faults_of(archive: zipfile.ZipFile, report: dict[str, Any]) -> Iterator[tupl
         if found != item["sha256"]:
             yield name, f"is not what was packed: its SHA-256 is {found}, not {item['sha256']}"
     for name, times in there.items():
-        if name not in listed and name != REPORT_NAME:
+        if name not in listed and name != report_entry(report):
             yield name, "is not in the report"
         elif times > 1:
             yield name, f"is there {times} times"

@@ -61,7 +61,12 @@ PARAMS = {  # flag: (key of params, type, help)
     "--width": ("targetWidth", int, "output pixels, in place of a scale"),
     "--height": ("targetHeight", int, "output pixels, in place of a scale"),
     "--device": ("device", str, "auto, cuda or cpu"),
-    "--container": ("container", str, "zip, or cbz: with a folder's other files, as comic readers open it"),
+    "--container": ("container", str, "zip; cbz: with a folder's other files; epub; pdf"),
+    "--spreads": ("spreads", str, "double pages: keep, split or rotate"),
+    "--reading-direction": ("readingDirection", str, "rtl or ltr"),
+    "--profile": ("profile", str, "an e-reader, for its pixels and greys"),
+    "--max-page-bytes": ("maxPageBytes", int, "of a page, by quality first"),
+    "--max-artifact-bytes": ("maxArtifactBytes", int, "of the whole artifact"),
     "--split": ("split", str, "volumes: a job for each volume in PATH, archives among them"),
 }
 

@@ -215,7 +215,7 @@ def test_a_dropped_archive_waits_and_is_cancelled_resumed_and_deleted_without_an
         assert not list(service.table.changed_since(0))
 
 
-@pytest.mark.parametrize("container", ["zip", "cbz"])
+@pytest.mark.parametrize("container", ["zip", "cbz", "epub"])
 def test_a_folder_s_other_files_go_along_for_a_cbz_which_the_page_asks_for(tmp_path, visit, container):
     files = {"1.png": png(), "ComicInfo.xml": b"<ComicInfo/>", "a/notes.txt": b"notes", ".hidden": b"x"}
     for name, data in files.items():
@@ -227,13 +227,16 @@ def test_a_folder_s_other_files_go_along_for_a_cbz_which_the_page_asks_for(tmp_p
         assert see(page, "1 page").is_visible()
         page.get_by_text("More settings").click()
         page.get_by_label(container.upper(), exact=True).check()
+        if container == "epub":
+            page.get_by_label("Left to right", exact=True).check()
         button(page, "Upscale this volume").click()
         see(page, "Waiting", "#jobs")
         job = next(service.table.changed_since(0))
         place = service.config.layout.incoming / job.input_path
         sent = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
         assert job.params.container == container
-        assert sent == ({"1.png"} if container == "zip" else {"1.png", "ComicInfo.xml", "a/notes.txt"})
+        assert job.params.reading_direction == ("ltr" if container == "epub" else "rtl")
+        assert sent == ({"1.png"} if container != "cbz" else {"1.png", "ComicInfo.xml", "a/notes.txt"})
 
 
 def test_a_folder_of_several_volumes_becomes_a_job_for_each(tmp_path, visit):

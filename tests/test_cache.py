@@ -260,7 +260,7 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
 
 # What infer imports beside infer.PIPELINE, and why that decides no byte of a page.
 HARMLESS = {
-    "cache", "containers", "formats", "storage",  # bytes as they are
+    "cache", "containers", "storage",  # bytes as they are
     "lanes", "logs", "sandbox",  # order of work, words, rights
 }  # fmt: skip
 

@@ -722,7 +722,7 @@ def test_a_cbz_keeps_what_a_7z_held_beside_its_pages(tmp_path):
         ("ComicInfo.xml", "kept"), ("notes.txt", "kept")
     ]  # fmt: skip
     assert (tmp_path / "outputs" / "notes.txt").read_bytes() == b"n"
-    assert not list((tmp_path / "outputs").glob(formats.UNPACKED + "*"))
+    assert not list((tmp_path / "outputs").glob(storage.UNPACKED + "*"))
 
 
 def test_a_damaged_file_beside_the_pages_is_left_out_with_its_reason(tmp_path):

@@ -201,7 +201,7 @@ def test_what_was_a_half_is_proved_against_its_scan(tmp_path):
     found, _ = staged(tmp_path, files, spreads="split")
     items = [
         {"filename": item.name, "source": {"filename": item.name, "sha256": item.sha256}}
-        | {"deviation": spreads.part_of(item.staged)}
+        | {"deviation": storage.part_of(item.staged)}
         for item in found
     ]
     assert verify.sources_of({"items": items}).expected == [
