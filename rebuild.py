@@ -14,6 +14,7 @@ killed goes on, and a storage root that lost its table altogether is found again
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -179,12 +180,13 @@ def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) 
     if not JOB_ID.fullmatch(job_id):
         raise ValueError("a job id")
     pages = list(_pages_of(job_id, items))
+    compared = report["reconciliation"]  # the table has it as text
     job = Job(
         number=0, id=job_id, state=SUCCESS, attempt=1, cancelled=False, title=report["title"],
         volume=report["volume"], input_type="zip", input_path="", params=_params_of(report),
         manifest=None, plan=_plan_of(report), phase="done", processed=len(pages), total=len(pages),
         failed_pages=sum(page.failed for page in pages), left_out=report["leftOut"],
-        reconciliation=report["reconciliation"], retries=0, message=None, last_error=None,
+        reconciliation=compared and json.dumps(compared), retries=0, message=None, last_error=None,
         error_code=None, current_page=None, eta_s=None, artifact_hash=sha256, artifact_bytes=size_bytes,
         seq=0, created_s=when_s, started_s=None, finished_s=when_s, idempotency_key=None,
         request_hash=None, outputs_removed_s=None, artifact_removed_s=None,
@@ -223,8 +225,11 @@ def _pages_of(job_id: str, items: list[dict[str, Any]]) -> Iterable[Page]:
     stems = storage.output_stems([item["source"]["filename"] for item in items])
     for n, (item, stem) in enumerate(zip(items, stems, strict=True), 1):
         source = item["source"]
+        halves = [mark for mark, words in storage.HALVES.items() if words in (item["deviation"] or "")]
+        # None is there; the name says what of the scan is the page.
+        staged = f"{n:05d}.{halves[0]}.lost" if halves else ""
         yield Page(
-            job_id=job_id, n=n, name=source["filename"], staged="", source_sha256=source["sha256"],
+            job_id=job_id, n=n, name=source["filename"], staged=staged, source_sha256=source["sha256"],
             source_bytes=source["bytes"], source_error=None, stem=stem, status=item["status"],
             output=item["filename"], sha256=item["sha256"], bytes=item["bytes"], width=item["width"],
             height=item["height"], mode=item["mode"], error=item["error"], deviation=item["deviation"],

@@ -20,6 +20,7 @@ from serving import until, volume
 
 import infer
 import pages
+import rebuild
 import server
 import spreads
 import storage
@@ -172,6 +173,8 @@ def test_halves_are_pages_of_their_own_to_the_end(tmp_path):
         whole = client.call("GET", f"/jobs/{job}/pages/2/before").body
         before = client.call("GET", f"/jobs/{job}/pages/2/before?w=64").body
     assert [item["filename"] for item in report["items"]] == ["001.png", "002-1.png", "002-2.png"]
+    rebuilt = rebuild.job_of(report, "0" * 64, 1, 0.0)[1]  # as of a lost job table
+    assert [storage.whole_name(one.name, one.staged) for one in rebuilt] == ["001.png", "002.png", "002.png"]
     assert report["items"][1]["deviation"] == "the right half of a double page"
     assert half.shape == (240, 176)
     smaller = cv2.resize(half, (88, 120), interpolation=cv2.INTER_AREA).astype(int)
