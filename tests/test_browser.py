@@ -296,11 +296,11 @@ def test_the_queue_is_paused_and_a_volume_put_first_by_keys_in_both_languages(tm
 
 
 def test_what_is_no_volume_is_refused_with_its_name(tmp_path, visit):
-    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    (tmp_path / "notes.docx").write_bytes(b"%PDF")
     with still(tmp_path / "root") as service:
         page = visit(service.url)
-        drop(page, tmp_path / "notes.pdf")
-        see(page, "notes.pdf is not a folder of pages")
+        drop(page, tmp_path / "notes.docx")
+        see(page, "notes.docx is not a folder of pages")
         assert not page.locator("#start").is_visible()
 
 
