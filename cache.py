@@ -1,6 +1,6 @@
 """Finished pages by what decides their bytes: a repeated volume costs only its new pages.
 
-Map: Entry - key_of - PageCache (find, take, keep) - Keeper (the bound)
+Map: Entry - key_of - PageCache (find, size_of, take, keep) - Keeper (the bound)
 Rule: an entry is nothing until its bytes have the hash that stands beside them; a doubt means a miss.
 Runs in: the worker's byte threads, or a cluster's bridge (PageCache); dispatcher and http-N threads (Keeper).
 No torch, no SQL.
@@ -117,6 +117,16 @@ class PageCache:
         ):
             return done
         return replace(done, cache_key=None)
+
+    def size_of(
+        self, source_sha256: str, params: Params, plan: Plan, limits: Limits, part: Part = (None, None)
+    ) -> int | None:
+        """Bytes of the entry that find() would most likely give: nothing is read but its record."""
+        key = key_of(source_sha256, params, plan, limits, self.program, part)
+        try:
+            return int(_unsealed(_paths(self.root, key)[1].read_bytes(), key)["bytes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def keep(self, key: str, page: Path, sha256: str, size_bytes: int, facts: dict[str, Any]) -> bool:
         """Take in a page that is on disk, whole, under its final name; was it possible?

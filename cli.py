@@ -226,13 +226,13 @@ class Volume:
                     self.params,
                     self.params.max_page_bytes,
                 )
-                deviation = "; ".join(filter(None, (spreads.part_of(path.name), deviation, other))) or None
+                deviation = "; ".join(filter(None, (storage.part_of(path.name), deviation, other))) or None
             except pages.PageError as problem:
                 error = str(problem)
         if error:
             half = spreads.half_of(data, storage.mark_of(path.name), LIMITS)
             data, suffix = half or (data, suffix)
-            deviation = spreads.part_of(path.name) if half else None
+            deviation = storage.part_of(path.name) if half else None
         height, width = done.pixels.shape[:2] if done is not None and not error else _size_of(data)
         digest = storage.write_whole(self.work / (stem + suffix), data)
         return {

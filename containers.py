@@ -103,6 +103,11 @@ def left_out(outputs: Path) -> int:
     return sum(file["filename"] is None for file in _index(outputs))
 
 
+def kept_bytes(outputs: Path) -> int:
+    """Of all that was kept."""
+    return sum(file["bytes"] or 0 for file in _index(outputs))
+
+
 def _index(outputs: Path) -> list[dict[str, Any]]:
     """Raises OSError, ValueError where it is gone or damaged."""
     files: list[dict[str, Any]] = json.loads((outputs / INDEX).read_bytes())

@@ -77,10 +77,13 @@ from messages import (
     Stage,
     Staged,
     StagedPage,
+    Survey,
+    Surveyed,
     Task,
     TaskFailed,
 )
 from metrics import Metrics
+from predict import Rates
 from retention import Keep, Retention
 from storage import Layout
 
@@ -121,6 +124,8 @@ class Run:
     started_s: float = 0.0  # monotonic, when the first page was dealt
     finished: int = 0  # pages that this attempt computed, or took over
     left: int = 0  # pages that are not finished
+    cached: set[int] = field(default_factory=set)  # pages that came from the cache
+    held: bool = False  # by a pause of the queue
 
     def key(self, n: int) -> TaskKey:
         """The key of this attempt's page n, or of its stage or pack (0)."""
@@ -291,6 +296,7 @@ class Dispatcher:
         self.reserve_bytes = reserve_bytes  # see Stage
         self.unrecorded: dict[str, tuple[Job, dict[str, Any]]] = {}  # failures that a full disk kept out
         self.metrics = Metrics()
+        self.rates = Rates(table)
         self.retention = Retention(table, layout, keep or Keep())
         self.workers: dict[int, WorkerSlot] = {}  # by slot
         self.runs: dict[str, Run] = {}  # by job id
@@ -331,8 +337,8 @@ class Dispatcher:
             with contextlib.suppress(OSError):
                 self._wake_w.send_bytes(b"!")
 
-    def ask(self, key: str, task: Probe | Preview | ComputePage) -> Future[Any]:
-        """Have a worker answer a Probe or Preview, or compute a page outside any job; one question a
+    def ask(self, key: str, task: Probe | Preview | Survey | ComputePage) -> Future[Any]:
+        """Have a worker answer a Probe, Preview or Survey, or compute a page outside any job; one question a
         key at a time."""
         with self._lock:
             if key not in self._asked:
@@ -455,6 +461,7 @@ class Dispatcher:
             self.paused_s = now_s
             log.info("the queue is paused; %d running jobs are held", len(self.runs))
             for run in self.runs.values():  # nobody knows when they will be done
+                run.held = True
                 self.table.change(run.job, RUNNING, eta_s=None)
         elif not paused and self.paused_s is not None:
             for run in self.runs.values():
@@ -702,7 +709,7 @@ class Dispatcher:
                 slot.free("probe")
                 self.probed = event
                 self._answer("probe", event)
-            case Previewed(key, _):
+            case Previewed(key) | Surveyed(key):
                 slot.free(key)
                 self._answer(key, event)
             case StagedPage(job_id):
@@ -757,6 +764,10 @@ class Dispatcher:
         what = f"kept as it is: {event.error}" if event.error else what
         log.info("%s %s in %.2f s", page.name, what, event.seconds, extra=logs.of(event.job_id, event.n))
         run.finished += not event.cached  # which tells nothing of how long the others take
+        if event.cached:
+            run.cached.add(event.n)
+        else:
+            run.cached.discard(event.n)  # damaged since, and computed after all
         run.left -= 1
         run.pages[event.n] = replace(page, status="upscaled")
         underway = min(run.in_flight, default=None)
@@ -782,7 +793,9 @@ class Dispatcher:
     def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
         with contextlib.suppress(StaleAttempt):
             if isinstance(event, Staged):
-                run.job = record_stage(self.table, run.job, event, run.found)
+                with self.table.transaction():
+                    staged = record_stage(self.table, run.job, event, run.found)
+                    run.job = self.rates.begin(staged, event.workload)
                 self._begin_pages(run)
             elif isinstance(event, Packed):
                 self._finish(run, event)
@@ -845,6 +858,7 @@ class Dispatcher:
             artifact_hash=event.sha256,
             artifact_bytes=event.size_bytes,
             message=closing_message(run.job, pages, event.size_bytes),
+            **self.rates.end(run.job, pages, event.size_bytes, run.cached, run.held),
         )
         self.metrics.jobs.add(1, SUCCESS)
         self.metrics.artifact_bytes.add(event.size_bytes)

@@ -1,6 +1,6 @@
 """One field of a multipart/form-data body (RFC 7578), strictly.
 
-Map: BadForm - boundary_of - field
+Map: BadForm, NoField - boundary_of - field
 Rule: what two parsers could read differently is refused: a form is small, and written by a library.
 Runs in: http-* threads. Standard library only; pure functions.
 """
@@ -19,6 +19,10 @@ _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 
 class BadForm(ValueError):
     """The body is no form, or has no such field; the text says what is wrong with it."""
+
+
+class NoField(BadForm):
+    """The form is well-formed, and has no field of this name."""
 
 
 def _parameters(text: str) -> tuple[str, dict[str, str]]:
@@ -56,7 +60,7 @@ def field(body: bytes, boundary: bytes, name: str) -> memoryview:
             if body[at + 2 :] not in (b"", b"\r\n"):
                 raise BadForm("something follows the last boundary")
             if found is None:
-                raise BadForm(f"the form has no field {name!r}")
+                raise NoField(f"the form has no field {name!r}")
             return found
         head_end = body.find(b"\r\n\r\n", at, at + HEAD_BYTES)
         end = body.find(mark, head_end + 4) if head_end >= 0 else -1

@@ -50,6 +50,7 @@ import pages
 import sandbox
 import spreads
 import storage
+import survey
 import windows
 from cache import Entry, PageCache
 from community import CommunityNetwork
@@ -79,6 +80,8 @@ from messages import (
     Stage,
     Staged,
     StagedPage,
+    Survey,
+    Surveyed,
     Task,
     TaskFailed,
 )
@@ -827,6 +830,8 @@ class Worker:
                 self.files.submit(self._file_step, task, self._pack)
             case Preview():
                 self.decoders.submit(self._preview, task)
+            case Survey():
+                self.decoders.submit(self._survey, task)
             case Probe():
                 self.files.submit(self._probe)
 
@@ -862,6 +867,7 @@ class Worker:
         started = time.perf_counter()
         data, params = task.source.read_bytes(), task.params
         key = found = None
+        # No plan: a reader's page or a preview's, or a part of one. They are kept elsewhere.
         if self.cache and task.plan and task.plan.engine == "native":
             part = (storage.mark_of(task.source.name), task.most_bytes)
             key = self.cache.key(data, params, task.plan, task.limits, part)
@@ -896,29 +902,32 @@ class Worker:
         pixels = pages.resize(pages.to_eight_bit(page.pixels), wanted, in_light=True)
         smaller = wanted != (width, height)
         what = f"reduced from {width}x{height}, by no network" if smaller else "by no network"
-        self._encode(task, replace(page, pixels=pixels), None, what, spent, None)
+        self._encode(task, replace(page, pixels=pixels), what, spent, {"model": None})
 
     def _infer(self, task: ComputePage, page: pages.Decoded, spent: float, key: str | None) -> None:
         self.watch.begin(FIRST_STEP_LIMIT_S)
         self.computing[threading.get_ident()] = (task.job_id, task.attempt)
-        started = time.perf_counter()
         try:
-            plan = plan_for(task.plan or self.engines.plan(task.params), page.pixels)
-            result, deviation = self.engines.compute(page.pixels, task.params, plan)
+            settled = task.plan or self.engines.plan(task.params)  # a job's staging does this, once
+            plan = plan_for(settled, page.pixels)
+            part, cut = windows.around(page.pixels, task.crop, plan.halo_px, task.params.scale)
+            started = time.perf_counter()
+            result, deviation = self.engines.compute(part, task.params, plan)
         finally:
             del self.computing[threading.get_ident()]
-        spent += time.perf_counter() - started
-        done = replace(page, pixels=result)
-        self.encoders.submit(self._page_step, task, self._encode, done, plan.model, deviation, spent, key)
+        device_s = time.perf_counter() - started
+        done = replace(page, pixels=result[cut])
+        facts = {"model": plan.model, "input_pixels": part.shape[0] * part.shape[1]}
+        facts |= {"device_s": round(device_s, 3), "plan": None if task.plan else settled, "cache_key": key}
+        self.encoders.submit(self._page_step, task, self._encode, done, deviation, spent + device_s, facts)
 
     def _encode(
         self,
         task: ComputePage,
         page: pages.Decoded,
-        model: str | None,
         deviation: str | None,
         spent: float,
-        key: str | None,
+        facts: dict[str, Any],
     ) -> None:
         started = time.perf_counter()
         device = devices.DEVICES.get(task.params.profile or "")
@@ -939,8 +948,7 @@ class Worker:
             seconds=round(spent + time.perf_counter() - started, 3),
             deviation="; ".join(filter(None, (storage.part_of(task.source.name), deviation, other))) or None,
             color_spread=round(page.spread, 2),
-            model=model,
-            cache_key=key,
+            **facts,
         )
 
     def _carry(self, task: ComputePage) -> None:
@@ -1018,7 +1026,8 @@ class Worker:
         # Other weights make other pages: nothing of the old plan may stay among the new.
         known = {page.source.name: page for page in task.known} if plan == task.plan else {}
         names: list[str] = []
-        left_out, manifest = None, task.manifest
+        staged, left_out, manifest = 0, None, task.manifest
+        tally = survey.Tally(task.params) if task.plan is None else None
         for item in self._staged_pages(task, known):
             self._tick()
             if isinstance(item, storage.Listing):
@@ -1028,10 +1037,23 @@ class Worker:
                 continue
             whole = storage.whole_name(item.name, item.staged)
             names += [whole] if names[-1:] != [whole] else []
+            if tally and not tally.add_cached(self._cached_bytes(task, plan, item)):
+                tally.add_file(task.staging / item.staged, 2 if whole != item.name else 1)
+            staged += 1
             done = _still_done(task, known.get(item.name), item)
             self.send(StagedPage(task.job_id, task.attempt, item, done))
         reconciliation = storage.reconcile(manifest, names) if manifest else None
-        self.send(Staged(task.job_id, task.attempt, plan, left_out, reconciliation))
+        workload = tally.workload(staged) if tally else None
+        if workload and task.params.container == "cbz":
+            workload = replace(workload, other_bytes=containers.kept_bytes(task.outputs))
+        self.send(Staged(task.job_id, task.attempt, plan, left_out, reconciliation, workload))
+
+    def _cached_bytes(self, task: Stage, plan: Plan, page: SourcePage) -> int | None:
+        """How large a page is in the cache, where it is there."""
+        if self.cache is None or plan.engine != "native":
+            return None
+        part = (storage.mark_of(page.staged), None)
+        return self.cache.size_of(page.sha256, task.params, plan, task.limits, part)
 
     def _staged_pages(
         self, task: Stage, known: dict[str, KnownPage]
@@ -1074,14 +1096,27 @@ class Worker:
         self.watch.begin(self.BYTES_STEP_LIMIT_S)
         error = None
         try:
-            mark = storage.mark_of(task.source.name)
-            part = functools.partial(spreads.taken, mark=mark)
-            pages.write_preview(task.source, task.target, task.width, task.limits, part)
+            if task.crop:
+                write_part(task)
+            else:
+                mark = storage.mark_of(task.source.name)
+                part = functools.partial(spreads.taken, mark=mark)
+                pages.write_preview(task.source, task.target, task.width, task.limits, part)
         except (PageError, OSError) as problem:
             error = str(problem)
         finally:
             self.watch.end()
         self.send(Previewed(task.key, error))
+
+    def _survey(self, task: Survey) -> None:
+        self.watch.begin(self.BYTES_STEP_LIMIT_S)
+        try:
+            answer = survey.survey(task)
+        except (PageError, OSError, storage.StorageError) as problem:
+            answer = Surveyed(task.key, error=storage.reason_of(problem))
+        finally:
+            self.watch.end()
+        self.send(answer)
 
     def _probe(self) -> None:
         self.send(Probed(describe_devices(), describe_models(self.choice.model_root)))
@@ -1104,6 +1139,15 @@ def device_count(choice: EngineChoice) -> int:
 def _most_bytes(task: ComputePage) -> int | None:
     """How large a page may be, by its own limit and by its share of the artifact."""
     return min(filter(None, (task.most_bytes, task.params.max_page_bytes)), default=None)
+
+
+def write_part(task: Preview) -> None:
+    """A PNG of a part of a page, upright, its colours as they are. Raises PageError, OSError."""
+    assert task.crop is not None
+    page = pages.decode_page(task.source.read_bytes(), Params(scale=1, color="keep"), task.limits)
+    part = np.ascontiguousarray(windows.crop_box(page.pixels, task.crop).of(page.pixels))
+    data, _, _ = pages.encode(part, Params(output_format="png"), page.profile)
+    storage.write_whole(task.target, data)
 
 
 def describe_devices() -> list[dict[str, Any]]:

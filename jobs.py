@@ -34,6 +34,7 @@ from typing import Any
 
 import devices
 import logs
+import predict
 import storage
 from messages import (
     AUTO_MODEL,
@@ -54,7 +55,7 @@ PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
 BUSY_S = 30.0  # for another process that has the database locked
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MIGRATIONS = {  # version -> what makes the next
     1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
     2: "ALTER TABLE pages ADD COLUMN model TEXT",
@@ -65,6 +66,7 @@ MIGRATIONS = {  # version -> what makes the next
     5: "ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;"
     " ALTER TABLE counter ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;"
     " CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number)",
+    6: "ALTER TABLE jobs ADD COLUMN forecast TEXT",
 }
 REMOVED = {  # by age: field of Keep -> column that says when, and what in words
     "outputs_days": ("outputs_removed_s", "the pages were"),
@@ -202,6 +204,7 @@ class Job:
     outputs_removed_s: float | None  # by age, see retention.py
     artifact_removed_s: float | None
     priority: int = 0  # higher ones are claimed first
+    forecast: str | None = None  # see predict.py, and parsed()
 
     @property
     def is_over(self) -> bool:
@@ -258,7 +261,8 @@ CREATE TABLE jobs (
     message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
     artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
     started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT,
-    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER, priority INTEGER NOT NULL DEFAULT 0
+    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER, priority INTEGER NOT NULL DEFAULT 0,
+    forecast TEXT
 );
 CREATE INDEX jobs_by_state ON jobs (state, number);
 CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number);
@@ -448,6 +452,17 @@ class JobTable:
                 (SUCCESS, FAILED, before_s),
             )
             return [row[0] for row in rows]
+
+    def forecasts(self, limit: int) -> list[tuple[Params, Plan, dict[str, Any]]]:
+        """Params, plan and forecast of volumes that succeeded, the newest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT params, plan, forecast FROM jobs WHERE state = ? AND plan IS NOT NULL"
+                " AND forecast IS NOT NULL ORDER BY number DESC LIMIT ?",
+                (SUCCESS, limit),
+            ).fetchall()
+        values = [[json.loads(text) for text in row] for row in rows]
+        return [(Params(**params), Plan.of(plan), forecast) for params, plan, forecast in values]
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by state."""
@@ -1237,6 +1252,7 @@ def to_state(job: Job, layout: Layout) -> dict[str, Any]:
         "errorCode": job.error_code,
         "leftOut": job.left_out,
         "priority": job.priority,
+        "prediction": predict.to_json(parsed(job.forecast)),
     }
 
 

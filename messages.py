@@ -127,6 +127,22 @@ class EngineChoice:
     cache_root: Path | None = None  # of cache.PageCache; None: every page is computed
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a volume asks of a machine: its pages' sizes, as their headers and a job's params say."""
+
+    pages: int = 0  # that will be computed
+    input_pixels: int = 0  # of those, as of the three below
+    output_pixels: int = 0
+    source_bytes: int = 0
+    carried_bytes: int = 0  # of pages that are large enough already, or lie in the cache
+    other_bytes: int = 0  # of the other files, where a cbz holds them
+    cached: int = 0  # pages that the cache holds, as it was known before the first was computed
+
+
+Crop = tuple[int, int, int, int]  # x, y, width, height; input pixels of the page as it is looked at
+
+
 # ---------------------------------------------------------------- tasks
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -199,6 +215,7 @@ class ComputePage:
     limits: Limits
     carry: str | None = None
     most_bytes: int | None = None  # its share of the artifact, see budgets.shares
+    crop: Crop | None = None  # only this part of the page
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +231,25 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Task: a reduced image for the web page."""
+    """Task: a reduced image for the web page, or a part of a page as it is."""
 
     key: str
     source: Path
     target: Path
     width: int
+    limits: Limits
+    crop: Crop | None = None  # then a PNG of it, not reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Task: look through an input in incoming/, and copy one of its pages."""
+
+    key: str
+    source: Path
+    n: int  # the page, from 1; 0: the middle one, since a cover is like no other page
+    folder: Path  # for the copy
+    variants: tuple[Params, ...]  # each is told its Workload
     limits: Limits
 
 
@@ -231,7 +261,7 @@ class Cancel:
     attempt: int
 
 
-Task = Probe | Stage | Settle | ComputePage | Pack | Preview
+Task = Probe | Stage | Settle | ComputePage | Pack | Preview | Survey
 
 
 # ---------------------------------------------------------------- events
@@ -295,6 +325,7 @@ class Staged:
     plan: Plan
     left_out: int | None  # None: an earlier attempt counted
     reconciliation: dict[str, Any] | None
+    workload: Workload | None = None  # of a first attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +352,9 @@ class PageDone:
     model: str | None = None  # that computed it
     cache_key: str | None = None  # under which the cache holds it
     cached: bool = False  # it was taken from there
+    input_pixels: int = 0  # that went through the network
+    device_s: float = 0.0  # of seconds, those on the device
+    plan: Plan | None = None  # of a page outside any job: what the worker settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +408,19 @@ class Previewed:
     """Event: the preview is in place, or error says why not."""
 
     key: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """Event: answer to Survey; where there is an error, it is all."""
+
+    key: str
+    file: str = ""  # name of the copy, by its content's hash
+    name: str = ""  # of the page in the input
+    n: int = 0
+    count: int = 0  # pages in the input
+    workloads: tuple[Workload, ...] = ()  # one each for Survey.variants
     error: str | None = None
 
 

@@ -72,8 +72,22 @@ VARIABLES: dict[str, dict[str, Any]] = {
     "id": {"type": "string", "format": "uuid"},
     "n": {"type": "integer", "minimum": 1, "maximum": 999_999_999},
     "path": {"type": "string", "minLength": 1},
+    "key": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
     "file": {"type": "string", "enum": ["swagger-ui-bundle.js", "swagger-ui.css"]},
 }
+# Of a volume's time and size, and what became of it; null where nothing like it was measured here yet.
+PREDICTION = _object(
+    {
+        "minutes": {"type": "number"},
+        "megabytes": {"type": "number"},
+        "basis": {"type": "string", "enum": ["volumes", "preview"]},
+        "basisPages": WHOLE,
+        "actualMinutes": _nullable("number"),
+        "actualMegabytes": _nullable("number"),
+        "minutesErrorPercent": _nullable("number"),
+        "megabytesErrorPercent": _nullable("number"),
+    }
+) | {"type": ["object", "null"]}
 GROUPS = {"jobs": "Jobs", "incoming": "Uploads", "ws": "Live"}  # by first segment; what /docs shows together
 # Of any request: it is no HTTP, comes from another web site, or was meant for another host.
 ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
@@ -99,6 +113,58 @@ def _params_schema() -> dict[str, Any]:
         "profile": {"type": ["string", "null"], "enum": [*devices.DEVICES, None], "default": None},
     }
     return _object(properties)
+
+
+def _preview_schema(params: dict[str, Any], kind: Any, path: Any) -> dict[str, Any]:
+    """Of POST /preview: an input's page."""
+    side = {"type": "integer", "minimum": 8, "maximum": 65_535}
+    start = {"type": "integer", "minimum": 0, "maximum": 65_535}
+    crop = _object({"x": start, "y": start, "width": side, "height": side}) | {"type": ["object", "null"]}
+    counts = {"type": "integer", "minimum": 1, "maximum": 20_000}
+    sizes = {"type": ["integer", "null"], "minimum": 1, "maximum": 1 << 50}
+    volume = _object({"pages": counts, "pixels": sizes, "bytes": sizes}, ("pixels", "bytes"))
+    variants = {"type": "array", "minItems": 1, "maxItems": 4, "items": params | {"required": []}}
+    return _object(
+        {
+            "input": _object({"type": kind, "path": path}),
+            "page": _nullable(
+                "integer", minimum=1, maximum=1 << 31, description="else the one in the middle"
+            ),
+            "crop": crop | {"description": "a part of the page, in its pixels; with scale alone"},
+            "variants": variants | {"description": "as params of POST /jobs; [{}] by default"},
+            "volume": volume | {"type": ["object", "null"], "description": "what an image sent belongs to"},
+        },
+        optional=("page", "crop", "variants", "volume"),
+    )
+
+
+def _previewed_schema(params: dict[str, Any]) -> dict[str, Any]:
+    """Images stand as paths here, see GET /preview/{key}."""
+    variant = {
+        "params": params,
+        "after": TEXT_TYPE,
+        "width": WHOLE,
+        "height": WHOLE,
+        "bytes": WHOLE,
+        "mode": TEXT_TYPE,
+        "sha256": HASH,
+        "model": _nullable("string"),
+        "carried": TRUTH,
+        "deviation": _nullable("string"),
+        "seconds": {"type": "number"},
+        "prediction": PREDICTION,
+    }
+    return _object(
+        {
+            "page": _nullable("integer"),
+            "name": _nullable("string"),
+            "pages": _nullable("integer"),
+            "volume": _nullable("string", description="of several in the upload, with split, the middle one"),
+            "volumes": _nullable("integer"),
+            "before": TEXT_TYPE,
+            "variants": {"type": "array", "items": _object(variant)},
+        }
+    )
 
 
 @functools.cache
@@ -133,6 +199,7 @@ def schemas() -> dict[str, Any]:
             "errorCode": _nullable("string"),
             "leftOut": {"type": "integer", "minimum": 0},
             "priority": WHOLE,
+            "prediction": PREDICTION,
         }
     )
     priority = {"type": "integer", "minimum": jobs.PRIORITIES[0], "maximum": jobs.PRIORITIES[1]}
@@ -224,6 +291,8 @@ def schemas() -> dict[str, Any]:
                 "highestPriority": _nullable("integer", description="of those that wait"),
             }
         ),
+        "PreviewRequest": _preview_schema(params, kind, path),
+        "Previewed": _previewed_schema(params),
         "PageList": _object({"pages": {"type": "array", "items": page}}),
         "Report": _object(state["properties"] | {"report": report, "timings": timings}),
         "Stored": _object({"path": TEXT_TYPE, "bytes": WHOLE, "sha256": HASH}),
@@ -258,12 +327,21 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _content(what: str) -> dict[str, Any]:
-    if "/" in what:
-        binary = {"type": "string", "format": "binary"}
-        form = _object({"image": binary})
-        return {media: {"schema": form if "form-data" in media else binary} for media in what.split(", ")}
-    media = "application/problem+json" if what == "Problem" else "application/json"
-    return {media: {"schema": _ref(what)}}
+    """What: names of schemas and media types."""
+    binary = {"type": "string", "format": "binary"}
+    form = _object({"image": binary})
+    if "PreviewRequest" in what:
+        text = "JSON as for an input, without input and page"
+        json_text = {"contentMediaType": "application/json", "description": text}
+        form["properties"]["request"] = TEXT_TYPE | json_text
+    found: dict[str, Any] = {}
+    for one in what.split(", "):
+        if "/" in one:
+            found[one] = {"schema": form if "form-data" in one else binary}
+        else:
+            media = "application/problem+json" if one == "Problem" else "application/json"
+            found[media] = {"schema": _ref(one)}
+    return found
 
 
 def _operation(route: Route) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import jobs
 import storage
 from dispatch import Dispatcher
 from jobs import JobError
-from messages import OF_VOLUMES, ComputePage, Limits, PageDone, PageFailed, Params, TaskFailed
+from messages import OF_VOLUMES, ComputePage, EngineChoice, Limits, PageDone, PageFailed, Params, TaskFailed
 from storage import Layout
 from wire import Refused
 
@@ -59,9 +59,10 @@ PARAMETERS = (
 )
 
 
-def params_of(query: dict[str, str], models: dict[str, str]) -> Params:
-    """Params from a query, other keys ignored. models: as for jobs.parse_params. Raises InvalidFields."""
-    given: dict[str, Any] = {"model": DEFAULTS.model}
+def params_of(query: dict[str, str], models: dict[str, str], model: str = DEFAULTS.model) -> Params:
+    """Params from a query, other keys ignored. models: as for jobs.parse_params; model: where the query
+    names none. Raises InvalidFields."""
+    given: dict[str, Any] = {"model": model}
     numbers = {*map(jobs.camel, jobs.RANGES)}
     for name in query.keys() & {*PARAMETERS}:
         is_whole = name in numbers and re.fullmatch(r"[0-9]{1,9}", query[name])
@@ -89,6 +90,19 @@ def image_of(content_type: str, body: bytes) -> memoryview:
         return forms.field(body, boundary, "image") if boundary else memoryview(body)
     except forms.BadForm as error:
         raise Refused(400, "BAD_FORM", str(error)) from error
+
+
+def page_key(layout: Layout, choice: EngineChoice, data: bytes | memoryview, params: Params) -> str:
+    """Of what decides how a page will look: bytes, params, engine, and weights as files."""
+    weights = []
+    for name, file in storage.find_weights(layout.models).items():
+        with contextlib.suppress(OSError):
+            stat = file.path.stat()
+            weights.append((name, stat.st_size, stat.st_mtime_ns))
+    facts = (asdict(params), choice.device, choice.precision, choice.engine, sorted(weights))
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +206,7 @@ class Reader:
             return Outcome(None, f"the disk refused: {storage.reason_of(error)}")
 
     def _key(self, data: bytes | memoryview, params: Params) -> str:
-        """Of what decides how the page will look: bytes, params, engine, and weights as files."""
-        weights = []
-        for name, file in storage.find_weights(self.layout.models).items():
-            with contextlib.suppress(OSError):
-                stat = file.path.stat()
-                weights.append((name, stat.st_size, stat.st_mtime_ns))
-        choice = self.dispatcher.choice
-        facts = (asdict(params), choice.device, choice.precision, choice.engine, sorted(weights))
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        digest.update(data)
-        return digest.hexdigest()
+        return page_key(self.layout, self.dispatcher.choice, data, params)
 
     def _cached(self, key: str) -> Outcome | None:
         if self._cache is None:

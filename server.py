@@ -54,6 +54,7 @@ import dispatch
 import jobs
 import logs
 import openapi
+import preview
 import reader
 import rebuild
 import sidecar
@@ -325,6 +326,7 @@ IMAGE, TEXT, PAGE = "image/*, application/octet-stream", "text/plain", "text/htm
 ASSET = "text/javascript, text/css"
 WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
 TEXT_OF_PARAM = {"type": "string", "description": "as in POST /jobs; unusable, the page comes back as it was"}
+TEXT_OF_VARIANT = {"type": "string", "description": "as in POST /jobs, where the body is an image"}
 CURSOR = {"type": "integer", "minimum": 0, "maximum": 2**62}
 CONDITIONS = {
     name: {"type": "string", "description": text}
@@ -485,6 +487,23 @@ ROUTES = (
         query=dict.fromkeys(reader.PARAMETERS, TEXT_OF_PARAM),
         body="multipart/form-data, image/*, application/octet-stream",
     ),
+    Route(
+        "POST",
+        "/preview",
+        "preview",
+        "A page or a part of one in several settings, and what its volume would take",
+        {200: "Previewed"} | dict.fromkeys((400, 413, 415, 422, 503, 507), "Problem"),
+        query=dict.fromkeys(reader.PARAMETERS, TEXT_OF_VARIANT),
+        body="PreviewRequest, multipart/form-data, image/*, application/octet-stream",
+    ),
+    Route(
+        "GET",
+        "/preview/{key}",
+        "preview_image",
+        "An image that POST /preview named",
+        {200: IMAGE, 206: IMAGE, 304: None} | dict.fromkeys((404, 412, 416), "Problem"),
+        headers=CONDITIONS,
+    ),
     Route("GET", "/models", "models", "Models and their weights", {200: "ModelList"}),
     Route("POST", "/session", "open_session", "A cookie for browsers", {204: None, 401: "Problem"}),
     Route("DELETE", "/session", "close_session", "Drop the cookie", {204: None, 401: "Problem"}),
@@ -544,6 +563,7 @@ class Api:
         self.reader = reader.Reader(
             dispatcher, self.layout, config.limits, config.page_wait_s, config.page_cache_bytes
         )
+        self.previews = preview.Previews(dispatcher, self.layout, config.limits, config.page_wait_s)
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
         self._probed_files: object = None  # the weights files that dispatcher.probed speaks of
@@ -957,6 +977,35 @@ class Api:
             return reader.Outcome(None, error.detail)
         return self.reader.convert(page, params)
 
+    def preview(self, request: Request) -> Answer:
+        """POST /preview."""
+        if self.dispatcher.stopping:
+            raise jobs.ShuttingDown("the service is shutting down; ask after its restart")
+        names = storage.model_names(self.layout.models)
+        media = request.headers.one("content-type") or ""
+        if media.partition(";")[0].strip().lower() == "application/json":
+            wanted = preview.parse(_json_body(request), names, has_image=False)
+            with _blaming("input.path"):
+                source = preview.source_of(self.layout, wanted, self.config.limits)
+            return json_answer(self.previews.of_input(source, wanted))
+        with self.reader.holding_body():
+            body = request.body.read(reader.PAGE_BYTES)
+            page = self.previews.keep(reader.image_of(media, body))
+            asked = preview.request_field(media, body)
+        if asked or "form-data" in media.lower():
+            wanted = preview.parse(_json_object(asked or b"{}"), names, has_image=True)
+        else:
+            wanted = preview.Wanted((reader.params_of(request.query, names, Params().model),))
+        return json_answer(self.previews.of_image(page, wanted))
+
+    def preview_image(self, request: Request, key: str) -> Answer:
+        """GET /preview/{key}."""
+        file = self.previews.image(key)
+        if file is None:
+            raise Refused(404, "UNKNOWN_PREVIEW", "there is no such image, or no longer; ask for it again")
+        headers = _image_headers(file.read(16))
+        return wire.file_answer(request, file, key, os.fstat(file.fileno()).st_mtime, headers)
+
     # -- the service itself
     def _probe(self) -> Probed | None:
         """What a worker last told of devices and weights; asks one when files changed since."""
@@ -1146,8 +1195,11 @@ def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
     if ((has_body or not optional) and media not in ("application/json", "")) or (has_body and not media):
         raise Refused(415, "MEDIA_TYPE", "send the body as Content-Type: application/json")
     data = request.body.read(BODY_BYTES)
-    if not data and optional:
-        return {}
+    return {} if optional and not data else _json_object(data)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Raises Refused 400, 422."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
         # Half a surrogate pair and 1e999 pass as JSON, but nothing can store or send them.

@@ -1155,6 +1155,21 @@ def entry_bytes(entry: Entry) -> int:
     return entry.member.file_size if entry.member else entry.path.lstat().st_size
 
 
+def read_entry(
+    entry: Entry, open_entry: Callable[[Entry], IO[bytes]], limits: Limits, most: int | None = None
+) -> bytes:
+    """A page's bytes, or its first `most` ones. Raises InputUnusable. open_entry: see formats.opener."""
+    wanted = min(entry_bytes(entry), limits.entry_bytes) + 1 if most is None else most
+    try:
+        with open_entry(entry) as file:
+            data = file.read(wanted)
+        if most is None:
+            _check_entry(len(data), limits)
+        return data
+    except ENTRY_ERRORS as problem:
+        raise InputUnusable(f"{entry.name} can't be read from the input: {reason_of(problem)}") from problem
+
+
 def _stage_page(entry: Entry, archive: Archive | None, target: Path, limits: Limits) -> SourcePage:
     digest, size_bytes, error = hashlib.sha256(), 0, None
     with open(target, "xb") as copy:

@@ -50,6 +50,7 @@ MOST_PRIORITY = 100
 PIECE_BYTES = 1 << 20
 ANSWER_S = 60.0  # for an answer to begin, and between two pieces
 PATIENCE_S = 20.0  # with broken lines, without any progress
+PREVIEW_S = 600.0  # for a preview's page, which a slow machine computes while it says to ask again
 RESTART_S = 300.0  # with a service that is away while its job is watched
 PARAMS = {  # flag: (key of params, type, help)
     "--model": ("model", str, "a name from GET /models, or auto"),
@@ -107,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
         add(flag, dest=key, type=kind, help=text, metavar=flag[2:].upper())
     add("--param", action="append", default=[], metavar="KEY=VALUE", help="any other of params")
     add("--priority", type=int, metavar="N", help="-100 to 100: of waiting jobs the highest starts first")
+    add("--predict", action="store_true", help="first compute one page, and tell how long it will take")
     add("--again", action="store_true", help="a new job, also where the same one was submitted before")
     add("--watch", action="store_true", help="show how it goes, until it is over")
     add("--download", metavar="DIR", type=Path, help="watch, then fetch the artifact into this folder")
@@ -430,16 +432,29 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]
     whole = hashlib.sha256(json.dumps([sha256, body], sort_keys=True).encode()).hexdigest()
     headers = {"Idempotency-Key": str(uuid.uuid4()) if given.again else f"submit-{whole}"}
 
-    def with_input(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def predicted() -> dict[str, Any]:
+        wanted = {"input": body["input"], "variants": [body["params"]]}
+        return service.ask("POST", "/preview", wanted)
+
+    def with_input(ask: Callable[[], dict[str, Any]], patience_s: float = PATIENCE_S) -> dict[str, Any]:
         """Ask; where the input is not there (any more), send it and ask again."""
         try:
-            return dict(patiently(ask, f"submitting to {service.url}"))
+            return dict(patiently(ask, f"submitting to {service.url}", patience_s))
         except Refusal as refusal:
             if refusal.code != storage.InputMissing.code:
                 raise
         upload(service, source, path, sha256, size, line)
-        return dict(patiently(ask, "submitting"))
+        return dict(patiently(ask, "submitting", patience_s))
 
+    if given.predict:
+        line.show("computing a page ...")
+        try:
+            answer = with_input(predicted, PREVIEW_S)
+            line.end()
+            print(f"predicted {of_preview(answer)}")
+        except Refusal as refusal:
+            line.end()
+            print(f"predicted nothing: {refusal}")  # a page may be damaged; the others can be good
     answer = with_input(lambda: service.ask("POST", "/jobs", body, headers))
     jobs = [str(job) for job in answer.get("jobIds") or [answer["jobId"]]]
     for path_of_job in (f"/jobs/{job}" for job in jobs):
@@ -467,6 +482,35 @@ def describe(state: dict[str, Any]) -> str:
     return f"[{'#' * (20 * done // total):.<20}] {done}/{total} pages  {state['phase']}{left}{failed}"
 
 
+def foretold(told: dict[str, Any]) -> str:
+    """A prediction in words, with what it rests on."""
+    pages = f"{told['basisPages']} page{'' if told['basisPages'] == 1 else 's'}"
+    basis = f"{pages} of volumes like it" if told["basis"] == "volumes" else f"{pages} of a preview"
+    return f"{told['minutes']:.1f} min and {told['megabytes']:.1f} MB, from {basis}"
+
+
+def of_preview(answer: dict[str, Any]) -> str:
+    """What a preview foretells, in words."""
+    told = answer["variants"][0]["prediction"]
+    if not told:
+        return "nothing: no page is to be computed"
+    several = (answer.get("volumes") or 1) > 1
+    like = f", for each of {answer['volumes']} volumes that is like {answer['volume']}" if several else ""
+    return f"{foretold(told)}{like}"
+
+
+def become(told: dict[str, Any] | None) -> str:
+    """What came of a prediction; nothing where there was none, or the job had to begin again."""
+    if not told or told["actualMinutes"] is None:
+        return ""
+    minutes, megabytes = (told[f"{name}ErrorPercent"] for name in ("minutes", "megabytes"))
+    how_far = "with pages of other jobs" if minutes is None else f"predicted {minutes:+.0f}%"
+    return (
+        f"took      {told['actualMinutes']:.1f} min ({how_far}), "
+        f"{told['actualMegabytes']:.1f} MB (predicted {megabytes or 0.0:+.0f}%)"
+    )
+
+
 def watch(service: Service, job: str, line: Line) -> dict[str, Any]:
     """Show a job's changes until it is over; its last state. Raises Failure."""
     from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -474,21 +518,35 @@ def watch(service: Service, job: str, line: Line) -> dict[str, Any]:
     def ask() -> dict[str, Any]:
         return service.ask("GET", f"/jobs/{urllib.parse.quote(job, safe='')}")
 
+    foreseen = None
+
+    def show(state: dict[str, Any]) -> None:
+        nonlocal foreseen
+        told = state.get("prediction")
+        if told and foreseen is None:
+            line.end()
+            print(f"predicted {foretold(told)}", flush=True)
+            foreseen = told
+        line.show(describe(state))
+
     state = dict(patiently(ask, "asking about the job"))
     while state["status"] not in OVER:
-        line.show(describe(state))
+        show(state)
         # What breaks the line, a restart for example, shows in the question after it.
         with contextlib.suppress(OSError, ConnectionClosed, InvalidHandshake):
             with service.socket(f"/ws/jobs/{job}?after={state['seq']}") as socket:
                 for frame in socket:
                     state = json.loads(frame)
-                    line.show(describe(state))
+                    show(state)
         if state["status"] not in OVER:
             line.show("the line is lost; calling again ...")
             time.sleep(0.5)
             state = patiently(ask, "watching", RESTART_S)
     line.show(describe(state))
     line.end()
+    outcome = become(state.get("prediction"))
+    if outcome:
+        print(outcome, flush=True)
     return state
 
 

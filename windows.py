@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 import pages
+from messages import Crop
 from pages import Pixels
 
 EIGHT_BIT_WHITE = 255
 LANCZOS_TAPS = 8  # of each resized pixel, along each axis
+CLEANING_REACH = 32  # input pixels around one that decide what pages.clean makes of it, and the resizing
+PART_GRID = 32  # a part begins on a multiple: networks unshuffle by 4, or lay windows of up to 32 over a page
 RESIZE_REACH = 4  # input pixels that a resized one may depend on: Lanczos-4 at network scale 1
 
 
@@ -79,6 +82,31 @@ def _grid_spans(size: int, tile: int, halo: int, grid: int) -> list[tuple[int, i
     halo = math.ceil(halo / grid) * grid
     starts = range(0, size, core)
     return [(at, min(at + core, size), max(0, at - halo), min(at + core + halo, size)) for at in starts]
+
+
+def around(page: Pixels, crop: Crop | None, halo: int, factor: int) -> tuple[Pixels, tuple[slice, slice]]:
+    """(what must be computed of a page for this part of it, where the part lies in the result).
+
+    factor: of the result's size to the page's. Raises PageError for a part that leaves the page.
+    """
+    if crop is None:
+        return page, (slice(None), slice(None))
+    core, (height, width) = crop_box(page, crop), page.shape[:2]
+    reach = halo + CLEANING_REACH
+    y0, x0 = (max(0, start - reach) // PART_GRID * PART_GRID for start in (core.y0, core.x0))
+    window = Box(y0, x0, min(height, core.y1 + reach), min(width, core.x1 + reach))
+    cut = core.within(window).times(factor)
+    return np.ascontiguousarray(window.of(page)), (slice(cut.y0, cut.y1), slice(cut.x0, cut.x1))
+
+
+def crop_box(page: Pixels, crop: Crop) -> Box:
+    """A part of a page. Raises PageError where it is not all there."""
+    x, y, width, height = crop
+    if y + height > page.shape[0] or x + width > page.shape[1]:
+        raise pages.PageError(
+            f"the page has {page.shape[1]}x{page.shape[0]} pixels; {width}x{height} from {x},{y} leave it"
+        )
+    return Box(y, x, y + height, x + width)
 
 
 def spans(size: int, tile: int, halo: int, multiple: int = 1) -> list[tuple[int, int, int, int]]:

@@ -33,7 +33,7 @@ import server
 from storage import Layout
 
 PAGES = {f"Ch 1/{n}.png": png(16, 16, n) for n in range(3)} | {"bad.png": b"bad"}
-VOLATILE = ("createdAt", "startedAt", "finishedAt", "message", "seq", "retries")
+VOLATILE = ("createdAt", "startedAt", "finishedAt", "message", "seq", "retries", "prediction")
 
 
 def make(root: Path) -> None:

@@ -20,10 +20,11 @@ import pytest
 import safetensors.torch
 import torch
 from serving import PLAN, still
-from test_service import Client, check_artifact, png, volume
+from test_service import MODEL, Client, check_artifact, png, volume
 
 import cache
 import infer
+import jobs
 import models
 import server
 import storage
@@ -239,11 +240,27 @@ def test_cached_pages_are_no_measure_of_computing(running, client):
     assert computed() - before == 2
 
 
-def test_a_readers_page_goes_past_it(running, client):
+def test_a_volume_is_foretold_and_measured_by_the_pages_that_are_new(running, client):
+    for pages, computed, cached in ((range(2), 2, 0), (range(3), 1, 2), (range(3), 0, 3)):
+        job, _, taken = made(client, {f"{n}.png": png(60 + n) for n in pages})
+        told = jobs.parsed(running.table.get(job).forecast)
+        for workload in (told["workload"], told["measured"]["workload"]):
+            assert (workload["pages"], workload["cached"]) == (computed, cached) and taken == cached
+            assert workload["input_pixels"] == computed * 32 * 48
+            assert bool(workload["carried_bytes"]) == bool(cached)
+
+
+def test_a_readers_page_and_a_previews_go_past_it(running, client):
     made(client, {"1.png": png(51)})
     before = entries(running.config.storage_root), reused(client)
     status, headers, _ = client.call("POST", "/pages", png(51), Content_Type="image/png")
     assert (status, headers["x-reichan-page"]) == (200, "finished")
+    whole = {"input": {"type": "zip", "path": "v.zip"}, "variants": [{"model": MODEL}]}
+    part = whole | {"crop": {"x": 0, "y": 0, "width": 16, "height": 16}}
+    made_of = [
+        json.loads(client.call("POST", "/preview", asked)[2])["variants"][0] for asked in (whole, part)
+    ]
+    assert [one["width"] for one in made_of] == [64, 32]
     assert (entries(running.config.storage_root), reused(client)) == before
 
 
@@ -262,6 +279,7 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
 HARMLESS = {
     "cache", "containers", "storage",  # bytes as they are
     "lanes", "logs", "sandbox",  # order of work, words, rights
+    "survey",  # counts, for predictions
 }  # fmt: skip
 
 

@@ -232,7 +232,7 @@ def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
         for column in ("color_spread", "model"):
             db.execute(f"ALTER TABLE pages DROP COLUMN {column}")
-        for column in ("outputs_removed_s", "artifact_removed_s"):
+        for column in ("outputs_removed_s", "artifact_removed_s", "forecast"):
             db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
         for name in ("jobs", "pages"):
             db.execute(f"ALTER TABLE {name} DROP COLUMN seal")

@@ -22,8 +22,11 @@ import pytest
 from serving import finished, png, queued, running, still, until, volume
 
 import jobs
+import messages
+import predict
 import server
 import submit
+import wire
 
 ROOT = Path(server.__file__).parent
 ARTIFACT = random.Random(7).randbytes(3 << 20)
@@ -296,6 +299,65 @@ def test_a_token_is_taken_from_flag_or_environment(tmp_path):
         jobs.cancel(service.table, job, 1.0)
         assert run(service, "--job", job, "--watch", REICHAN_TOKEN="secret-token")[0] == 3
         assert run(service, "--job", job, "--watch", "--token", "secret-token")[0] == 3
+
+
+# ---------------------------------------------------------------- predictions
+def test_a_prediction_is_told_after_the_upload_and_before_the_job(service, tmp_path, monkeypatch):
+    """By the command's settings, and patiently: the first question is answered with "ask again"."""
+    (tmp_path / "v.zip").write_bytes(volume({f"{n}.png": png(shade=n) for n in range(3)}))
+    asked, told = [], {"minutes": 12.3, "megabytes": 84.25, "basis": "volumes", "basisPages": 48}
+
+    def of_input(source, wanted):
+        assert source.place.is_file() and not service.table.page_of_jobs(None, "", 10, None)
+        asked.append(wanted)
+        if len(asked) == 1:
+            raise wire.Refused(503, "PREVIEW_SLOW", "ask again")
+        return {"variants": [{"prediction": told}]}
+
+    monkeypatch.setattr(service.api.previews, "of_input", of_input)
+    status, out, _ = run(service, tmp_path / "v.zip", "--predict", "--scale", "3")
+    assert status == 0 and out.startswith(
+        "predicted 12.3 min and 84.2 MB, from 48 pages of volumes like it\njob"
+    )
+    assert [one.variants[0].scale for one in asked] == [3, 3]
+    assert sole_job(service).params.scale == 3
+
+
+def test_a_prediction_of_several_volumes_names_the_one_that_it_is_of():
+    told = {"minutes": 2.0, "megabytes": 40.0, "basis": "preview", "basisPages": 1}
+    answer = {"volumes": 12, "volume": "v06.cbz", "variants": [{"prediction": told}]}
+    words = "2.0 min and 40.0 MB, from 1 page of a preview"
+    assert submit.of_preview(answer) == f"{words}, for each of 12 volumes that is like v06.cbz"
+    assert (
+        submit.of_preview(answer | {"volumes": 1}) == submit.of_preview(answer | {"volumes": None}) == words
+    )
+
+
+def test_a_preview_that_fails_keeps_no_volume_from_being_submitted(service, tmp_path, monkeypatch):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+
+    def of_input(*_):
+        raise wire.Refused(422, "NO_PREVIEW", "no preview: the page is damaged")
+
+    monkeypatch.setattr(service.api.previews, "of_input", of_input)
+    status, out, _ = run(service, tmp_path / "v.zip", "--predict")
+    assert status == 0 and "predicted nothing" in out and "the page is damaged" in out and sole_job(service)
+
+
+def test_a_watch_tells_what_was_predicted_and_what_became_of_it(service):
+    job = running(service)
+    rate = predict.Rate(1e-6, 2.0, 0.25, None, 48, "volumes")
+    told = predict.forecast(messages.Workload(10, 10_000_000, 40_000_000), rate)
+    with start(service, "--job", job.id, "--watch") as process:
+        until(service.live.count)
+        service.table.change(job, jobs.RUNNING, forecast=told)
+        facts = told | {"actualSeconds": 10.0, "actualBytes": 8_000_000}
+        jobs.advance(service.table, service.table.get(job.id), "finish", 3000.0, forecast=facts)
+        out, _ = process.communicate(timeout=30)
+    assert "predicted 0.2 min and 10.0 MB, from 48 pages of volumes like it" in out
+    assert "took      0.2 min (predicted +20%), 8.0 MB (predicted +25%)" in out
+    shared = predict.to_json(facts | {"fromCache": 3})
+    assert submit.become(shared) == "took      0.2 min (with pages of other jobs), 8.0 MB (predicted +25%)"
 
 
 # ---------------------------------------------------------------- watching
