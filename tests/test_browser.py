@@ -295,6 +295,25 @@ def test_the_queue_is_paused_and_a_volume_put_first_by_keys_in_both_languages(tm
         assert [job and job.id for job in turns] == [first.id, second.id]
 
 
+def test_what_is_deleted_in_another_window_is_gone_when_somebody_comes_back_to_this_one(tmp_path, visit):
+    with still(tmp_path) as service:
+        kept, gone = queued(service, "Kept"), queued(service, "Gone")
+        home, open_page = visit(service.url), visit(f"{service.url}/#{gone.id}")
+        see(home, "Gone 1", "#jobs")
+        see(open_page, "Gone 1", "#title")
+        jobs.delete(service.table, service.config.layout, gone.id)
+        for page in (home, open_page):
+            page.evaluate("lookedAt = 0; dispatchEvent(new Event('focus'))")
+        until(lambda: home.locator("#jobs li").count() == 1)
+        see(home, "Kept 1", "#jobs")
+        see(open_page, "This volume is not there any more.")
+        see(open_page, "Kept 1", "#jobs")
+        # What is heard while the list is read anew is not lost by it.
+        home.evaluate("lookedAt = 0; dispatchEvent(new Event('focus'))")
+        jobs.cancel(service.table, kept.id, 1.0)
+        see(home, "Cancelled", "#jobs")
+
+
 def test_what_is_no_volume_is_refused_with_its_name(tmp_path, visit):
     (tmp_path / "notes.docx").write_bytes(b"%PDF")
     with still(tmp_path / "root") as service:
@@ -407,6 +426,14 @@ def axe() -> str:
     return Path(spec.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
 
 
+def check_for_all(page: Any, axe: str) -> None:
+    """Nothing that axe calls more than minor."""
+    # Through the driver, which the page's policy does not bind.
+    found = page.evaluate(f"async () => {{ {axe}; return (await axe.run()).violations; }}")
+    bad = [one for one in found if one["impact"] in ("serious", "critical", "moderate")]
+    assert not bad, [(one["id"], [node["html"] for node in one["nodes"]]) for one in bad]
+
+
 @pytest.mark.parametrize("scheme, size", [*itertools.product(("light", "dark"), ("desk", "phone"))])
 def test_axe_finds_nothing_serious(tmp_path, visit, axe, scheme, size):
     (tmp_path / "a").mkdir()
@@ -418,23 +445,75 @@ def test_axe_finds_nothing_serious(tmp_path, visit, axe, scheme, size):
         queued(service, "Waiting")
         page = visit(service.url, color_scheme=scheme, viewport=DESK if size == "desk" else PHONE)
 
-        def check() -> None:
-            # Through the driver, which the page's policy does not bind.
-            found = page.evaluate(f"async () => {{ {axe}; return (await axe.run()).violations; }}")
-            bad = [one for one in found if one["impact"] in ("serious", "critical", "moderate")]
-            assert not bad, [(one["id"], [node["html"] for node in one["nodes"]]) for one in bad]
-
         see(page, "Waiting", "#jobs")
         drop(page, tmp_path / "a")
         page.get_by_text("More settings").click()
         see(page, "Upscale this volume")
-        check()
+        check_for_all(page, axe)
         page.locator("#jobs").get_by_role("button", name="Delete").first.click()
-        check()
+        check_for_all(page, axe)
         button(page, "Keep").click()
         page.goto(f"{service.url}/#{long.id}")
         see(page, "the file is cut off", "#trouble")
-        check()
+        check_for_all(page, axe)
+
+
+def test_a_page_of_a_dropped_zip_is_previewed_before_and_it_is_the_one_that_the_job_makes(
+    tmp_path, visit, axe
+):
+    """By keys alone; the zip is read by the browser, nothing of it was sent yet."""
+    pages = {f"第1話/{n}.png": png(60, 80, n) for n in (1, 2, 10)}
+    with zipfile.ZipFile(tmp_path / "Seen v01.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {"notes.txt": b"no page", **pages}.items():
+            archive.writestr(name, data)
+    config = server.Config(storage_root=tmp_path / "root", port=0, precision="fp32")  # needs no probing
+    with server.Service(config) as service:
+        page = visit(service.url)
+        see(page, "Connected")
+        page.get_by_label("Model").select_option("realesr-animevideov3")
+        page.get_by_label("PNG").check()
+        drop(page, tmp_path / "Seen v01.zip")
+        button(page, "Preview: Seen v01.zip").press("Enter")
+        page.set_default_timeout(60_000)  # a cold worker loads torch first
+        see(page, re.compile(r"realesr-animevideov3, .* The whole volume: about .*, judged by this page"))
+        assert (
+            page.get_by_label("Page", exact=True).locator("option:checked").inner_text().startswith("2 / 3")
+        )
+        until(lambda: page.evaluate(WIDTHS) == [60, 120])
+        page.get_by_role("dialog").get_by_role("button", name="Next").press("Enter")
+        assert page.get_by_label("Page", exact=True).input_value() == "2"
+        see(page, "judged by 2 pages of previews")
+        until(lambda: page.evaluate(WIDTHS) == [60, 120])
+        page.get_by_role("slider", name="Compare before and after").press("Home")
+        clip = page.locator("#after").evaluate("(image) => getComputedStyle(image).clipPath")
+        assert clip == "inset(0px 0px 0px 0%)"
+        check_for_all(page, axe)
+        sources = [page.locator(f"#{side}").get_attribute("src") for side in ("before", "after")]
+        before, after = (page.request.get(f"{service.url}/{source}").body() for source in sources)
+        assert before == pages["第1話/10.png"] and not list(service.config.layout.incoming.iterdir())
+        page.keyboard.press("Escape")
+        button(page, "Upscale this volume").press("Enter")
+        see(page, "Done", "#jobs")
+        job = next(service.table.changed_since(0))
+        assert page.request.get(f"{service.url}/jobs/{job.id}/pages/3/after").body() == after
+        page.get_by_role("link", name="Seen 01", exact=True).press("Enter")
+        until(lambda: page.evaluate(WIDTHS) == [60, 120])
+
+
+def test_a_preview_that_fails_says_why_in_the_readers_language(tmp_path, visit, axe):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(b"no image")
+    (tmp_path / "empty.zip").write_bytes(b"no zip")
+    with still(tmp_path / "root") as service:
+        page = visit(service.url, locale="zh-CN", viewport=PHONE, color_scheme="dark")
+        see(page, "已连接")
+        drop(page, tmp_path / "a", tmp_path / "empty.zip")
+        button(page, "预览：a").click()
+        see(page, "无法预览：what was sent is no JPEG")
+        check_for_all(page, axe)
+        button(page, "关闭").click()
+        button(page, "预览：empty.zip").click()
+        see(page, "无法在此列出 empty.zip 中的页面")
 
 
 def test_three_thousand_jobs_are_a_screenful_of_rows(tmp_path, visit):
