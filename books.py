@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import artifacts
 import storage
 from messages import CONTAINER_FORMATS, Limits, Params
 
@@ -69,7 +70,7 @@ def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, in
         {"filename": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         for name, data in made.items()
     ]
-    return storage.pack(outputs, artifact, report | {"book": facts}, made=made)
+    return artifacts.pack(outputs, artifact, report | {"book": facts}, made=made)
 
 
 def _title(report: dict[str, Any], otherwise: str) -> str:
@@ -193,7 +194,7 @@ def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[st
     import pikepdf
 
     items = report["items"]
-    data = storage.report_bytes(report)
+    data = artifacts.report_bytes(report)
     storage.write_whole(outputs / storage.REPORT_NAME, data)
     for folder in outputs.glob(PARTS + "*"):  # of an attempt that was killed
         shutil.rmtree(folder, ignore_errors=True)
@@ -224,7 +225,7 @@ def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[st
         file.flush()
         os.fsync(file.fileno())
         digest, size_bytes = storage.sha256_file(Path(file.name)), file.tell()
-    storage.remove_strays(outputs, {storage.REPORT_NAME, *(item["filename"] for item in items)})
+    artifacts.remove_strays(outputs, {storage.REPORT_NAME, *(item["filename"] for item in items)})
     return digest, size_bytes
 
 

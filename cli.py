@@ -21,10 +21,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import artifacts
 import books
 import budgets
 import containers
 import infer
+import inputs
 import pages
 import spreads
 import storage
@@ -171,7 +173,7 @@ class Volume:
         if self.params.container == "cbz":
             collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
         staged = spreads.divided(
-            storage.stage_input(self.source, staging, LIMITS), staging, self.params, LIMITS
+            inputs.stage_input(self.source, staging, LIMITS), staging, self.params, LIMITS
         )
         sources = [page for page in staged if isinstance(page, SourcePage)]
         stems = storage.output_stems([page.name for page in sources])
@@ -271,7 +273,7 @@ class Volume:
             return
         item = written.result()
         self.items.append(item)
-        storage.write_whole(self.work / storage.REPORT_NAME, storage.report_bytes(self._report()))
+        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
         progress.page(item)
 
     def _finish(self) -> None:
@@ -279,8 +281,8 @@ class Volume:
             containers.pack(self.work, self.target, self._report())
             shutil.rmtree(self.work)
         else:
-            storage.write_whole(self.work / storage.REPORT_NAME, storage.report_bytes(self._report()))
-            storage.remove_strays(
+            storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
+            artifacts.remove_strays(
                 self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
             )
             os.replace(self.work, self.target)

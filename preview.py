@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import forms
+import inputs
 import jobs
 import predict
 import reader
@@ -166,7 +167,7 @@ def source_of(layout: Layout, wanted: Wanted, limits: Limits) -> Source:
         return Source(place)
     found = volumes.find(place, limits)
     middle = found[len(found) // 2].parts
-    place = storage.resolve_incoming(layout, "/".join(("incoming", path, *middle)))
+    place = inputs.resolve_incoming(layout, "/".join(("incoming", path, *middle)))
     return Source(place, "/".join(middle) or None, len(found))
 
 

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 import forms
 import jobs
 import storage
+import weightfiles
 from dispatch import Dispatcher
 from jobs import JobError
 from messages import OF_VOLUMES, ComputePage, EngineChoice, Limits, PageDone, PageFailed, Params, TaskFailed
@@ -95,7 +96,7 @@ def image_of(content_type: str, body: bytes) -> memoryview:
 def page_key(layout: Layout, choice: EngineChoice, data: bytes | memoryview, params: Params) -> str:
     """Of what decides how a page will look: bytes, params, engine, and weights as files."""
     weights = []
-    for name, file in storage.find_weights(layout.models).items():
+    for name, file in weightfiles.find_weights(layout.models).items():
         with contextlib.suppress(OSError):
             stat = file.path.stat()
             weights.append((name, stat.st_size, stat.st_mtime_ns))

@@ -25,6 +25,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import artifacts
 import jobs
 import storage
 from jobs import SUCCESS, Job, JobTable, Page
@@ -146,7 +147,7 @@ class Rebuild:
 
     def _adopt(self, artifact: Path) -> None:
         try:
-            report, sha256, size_bytes = storage.prove_artifact(artifact)
+            report, sha256, size_bytes = artifacts.prove_artifact(artifact)
             container = report["params"].get("container", "zip")
             place = self.layout.artifact(report["title"], report["volume"], report["jobId"], container)
             if not (place.exists() and place.samefile(artifact)):

@@ -51,6 +51,7 @@ from websockets.server import ServerProtocol
 import cluster
 import containers
 import dispatch
+import inputs
 import jobs
 import logs
 import openapi
@@ -61,6 +62,7 @@ import sidecar
 import storage
 import volumes
 import webpage
+import weightfiles
 import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
@@ -686,7 +688,7 @@ class Api:
         key = request.headers.one("idempotency-key")
         if key is not None and not 1 <= len(key) <= 255:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
-        wanted = jobs.parse_submission(body, storage.model_names(self.layout.models))
+        wanted = jobs.parse_submission(body, weightfiles.model_names(self.layout.models))
         self._check_room(0)
         limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
         given = (self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve)
@@ -810,7 +812,7 @@ class Api:
         source = self.layout.incoming / job.input_path
         try:
             name = storage.whole_name(page.name, page.staged)
-            data = storage.read_source_page(source, name, page.source_sha256, self.config.limits)
+            data = inputs.read_source_page(source, name, page.source_sha256, self.config.limits)
         except storage.StorageError as error:
             raise Refused(410, error.code, error.detail) from error
         if not preview:
@@ -913,7 +915,7 @@ class Api:
         """PUT /incoming/{path}."""
         if self.dispatcher.stopping:
             raise jobs.ShuttingDown("the service is shutting down; upload again after its restart")
-        target = storage.resolve_incoming(self.layout, "incoming/" + path)
+        target = inputs.resolve_incoming(self.layout, "incoming/" + path)
         # Composed or not: a Mac's file names are not, and stay as their owner spells them.
         spelt = unicodedata.normalize("NFC", path)
         if any(part.startswith(".") or storage.safe_component(part) != part for part in spelt.split("/")):
@@ -972,7 +974,7 @@ class Api:
 
     def _converted(self, page: memoryview, query: dict[str, str]) -> reader.Outcome:
         try:
-            params = reader.params_of(query, storage.model_names(self.layout.models))
+            params = reader.params_of(query, weightfiles.model_names(self.layout.models))
         except jobs.InvalidFields as error:
             return reader.Outcome(None, error.detail)
         return self.reader.convert(page, params)
@@ -981,7 +983,7 @@ class Api:
         """POST /preview."""
         if self.dispatcher.stopping:
             raise jobs.ShuttingDown("the service is shutting down; ask after its restart")
-        names = storage.model_names(self.layout.models)
+        names = weightfiles.model_names(self.layout.models)
         media = request.headers.one("content-type") or ""
         if media.partition(";")[0].strip().lower() == "application/json":
             wanted = preview.parse(_json_body(request), names, has_image=False)
@@ -1009,7 +1011,7 @@ class Api:
     # -- the service itself
     def _probe(self) -> Probed | None:
         """What a worker last told of devices and weights; asks one when files changed since."""
-        weights = storage.find_weights(self.layout.models)
+        weights = weightfiles.find_weights(self.layout.models)
         stamps = {}
         for key, file in weights.items():
             with contextlib.suppress(OSError):
@@ -1030,11 +1032,11 @@ class Api:
     def models(self, _request: Request) -> Answer:
         """GET /models."""
         probed = self._probe()
-        facts = {storage.model_key(model["name"]): model for model in probed.models} if probed else {}
-        files = storage.find_weights(self.layout.models)
+        facts = {weightfiles.model_key(model["name"]): model for model in probed.models} if probed else {}
+        files = weightfiles.find_weights(self.layout.models)
         listed = []
-        for release in storage.RELEASES:
-            key = storage.model_key(release.name)
+        for release in weightfiles.RELEASES:
+            key = weightfiles.model_key(release.name)
             listed.append(_model_json(release.name, files.get(key), facts.get(key), release))
             files.pop(key, None)
         for key, file in files.items():
@@ -1298,9 +1300,9 @@ def _page_json(page: jobs.Page) -> dict[str, Any]:
 
 def _model_json(
     name: str,
-    file: storage.WeightsFile | None,
+    file: weightfiles.WeightsFile | None,
     facts: dict[str, Any] | None,
-    release: storage.Release | None,
+    release: weightfiles.Release | None,
 ) -> dict[str, Any]:
     scale = facts.get("scale", 4) if facts else 4
     missing = None if file else "no weights: see the README, Models"
@@ -1314,7 +1316,7 @@ def _model_json(
         "source": file.source if file else None,
         "sha256": facts["sha256"] if facts else None,
         "architecture": facts.get("architecture") if facts else None,
-        "license": storage.RELEASE_LICENSE if release else None,  # of other files nobody tells it
+        "license": weightfiles.RELEASE_LICENSE if release else None,  # of other files nobody tells it
         "error": facts["error"] if facts else missing,
         "probed": facts is not None,
     }
@@ -1376,7 +1378,7 @@ class Service:
     def _watch(self, config: Config) -> Watch:
         """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
         errors: list[tuple[str, str]] = []
-        params = jobs.parse_params(config.watch_params, storage.model_names(config.layout.models), errors)
+        params = jobs.parse_params(config.watch_params, weightfiles.model_names(config.layout.models), errors)
         if params.split != "none":
             errors.append(("split", "is for requests: the watch takes each archive and folder by itself"))
         if errors:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import formats
+import inputs
 import pages
 import storage
 from messages import Params, Survey, Surveyed, Workload
@@ -75,8 +76,8 @@ class Tally:
 def survey(task: Survey) -> Surveyed:
     """Look through an input, and take one page out. Raises storage.StorageError, PageError, OSError."""
     tallies = [Tally(params) for params in task.variants]
-    with storage.opened(task.source, task.limits) as archive:
-        listing = storage.list_input(task.source, task.limits, archive)
+    with inputs.opened(task.source, task.limits) as archive:
+        listing = inputs.list_input(task.source, task.limits, archive)
         found = listing.pages
         if task.n > len(found):
             raise storage.InputMissing(f"{task.source.name} has {len(found)} pages, no page {task.n}")
@@ -85,16 +86,16 @@ def survey(task: Survey) -> Surveyed:
         most = LOOKED_AT_UNPACKED if isinstance(archive, formats.Container) else LOOKED_AT
         looked_at = found[:: max(1, -(-len(found) // most))]
         with formats.opener([wanted, *looked_at], archive, task.limits) as open_entry:
-            data = storage.read_entry(wanted, open_entry, task.limits)
+            data = inputs.read_entry(wanted, open_entry, task.limits)
             for entry in looked_at:
-                size_bytes = storage.entry_bytes(entry)
+                size_bytes = inputs.entry_bytes(entry)
                 try:
-                    head = storage.read_entry(entry, open_entry, task.limits, HEAD_BYTES)
+                    head = inputs.read_entry(entry, open_entry, task.limits, HEAD_BYTES)
                 except storage.InputUnusable:
                     continue
                 for tally in tallies:
                     tally.add(head, size_bytes)
-        others_bytes = sum(map(storage.entry_bytes, listing.others))
+        others_bytes = sum(map(inputs.entry_bytes, listing.others))
         for tally in tallies:
             tally.other_bytes = others_bytes if tally.params.container == "cbz" else 0
     name = f"{hashlib.sha256(data).hexdigest()[:32]}.{pages.image_kind(data)}"

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import artifacts
+import inputs
 import storage
+from inputs import Entry
 from messages import Limits
-from storage import Entry
 
 
 class NotProvable(storage.StorageError):
@@ -68,13 +70,13 @@ def verify(artifact: Path, against: Path | None) -> int:
             )
         try:
             with zipfile.ZipFile(file) as archive:
-                report = storage.read_report(archive)
+                report = artifacts.read_report(archive)
                 for name, fault in artifact_faults(archive, report):
                     _say("WRONG", name, fault)
                     faults += 1
-            members = storage.members_of(report)
+            members = artifacts.members_of(report)
             sources = sources_of(report)
-        except (*storage.ENTRY_ERRORS, TypeError, KeyError, AttributeError) as error:
+        except (*inputs.ENTRY_ERRORS, TypeError, KeyError, AttributeError) as error:
             _say("WRONG", artifact.name, f"is no artifact with a report: {storage.reason_of(error)}")
             return WRONG
     checked = f"{len(report['items'])} pages"
@@ -82,7 +84,7 @@ def verify(artifact: Path, against: Path | None) -> int:
         checked += f", {len(members) - len(report['items'])} other files"
     if against is not None:
         source = against.resolve()
-        with storage.opened(source, ANY) as opened:
+        with inputs.opened(source, ANY) as opened:
             for name, fault in source_faults(source, opened, sources):
                 _say("SOURCE", name, fault)
                 faults += 1
@@ -101,12 +103,12 @@ def _say(what: str, name: str, fault: str) -> None:
 # ---------------------------------------------------------------- an artifact against its own report
 def artifact_faults(archive: zipfile.ZipFile, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, what is wrong with it); raises as storage.faults_of() does."""
-    found = list(storage.faults_of(archive, report))
+    found = list(artifacts.faults_of(archive, report))
     yield from found
-    names = Counter(item["filename"] for item in storage.members_of(report))
+    names = Counter(item["filename"] for item in artifacts.members_of(report))
     for name in (name for name, times in names.items() if times > 1):
         yield name, "is in the report more than once"
-    if not found and archive.namelist() != storage.entry_order(report):
+    if not found and archive.namelist() != artifacts.entry_order(report):
         yield storage.REPORT_NAME, "lists the files in another order"
 
 
@@ -129,7 +131,7 @@ def sources_of(report: dict[str, Any]) -> Sources:
 
 
 def source_faults(
-    source: Path, archive: storage.Archive | None, sources: Sources
+    source: Path, archive: inputs.Archive | None, sources: Sources
 ) -> Iterator[tuple[str, str]]:
     """(name in the input, how it differs from what the report says of it).
 
@@ -137,7 +139,7 @@ def source_faults(
     """
     import formats
 
-    listing = storage.list_input(source, ANY, archive)
+    listing = inputs.list_input(source, ANY, archive)
     entries = list(listing.pages)
     if sources.left_out is not None:
         entries += [entry for entry in listing.others if _shown(entry) not in sources.left_out]
@@ -194,6 +196,6 @@ def _sha256_as_staged(entry: Entry, open_entry: Callable[[Entry], IO[bytes]]) ->
         with open_entry(entry) as file:
             while chunk := file.read(storage.CHUNK_BYTES):
                 digest.update(chunk)
-    except storage.ENTRY_ERRORS:
+    except inputs.ENTRY_ERRORS:
         pass
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import inputs
 import jobs
 import storage
 import uploads
@@ -50,17 +51,17 @@ def find(place: Path, limits: Limits) -> list[Volume]:
 
     Raises storage.InputUnusable's family, also for a page beside volumes, storage.InputMissing.
     """
-    with storage.opened(place, limits) as archive:
+    with inputs.opened(place, limits) as archive:
         # What a folder holds in all is nothing to refuse: each volume is measured by itself.
         each = replace(limits, total_bytes=1 << 62)
-        listing = storage.list_entries(place, limits if archive else each, archive)
+        listing = inputs.list_entries(place, limits if archive else each, archive)
     archives = [entry for entry in listing.others if uploads.is_archive_name(entry.name.rpartition("/")[2])]
     names = [entry.name for entry in listing.others]
     for entry in archives:
         if archive is None and storage.awaits(entry.name, names):
             raise storage.InputUnusable(f"{entry.name[:200]!r} is still being received; try again then")
     items = [
-        Item(tuple(entry.name.split("/")), storage.entry_bytes(entry), entries is archives)
+        Item(tuple(entry.name.split("/")), inputs.entry_bytes(entry), entries is archives)
         for entries in (listing.pages, archives)
         for entry in entries
     ]
@@ -161,8 +162,8 @@ def _submissions(
     names = names_of(found) if len(found) > 1 else [wanted.volume]
     for volume, name in zip(found, names, strict=True):
         if reserve_bytes is not None:
-            storage.check_room(layout.root, volume.sizes, (), wanted.params, reserve_bytes)
-        place = storage.resolve_incoming(layout, "/".join(("incoming", path, *volume.parts)))
+            inputs.check_room(layout.root, volume.sizes, (), wanted.params, reserve_bytes)
+        place = inputs.resolve_incoming(layout, "/".join(("incoming", path, *volume.parts)))
         kind = "zip" if volume.is_archive else wanted.input_type
         below = place.relative_to(layout.incoming).as_posix()
         yield replace(wanted, volume=name, input_type=kind, input_path=below)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import inputs
 import jobs
 import storage
 import uploads
@@ -174,9 +175,9 @@ class Watch:
         if self.memory.known.get(upload.path, ("", ""))[1] == content:
             return  # sent once more, or touched
         try:
-            place = storage.resolve_incoming(self.layout, "incoming/" + upload.path)
-            with storage.opened(place, self.limits) as archive:
-                storage.list_input(place, self.limits, archive)
+            place = inputs.resolve_incoming(self.layout, "incoming/" + upload.path)
+            with inputs.opened(place, self.limits) as archive:
+                inputs.list_input(place, self.limits, archive)
             job = self._submit(upload, content)
         except storage.NoRoom:
             raise

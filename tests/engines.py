@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import infer
-import storage
+import weightfiles
 from infer import NativeEngine
 from messages import Plan
 from models import Model, load_model
@@ -26,7 +26,7 @@ NO_FILES = Path(__file__).parent / "no-such-folder"  # a model root that leaves 
 @functools.cache
 def bundled(name: str) -> Model:
     """A model of the wheel, loaded once."""
-    return load_model(storage.find_weights(NO_FILES)[storage.model_key(name)])
+    return load_model(weightfiles.find_weights(NO_FILES)[weightfiles.model_key(name)])
 
 
 def plan_for(model: Model, **changes: Any) -> Plan:

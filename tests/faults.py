@@ -120,10 +120,10 @@ def filling(conn: Any, choice: Any, slot: int) -> None:
 
 def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, which is killed each time when it has packed one page of two."""
+    import artifacts
     import infer
-    import storage
 
-    packing = storage._pack_output
+    packing = artifacts._pack_output
 
     def dying(archive: Any, outputs: Path, item: Any, n: int | None) -> None:
         if n == 2:
@@ -131,7 +131,7 @@ def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         packing(archive, outputs, item, n)
 
-    storage._pack_output = dying
+    artifacts._pack_output = dying
     infer.worker_main(conn, choice, slot)
 
 

@@ -41,6 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import artifacts
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client, JobState
@@ -408,7 +410,7 @@ class Trial:
             shutil.copytree(self.scene.outputs, copy)
             report = json.loads((copy / storage.REPORT_NAME).read_text(encoding="utf-8"))
             try:
-                storage.pack(copy, again, report)
+                artifacts.pack(copy, again, report)
             except storage.OutputDamaged as error:
                 self.found.append(error.detail)
                 return

@@ -11,12 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+import weightfiles
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import infer
 import models
 import sample
-import storage
 from messages import EngineChoice, Params
 
 PARTS = ((0, 500, 80), (1, 560, 30))  # page, top, left
@@ -26,7 +27,7 @@ SHOWN = 0.55  # of the four-fold size
 
 def main(target: str) -> None:
     """Write the picture."""
-    model = models.load_model(storage.find_weights(Path("no-model-root"))["realesrgan_x4plus_anime_6b"])
+    model = models.load_model(weightfiles.find_weights(Path("no-model-root"))["realesrgan_x4plus_anime_6b"])
     params = Params(scale=4, output_format="png")
     engine = infer.NativeEngine(model, infer.make_plan(params, EngineChoice(), model, 0), 0)
     rows = []

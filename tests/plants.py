@@ -16,6 +16,7 @@ from typing import Any
 
 import fuzz
 
+import inputs
 import jobs
 import live
 import server
@@ -176,7 +177,7 @@ def an_upload_that_leaves_its_folder() -> None:
         # One level up and no further: this must not reach what isn't the test's.
         return layout.root / path.rpartition("/")[2] if ".." in path else real(layout, path)
 
-    wrapped(storage, "resolve_incoming", resolve_incoming)
+    wrapped(inputs, "resolve_incoming", resolve_incoming)
     wrapped(storage, "safe_component", lambda _real, name: name)
     wrapped(server.unicodedata, "normalize", lambda _real, _form, text: text.replace("..", "up"))
 

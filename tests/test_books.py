@@ -17,6 +17,7 @@ from engines import COMPACT
 from helpers import require
 from serving import png, until, volume
 
+import artifacts
 import books
 import budgets
 import cli
@@ -103,7 +104,7 @@ def test_wide_pages_and_the_cover_stand_alone(tmp_path):
 
 def test_an_epub_proves_itself_and_what_it_was_made_of(tmp_path, capsys):
     made = packed(tmp_path, "epub")
-    report, _, size_bytes = storage.prove_artifact(made)
+    report, _, size_bytes = artifacts.prove_artifact(made)
     assert len(report["items"]) == 4 and size_bytes == made.stat().st_size
     (tmp_path / "in.zip").write_bytes(volume(FILES))
     assert verify.main(["verify", str(made), "--against", str(tmp_path / "in.zip")]) == verify.PROVED
@@ -116,7 +117,7 @@ def test_a_changed_document_of_an_epub_is_found(tmp_path, capsys):
     assert verify.main(["verify", str(made)]) == verify.WRONG
     assert "package.opf" in capsys.readouterr().out
     with pytest.raises(storage.ArtifactDamaged):
-        storage.prove_artifact(made)
+        artifacts.prove_artifact(made)
 
 
 # ---------------------------------------------------------------- PDF

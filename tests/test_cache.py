@@ -24,6 +24,7 @@ from test_service import MODEL, Client, check_artifact, png, volume
 
 import cache
 import infer
+import inputs
 import jobs
 import models
 import server
@@ -202,7 +203,7 @@ def test_a_disk_without_room_is_offered_the_cache_first(tmp_path, monkeypatch):
         if entries(tmp_path):
             raise storage.NoRoom(2, 1, 0)
 
-    monkeypatch.setattr(storage, "check_room", check_room)
+    monkeypatch.setattr(inputs, "check_room", check_room)
     kept_pages(tmp_path / "cache", "a", "b")
     with still(tmp_path, job_cache_bytes=1 << 20) as resting:
         resting.dispatcher.cache.load()

@@ -33,6 +33,7 @@ import infer
 import models
 import server
 import storage
+import weightfiles
 from messages import EngineChoice, Params
 from pages import Pixels
 
@@ -79,7 +80,7 @@ def weights(kind: str, seed: int = 1) -> dict[str, torch.Tensor]:
 def loaded(root: Path, kind: str, name: str = "theirs") -> models.Model:
     """The model that a file of these weights makes."""
     safetensors.torch.save_file(weights(kind), root / f"{name}.safetensors")
-    return models.load_model(storage.find_weights(root)[storage.model_key(name)])
+    return models.load_model(weightfiles.find_weights(root)[weightfiles.model_key(name)])
 
 
 def theirs(kind: str, page: Pixels) -> Pixels:
@@ -225,7 +226,7 @@ def test_the_reference_engine_says_that_it_has_no_such_network(tmp_path, monkeyp
 def test_a_pth_of_any_architecture_is_vouched_for_first(tmp_path):
     path = tmp_path / "theirs.pth"
     torch.save({"state_dict": weights("SwinIR")}, path)
-    file = storage.find_weights(tmp_path)["theirs"]
+    file = weightfiles.find_weights(tmp_path)["theirs"]
     with pytest.raises(storage.WeightsRefused, match=r"trusted\.sha256"):
         models.load_model(file)
     (tmp_path / "trusted.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -245,7 +246,7 @@ def test_what_no_architecture_fits_is_refused(tmp_path):
     for told, tensors in lies.items():
         safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
         with pytest.raises(storage.WeightsRefused, match=told):
-            models.load_model(storage.find_weights(tmp_path)["odd"])
+            models.load_model(weightfiles.find_weights(tmp_path)["odd"])
 
 
 # ---------------------------------------------------------------- through the service

@@ -19,12 +19,15 @@ import pytest
 from client import Client
 from serving import png, volume
 
+import artifacts
 import containers
+import inputs
 import reader
 import rebuild
 import server
 import storage
 import verify
+import weightfiles
 from messages import Limits
 
 PAGES = {"001.png": png(shade=1), "ch2/002.png": png(shade=2), "ch2/010.png": png(shade=3)}
@@ -196,19 +199,19 @@ def kept_of(tmp_path: Path, source: Path, limits: Limits = LIMITS) -> dict[str, 
     outputs, items = tmp_path / "out", []
     for _ in containers.keep(source, outputs, limits):
         pass
-    with storage.opened(source, limits) as archive:
-        listing = storage.list_input(source, limits, archive)
+    with inputs.opened(source, limits) as archive:
+        listing = inputs.list_input(source, limits, archive)
         for n, (page, stem) in enumerate(
             zip(listing.pages, storage.output_stems([page.name for page in listing.pages]), strict=True)
         ):
-            with storage.open_entry(page, archive, limits) as file:
+            with inputs.open_entry(page, archive, limits) as file:
                 data = file.read()
             name = stem + os.path.splitext(page.name)[1]
             write(outputs, {name: data})
             items.append(ITEMS[n % 3] | {"filename": name, "sha256": sha(data)})
     report = {"params": {"container": "cbz"}, "items": items}
     containers.pack(outputs, tmp_path / "a.cbz", report)
-    return storage.prove_artifact(tmp_path / "a.cbz")[0]
+    return artifacts.prove_artifact(tmp_path / "a.cbz")[0]
 
 
 def cbz(tmp_path: Path, files: dict[str, bytes]) -> dict[str, bytes]:
@@ -332,8 +335,8 @@ def test_thousands_of_files_of_one_name_are_named_at_once():
     ],
 )
 def test_the_comic_info_at_the_root_of_the_pages_is_the_volumes(others, pages, found):
-    entries = [[storage.Entry(name, Path(), None) for name in names] for names in (pages, others)]
-    entry = containers.comic_info_of(storage.Listing(entries[0], 0, None, entries[1]))
+    entries = [[inputs.Entry(name, Path(), None) for name in names] for names in (pages, others)]
+    entry = containers.comic_info_of(inputs.Listing(entries[0], 0, None, entries[1]))
     assert (entry and entry.name) == found
 
 
@@ -381,7 +384,7 @@ def test_a_job_may_be_delivered_as_a_cbz(world, tmp_path):
     source = service.config.layout.incoming / "whole.cbz"
     assert verify.main(["verify", str(path), "--against", str(source)]) == 0
     # The table lost, the job is rebuilt from it.
-    report, digest, size_bytes = storage.prove_artifact(path)
+    report, digest, size_bytes = artifacts.prove_artifact(path)
     again, pages = rebuild.job_of(report, digest, size_bytes, 0.0)
     assert again.params.container == "cbz" and [page.output for page in pages] == list(PAGES)
     assert client.call("DELETE", f"/jobs/{job}").status == 204 and not path.exists()
@@ -449,7 +452,7 @@ def test_a_container_of_another_kind_is_refused(world):
 
 
 def test_a_single_page_has_no_container():
-    models = {storage.model_key(reader.DEFAULTS.model): reader.DEFAULTS.model}
+    models = {weightfiles.model_key(reader.DEFAULTS.model): reader.DEFAULTS.model}
     assert reader.params_of({"container": "cbr"}, models) == reader.DEFAULTS
     assert "container" not in reader.PARAMETERS
 

@@ -21,9 +21,10 @@ from serving import still
 import doctor
 import server
 import storage
+import weightfiles
 
 ROOT = Path(server.__file__).parent
-WHEEL = {release.name: release.wheel_bin_sha256 for release in storage.RELEASES}
+WHEEL = {release.name: release.wheel_bin_sha256 for release in weightfiles.RELEASES}
 
 
 @pytest.fixture(scope="module")

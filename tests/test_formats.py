@@ -30,6 +30,7 @@ from serving import png, until
 
 import containers
 import formats
+import inputs
 import server
 import storage
 import verify
@@ -74,9 +75,9 @@ def installed() -> None:
         require(importlib.util.find_spec(module), f"{module} is not installed: pip install '.[formats]'")
 
 
-def stage(source: Path, staging: Path, **limits: Any) -> tuple[list[SourcePage], storage.Listing]:
-    *staged, listing = storage.stage_input(source, staging, Limits(**limits))
-    assert isinstance(listing, storage.Listing)
+def stage(source: Path, staging: Path, **limits: Any) -> tuple[list[SourcePage], inputs.Listing]:
+    *staged, listing = inputs.stage_input(source, staging, Limits(**limits))
+    assert isinstance(listing, inputs.Listing)
     return [page for page in staged if isinstance(page, SourcePage)], listing
 
 
@@ -652,11 +653,11 @@ def test_readers_have_no_network_and_bounded_memory(tmp_path, monkeypatch):
 
 def test_an_input_replaced_after_it_was_opened_is_not_read(tmp_path):
     source = rar(tmp_path / "v.rar", PAGES)
-    with storage.opened(source, Limits()) as archive:
+    with inputs.opened(source, Limits()) as archive:
         source.unlink()
         source.symlink_to(rar(tmp_path / "other.rar", PAGES))
         with pytest.raises(storage.InputUnusable, match="not the file"):
-            storage.list_input(source, Limits(), archive)
+            inputs.list_input(source, Limits(), archive)
 
 
 def test_the_service_imports_nothing_of_it(tmp_path):
@@ -749,15 +750,15 @@ def test_volumes_of_every_kind_in_one_input_are_told_apart(tmp_path, pack):
     for volume in volumes.find(outer, Limits()):
         wanted = set(PAGES) if volume.is_archive else {"1.png"}
         assert set(staged_bytes(outer.joinpath(*volume.parts), tmp_path / "staging")) == wanted
-        storage.check_input(outer.joinpath(*volume.parts), "zip")
+        inputs.check_input(outer.joinpath(*volume.parts), "zip")
     with pytest.raises(storage.InputMissing):
-        storage.check_input(outer / "v9.cbr", "zip")
+        inputs.check_input(outer / "v9.cbr", "zip")
 
 
 def test_a_container_proves_what_was_made_of_it(tmp_path):
     source = rar(tmp_path / "v.rar", PAGES)
     sources = verify.Sources([(name, hashlib.sha256(data).hexdigest()) for name, data in PAGES.items()], None)
-    with storage.opened(source, verify.ANY) as archive:
+    with inputs.opened(source, verify.ANY) as archive:
         assert list(verify.source_faults(source, archive, sources)) == []
         other = replace(sources, expected=[("ch1/1.png", "0" * 64), *sources.expected[1:]])
         ((name, fault),) = verify.source_faults(source, archive, other)

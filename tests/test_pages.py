@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import require
 
+import inputs
 import pages
 import storage
 from messages import Limits, Params, SourcePage
@@ -114,7 +115,7 @@ def test_every_hostile_input_has_the_good_pages_its_index_counts(hostile, tmp_pa
             continue
         staged: list[SourcePage] = []
         with contextlib.suppress(storage.InputUnusable):
-            *staged, _ = storage.stage_input(hostile.root / entry["file"], staging, LIMITS)
+            *staged, _ = inputs.stage_input(hostile.root / entry["file"], staging, LIMITS)
         bad = [p for p in staged if p.error or judge((staging / p.staged).read_bytes())[0] != "ok"]
         verdict = "reject" if not staged else "page-error" if bad else "ok"
         counted = (len(staged) - len(bad), len(bad)) == (entry.get("pages", 0), entry.get("bad", 0))

@@ -20,11 +20,11 @@ import jobs
 import messages
 import preview
 import server
-import storage
+import weightfiles
 
 COMPACT = {"model": "realesr-animevideov3"}
 CBZ = {"container": "cbz"}
-NAMES = storage.model_names(Path("none"))
+NAMES = weightfiles.model_names(Path("none"))
 
 
 @pytest.fixture(scope="module")

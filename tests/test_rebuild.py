@@ -24,6 +24,7 @@ from conftest import make_hostile
 from damage import Known
 from serving import until, volume
 
+import artifacts
 import jobs
 import rebuild
 import server
@@ -404,7 +405,7 @@ SPOILS: tuple[Callable[[Path, dict[str, Any]], None], ...] = (
 def test_an_artifact_that_is_not_proved_is_left_as_it_is_and_said(layout, before, caplog, spoil):
     job = before.ids("SUCCESS")[0]
     artifact = next(layout.artifacts.glob(f"*{job}.zip"))
-    spoil(artifact, storage.prove_artifact(artifact)[0])
+    spoil(artifact, artifacts.prove_artifact(artifact)[0])
     there = {path: path.read_bytes() for path in layout.artifacts.iterdir()}
     layout.database.unlink()
     with caplog.at_level(logging.ERROR):
@@ -417,7 +418,7 @@ def test_an_artifact_that_is_not_proved_is_left_as_it_is_and_said(layout, before
 
 def test_the_service_is_ready_before_an_artifact_is_hashed(layout, before, monkeypatch):
     layout.database.unlink()
-    go_on, prove = threading.Event(), storage.prove_artifact
+    go_on, prove = threading.Event(), artifacts.prove_artifact
 
     def slowly(artifact: Path) -> Any:
         assert go_on.wait(30)

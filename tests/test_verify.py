@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from serving import png, volume
 
-import storage
+import artifacts
 import verify
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def made(tmp_path: Path, kind: str) -> Path:
     files = [facts(name, data) | {"source": facts(name, data)} for name, data in OTHERS.items()]
     lost = {"filename": None, "source": {"filename": "big.txt"}, "error": "left out"}
     report = {"items": items} | ({"files": [*files, lost]} if kind == "cbz" else {})
-    storage.pack(outputs, tmp_path / f"a.{kind}", report)
+    artifacts.pack(outputs, tmp_path / f"a.{kind}", report)
     return tmp_path / f"a.{kind}"
 
 
@@ -137,7 +137,7 @@ def test_two_pages_of_one_name_are_told_apart_by_hash(tmp_path, capsys):
     (tmp_path / "outputs").mkdir()
     for name in pages:
         (tmp_path / name).rename(tmp_path / "outputs" / name)
-    storage.pack(tmp_path / "outputs", tmp_path / "a.zip", {"items": items})
+    artifacts.pack(tmp_path / "outputs", tmp_path / "a.zip", {"items": items})
     assert told(capsys, tmp_path / "a.zip", "--against", tmp_path / "in.zip") == (0, [])
 
 
