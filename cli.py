@@ -25,11 +25,11 @@ import artifacts
 import books
 import budgets
 import containers
-import infer
 import inputs
 import pages
 import spreads
 import storage
+import upscaling
 from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 
 LIMITS = Limits()
@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--reading-direction", choices=("rtl", "ltr"), default=DEFAULTS.reading_direction)
     flags.add_argument("--max-page-bytes", type=_from_to(4096, 1 << 40), help="a page's, at most")
     flags.add_argument("--tile", type=_from_to(32, 65_536), help="input pixels of a tile")
-    flags.add_argument("--precision", choices=("auto", *infer.PRECISIONS), default="auto")
-    flags.add_argument("--device", choices=("auto", *infer.DEVICES), default="auto")
+    flags.add_argument("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto")
+    flags.add_argument("--device", choices=("auto", *upscaling.DEVICES), default="auto")
     return flags
 
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_places(given.source, given.target)
         params = params_of(given)
         choice = EngineChoice(given.device, given.precision, "native", given.model_root)
-        engines = infer.Engines(choice, 0, lambda: None)
+        engines = upscaling.Engines(choice, 0, lambda: None)
         plan = engines.plan(params)
         if is_image(given.source):
             upscale_image(given.source, given.target, params, plan, engines)
@@ -140,10 +140,10 @@ def params_of(given: argparse.Namespace) -> Params:
 
 
 # ---------------------------------------------------------------- one image
-def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engines: infer.Engines) -> None:
+def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engines: upscaling.Engines) -> None:
     """Raises PageError; nothing is written then."""
     page = pages.decode_page(source.read_bytes(), params, LIMITS)
-    result, _ = engines.compute(page.pixels, params, infer.plan_for(plan, page.pixels))
+    result, _ = engines.compute(page.pixels, params, upscaling.plan_for(plan, page.pixels))
     data, suffix, why = pages.encode(result, params, page.profile)
     if why:
         raise pages.PageError(f"{why}; call OUT {target.stem}{suffix}")
@@ -159,7 +159,7 @@ class Volume:
     target: Path
     params: Params
     plan: Plan
-    engines: infer.Engines
+    engines: upscaling.Engines
     items: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -205,7 +205,7 @@ class Volume:
                 raise pages.PageError(page.error)
             read = pages.decode_page(path.read_bytes(), self.params, LIMITS)
             read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
-            plan = infer.plan_for(self.plan, read.pixels)
+            plan = upscaling.plan_for(self.plan, read.pixels)
             result, deviation = self.engines.compute(read.pixels, self.params, plan)
             return replace(read, pixels=result), deviation, None
         except pages.PageError as error:

@@ -72,9 +72,9 @@ BATCH_BYTES = 32 << 20  # of pages in one call
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "dispatch", "storage", *(  # and infer.PIPELINE
+CODE = ("cluster", "dispatch", "inputs", "storage", "weightfiles", *(  # and infer.PIPELINE
     "budgets", "community", "devices", "imagekinds", "infer", "messages", "models", "pages", "rolling",
-    "spreads", "windows"))  # fmt: skip
+    "spreads", "upscaling", "windows"))  # fmt: skip
 
 
 def is_installed() -> bool:

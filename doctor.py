@@ -335,6 +335,7 @@ def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
     import torch
 
     import infer
+    import upscaling
 
     infer.settle_torch()
     cuda_error = None
@@ -348,7 +349,7 @@ def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudaError": cuda_error,
-        "devices": infer.describe_devices(),
+        "devices": upscaling.describe_devices(),
         "models": infer.describe_models(choice.model_root),
         "runs": [run_model(choice, name) for name in models],
     }
@@ -356,10 +357,10 @@ def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
 
 def run_model(choice: EngineChoice, name: str) -> dict[str, Any]:
     """One tile by a model, beside the stored value, and a page's time."""
-    import infer
+    import upscaling
 
     params = Params(model=name)
-    engines = infer.Engines(choice, 0, lambda: None)
+    engines = upscaling.Engines(choice, 0, lambda: None)
     told: dict[str, Any] = {"model": name, "error": None}
     try:
         plan = engines.plan(params)

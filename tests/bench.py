@@ -42,6 +42,7 @@ import infer  # noqa: E402
 import pages  # noqa: E402
 import sample  # noqa: E402
 import storage  # noqa: E402
+import upscaling  # noqa: E402
 import windows  # noqa: E402
 from messages import (  # noqa: E402
     ComputePage,
@@ -85,7 +86,7 @@ def write_pages(folder: Path, count: int, height: int, width: int) -> list[Path]
 def upstream_main(conn: Connection, model: Model, plan: Plan) -> None:
     """Answer each list of (source, target) when all of them are written; ends with the pipe."""
     upstream_shim.install()
-    upsampler = infer.UpstreamEngine(model, plan, 0).engine
+    upsampler = upscaling.UpstreamEngine(model, plan, 0).engine
     while work := conn.recv():
         for source, target in work:
             page = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
@@ -191,7 +192,7 @@ def matrix_flops(dtype: torch.dtype) -> float:
 
 def overlap_share(model: Model, plan: Plan, height: int, width: int) -> float:
     """Pixels computed more than once, as a share of the page's."""
-    if infer.DEVICES[plan.device].rolls:
+    if upscaling.DEVICES[plan.device].rolls:
         across = windows.spans(width, plan.tile, plan.halo_px, model.multiple)
         computed = height * sum(x1 - x0 for *_, x0, x1 in across)
     else:
@@ -205,8 +206,8 @@ def compare(model: Model, plan: Plan, source: Path) -> tuple[int, float]:
     upstream_shim.install()
     page = cv2.imread(str(source), cv2.IMREAD_UNCHANGED)
     page = page[: len(page) // 3]
-    theirs = infer.UpstreamEngine(model, upstream_plan(plan), 0).upscale(page, 2).astype(np.int16)
-    apart = np.abs(infer.NativeEngine(model, plan, 0).upscale(page, 2) - theirs)
+    theirs = upscaling.UpstreamEngine(model, upstream_plan(plan), 0).upscale(page, 2).astype(np.int16)
+    apart = np.abs(upscaling.NativeEngine(model, plan, 0).upscale(page, 2) - theirs)
     error = float((apart.astype(np.float64) ** 2).mean())
     return int(apart.max()), 10 * float(np.log10(255**2 / error)) if error else float("inf")
 
@@ -265,7 +266,7 @@ class PageNetwork(torch.nn.Module):
         return (y.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-class OpenVINOEngine(infer.NativeEngine):
+class OpenVINOEngine(upscaling.NativeEngine):
     """Strips as wide as the page through OpenVINO (pip install openvino), which compiles a network
     for a shape; plan.tile: rows of a strip, without its halo. For 8-bit colour pages."""
 
@@ -296,12 +297,12 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
     """Rows (engine, model, precision, pages/min, ratio, overlap, PSNR, max difference): engines alone,
     one page, taking turns; OpenVINO with strips of each of some heights. Both beside fp32."""
     choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
-    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
         page = cv2.imread(str(write_pages(Path(name), 1, height, width)[0]), cv2.IMREAD_UNCHANGED)
     plans = {f"OpenVINO, {rows} rows": replace(plan, tile=rows) for rows in arguments.openvino}
-    engines: dict[str, infer.Engine] = {"ours": infer.NativeEngine(model, plan, 0)}
+    engines: dict[str, upscaling.Engine] = {"ours": upscaling.NativeEngine(model, plan, 0)}
     engines |= {key: OpenVINOEngine(model, theirs) for key, theirs in plans.items()}
     seconds: dict[str, list[float]] = {key: [] for key in engines}
     for turn in range(arguments.pairs + 1):
@@ -311,7 +312,8 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
             results[key] = engine.upscale(page, 2)
             if turn:  # the first one compiles
                 seconds[key].append(time.perf_counter() - started)
-    exact = infer.NativeEngine(model, replace(plan, precision="fp32"), 0).upscale(page, 2).astype(np.int16)
+    exact_engine = upscaling.NativeEngine(model, replace(plan, precision="fp32"), 0)
+    exact = exact_engine.upscale(page, 2).astype(np.int16)
     rows = []
     for key, spent in seconds.items():
         ratios = [own / theirs for own, theirs in zip(seconds["ours"], spent, strict=True)]
@@ -328,7 +330,7 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
 # ---------------------------------------------------------------- a comparison
 def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in one precision beside upstream."""
-    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -362,7 +364,7 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
         "ratio min": min(ratios),
         "ratio max": max(ratios),
         "upstream share of peak": operations / theirs / matrix_flops(torch.float32),
-        "share of peak": operations / mine / matrix_flops(infer.PRECISIONS[plan.precision]),
+        "share of peak": operations / mine / matrix_flops(upscaling.PRECISIONS[plan.precision]),
         "overlap": overlap_share(model, plan, height, width),
         "overlap at 1200x1700": overlap_share(model, plan, 1700, 1200),
         "upstream peak MB": peaks[0],
@@ -375,7 +377,7 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
 def memory(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> list[str]:
     """Peaks of a worker: before, after its first page, after all of them."""
     height, width = map(int, arguments.size.split("x"))
-    plan = infer.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
     with (
         tempfile.TemporaryDirectory() as name,
         process(infer.worker_main, choice, 0) as (pipe, child),
@@ -436,7 +438,7 @@ def main() -> None:
         return
     if arguments.openvino or arguments.memory:
         choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
-        loaded = infer.Engines(choice, 0, lambda: None)
+        loaded = upscaling.Engines(choice, 0, lambda: None)
         models = [loaded.model(name) for name in arguments.models]
         if arguments.memory:
             head = ["model", "height x width", "pages", "idle MB", "peak MB after one", "after all"]
@@ -449,7 +451,7 @@ def main() -> None:
     rows = []
     for precision in arguments.precisions:
         choice = EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")
-        engines = infer.Engines(choice, 0, lambda: None)
+        engines = upscaling.Engines(choice, 0, lambda: None)
         rows += [measure(engines.model(name), choice, arguments) for name in arguments.models]
     report = {key: getattr(arguments, key) for key in ("size", "pages", "pairs")}
     report |= {"machine": machine(), "threads": torch.get_num_threads()}

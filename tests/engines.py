@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import infer
+import upscaling
 import weightfiles
-from infer import NativeEngine
 from messages import Plan
 from models import Model, load_model
 from pages import Pixels
+from upscaling import NativeEngine
 
 COMPACT = "realesr-animevideov3"
 SIX_B = "RealESRGAN_x4plus_anime_6B"
@@ -53,7 +53,7 @@ def native(name: str, **changes: Any) -> NativeEngine:
 
 def use_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU compute windows at once, as cards do, instead of rolling."""
-    monkeypatch.setitem(infer.DEVICES, "cpu", replace(infer.DEVICES["cpu"], rolls=False))
+    monkeypatch.setitem(upscaling.DEVICES, "cpu", replace(upscaling.DEVICES["cpu"], rolls=False))
 
 
 def apart(ours: Pixels, theirs: Pixels) -> float:

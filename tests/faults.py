@@ -27,8 +27,9 @@ def note(what: str) -> int:
 def by_width(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, whose engine does what the page's width asks for."""
     import infer
+    import upscaling
 
-    upscale = infer.NativeEngine.upscale
+    upscale = upscaling.NativeEngine.upscale
 
     def faulty(self: Any, pixels: Any, *rest: Any) -> Any:
         width = pixels.shape[1]
@@ -43,7 +44,7 @@ def by_width(conn: Any, choice: Any, slot: int) -> None:
             time.sleep(600)
         return upscale(self, pixels, *rest)
 
-    infer.NativeEngine.upscale = faulty  # type: ignore[method-assign]
+    upscaling.NativeEngine.upscale = faulty  # type: ignore[method-assign]
     infer.FIRST_STEP_LIMIT_S = 6.0  # else a hang would be waited for ten minutes
     infer.worker_main(conn, choice, slot)
 
@@ -79,8 +80,9 @@ def prying(conn: Any, choice: Any, slot: int) -> None:
     import socket
 
     import infer
+    import upscaling
 
-    upscale = infer.NativeEngine.upscale
+    upscale = upscaling.NativeEngine.upscale
 
     def prying(self: Any, *rest: Any) -> Any:
         try:
@@ -90,7 +92,7 @@ def prying(conn: Any, choice: Any, slot: int) -> None:
             note(errno.errorcode[error.errno or 0])
         return upscale(self, *rest)
 
-    infer.NativeEngine.upscale = prying  # type: ignore[method-assign]
+    upscaling.NativeEngine.upscale = prying  # type: ignore[method-assign]
     infer.worker_main(conn, choice, slot)
 
 
@@ -169,15 +171,16 @@ def losing_its_working_copy(conn: Any, choice: Any, slot: int) -> None:
 def with_leave(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, in which pages of the width WAITER wait until there is a file `go`."""
     import infer
+    import upscaling
 
-    upscale = infer.NativeEngine.upscale
+    upscale = upscaling.NativeEngine.upscale
 
     def patient(self: Any, pixels: Any, *rest: Any) -> Any:
         while pixels.shape[1] == WAITER and not Path(os.environ["FAULTS"], "go").exists():
             time.sleep(0.02)
         return upscale(self, pixels, *rest)
 
-    infer.NativeEngine.upscale = patient  # type: ignore[method-assign]
+    upscaling.NativeEngine.upscale = patient  # type: ignore[method-assign]
     infer.worker_main(conn, choice, slot)
 
 
@@ -196,8 +199,9 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
     from dataclasses import replace
 
     import infer
+    import upscaling
 
-    upscale = infer.NativeEngine.upscale
+    upscale = upscaling.NativeEngine.upscale
 
     def waiting(self: Any, *rest: Any) -> Any:
         note(f"page on {slot}")
@@ -205,8 +209,8 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
             time.sleep(0.02)
         return upscale(self, *rest)
 
-    infer.NativeEngine.upscale = waiting  # type: ignore[method-assign]
-    infer.DEVICES["cpu"] = replace(infer.DEVICES["cpu"], count=lambda: 2)
+    upscaling.NativeEngine.upscale = waiting  # type: ignore[method-assign]
+    upscaling.DEVICES["cpu"] = replace(upscaling.DEVICES["cpu"], count=lambda: 2)
     infer.worker_main(conn, choice, slot)
 
 
@@ -215,6 +219,7 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
     import functools
 
     import infer
+    import upscaling
 
     decode = infer.Worker._decode
 
@@ -223,7 +228,7 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
         folder = Path(os.environ["FAULTS"])
         while not (folder / "go").exists() and not any(map(taken, folder.glob("pass*"))):
             if (task.job_id, task.attempt) in self.cancelled:
-                raise infer.Cancelled
+                raise upscaling.Cancelled
             time.sleep(0.02)
         decode(self, task)
 
@@ -233,10 +238,10 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
 
 def held_up_on_unlike_machines(conn: Any, choice: Any, slot: int) -> None:
     """held_up, where each worker says that its machine is another one."""
-    import infer
+    import upscaling
 
-    describe, which = infer.describe_machine, note("machine")
-    infer.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"
+    describe, which = upscaling.describe_machine, note("machine")
+    upscaling.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"
     held_up(conn, choice, slot)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+import upscaling
 import weightfiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import infer
 import models
 import sample
 from messages import EngineChoice, Params
@@ -29,12 +29,12 @@ def main(target: str) -> None:
     """Write the picture."""
     model = models.load_model(weightfiles.find_weights(Path("no-model-root"))["realesrgan_x4plus_anime_6b"])
     params = Params(scale=4, output_format="png")
-    engine = infer.NativeEngine(model, infer.make_plan(params, EngineChoice(), model, 0), 0)
+    engine = upscaling.NativeEngine(model, upscaling.make_plan(params, EngineChoice(), model, 0), 0)
     rows = []
     for n, top, left in PARTS:
         page = sample.sample_page(n)
         wide = page[top - MARGIN : top + HEIGHT + MARGIN, left - MARGIN : left + WIDTH + MARGIN]
-        upscaled = infer.upscale_page(engine, wide, params)
+        upscaled = upscaling.upscale_page(engine, wide, params)
         after = upscaled[4 * MARGIN : -4 * MARGIN, 4 * MARGIN : -4 * MARGIN]
         inner = wide[MARGIN:-MARGIN, MARGIN:-MARGIN]
         before = cv2.resize(inner, (4 * WIDTH, 4 * HEIGHT), interpolation=cv2.INTER_CUBIC)

@@ -29,6 +29,7 @@ import jobs
 import models
 import server
 import storage
+import upscaling
 from messages import Limits, PageDone, Params
 
 KEY = "ab" * 32
@@ -132,7 +133,7 @@ def test_every_field_of_params_and_plan_decides(record):
 
 
 def test_source_limits_and_program_decide(tmp_path):
-    given = ("0" * 64, Params(), PLAN, Limits(), infer.program(0))
+    given = ("0" * 64, Params(), PLAN, Limits(), upscaling.program(0))
     others = [("1" * 64, *given[1:]), (*given[:3], Limits(page_pixels=1), given[4]), (*given[:4], "other")]
     others += [(*given, ("left", None)), (*given, ("right", None)), (*given, (None, 4096))]
     assert len({cache.key_of(*one) for one in (given, *others)}) == 7
@@ -290,4 +291,4 @@ def test_the_program_is_all_code_that_decides_a_page(tmp_path):
     ours = tomllib.loads((source / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
     code = f"import infer, sys; print(*(sys.modules.keys() & {set(ours)}))"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=source, encoding="utf-8").split()
-    assert {*loaded} == {*infer.PIPELINE} | HARMLESS
+    assert {*loaded} == {*upscaling.PIPELINE} | HARMLESS

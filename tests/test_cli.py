@@ -14,8 +14,8 @@ from drawn import colour, grey
 from engines import COMPACT, native
 
 import cli
-import infer
 import pages
+import upscaling
 import verify
 from messages import Params
 
@@ -61,7 +61,7 @@ def test_a_folder_becomes_a_folder_of_the_pipelines_own_pages(volume, tmp_path):
     made = contents(tmp_path / "out")
     assert set(made) == {*NAMES, "artifact-report.json"}
     page = pages.decode((volume / NAMES[1]).read_bytes(), 2, cli.LIMITS)
-    expected = infer.upscale_page(native(COMPACT), page, Params(output_format="png"))
+    expected = upscaling.upscale_page(native(COMPACT), page, Params(output_format="png"))
     assert made[NAMES[1]] == pages.encode(expected, Params(output_format="png"))[0]
     assert not (tmp_path / "out.partial").exists()
 
@@ -110,7 +110,7 @@ def test_a_bad_page_is_carried_and_told(volume, tmp_path, capsys):
 
 def interrupt_at(monkeypatch, page: int) -> list[int]:
     """Let Ctrl-C come when the n-th page is computed; returns the pages computed so far."""
-    compute, computed = infer.Engines.compute, []
+    compute, computed = upscaling.Engines.compute, []
 
     def interrupted(self, *arguments):
         if len(computed) + 1 == page:
@@ -118,7 +118,7 @@ def interrupt_at(monkeypatch, page: int) -> list[int]:
         computed.append(1)
         return compute(self, *arguments)
 
-    monkeypatch.setattr(infer.Engines, "compute", interrupted)
+    monkeypatch.setattr(upscaling.Engines, "compute", interrupted)
     return computed
 
 

@@ -30,8 +30,8 @@ from test_cache import made
 from test_service import Client, check_artifact, png, volume
 
 import cluster
-import infer
 import server
+import upscaling
 import verify
 from dispatch import run_worker
 from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
@@ -353,7 +353,7 @@ def test_a_node_has_the_weights_that_the_service_has(tmp_path):
 
 
 def test_a_node_with_another_version_of_the_service_is_refused():
-    assert {*infer.PIPELINE} < {*cluster.CODE}
+    assert {*upscaling.PIPELINE} < {*cluster.CODE}
     with pytest.raises(RuntimeError, match="another version"):
         cluster.Node(EngineChoice(), run_worker, "0" * 64)
 

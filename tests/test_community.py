@@ -33,6 +33,7 @@ import infer
 import models
 import server
 import storage
+import upscaling
 import weightfiles
 from messages import EngineChoice, Params
 from pages import Pixels
@@ -104,14 +105,14 @@ HALOS: dict[str, int] = {}
 def halo(model: models.Model) -> int:
     """As measured, once."""
     if model.weights_sha256 not in HALOS:
-        HALOS[model.weights_sha256] = infer.halo_for(model, "cpu", 0)
+        HALOS[model.weights_sha256] = upscaling.halo_for(model, "cpu", 0)
     return HALOS[model.weights_sha256]
 
 
 def ours(model: models.Model, page: Pixels, **changes: Any) -> Pixels:
     """Our engine's page at the network's own scale."""
     plan = plan_for(model, **{"halo_px": halo(model)} | changes)
-    return infer.NativeEngine(model, plan, 0).upscale(page, model.scale)
+    return upscaling.NativeEngine(model, plan, 0).upscale(page, model.scale)
 
 
 @pytest.mark.parametrize("draw", [grey, colour])
@@ -166,12 +167,13 @@ def test_a_network_that_can_t_have_channels_last_is_computed_without(tmp_path, m
 ])  # fmt: skip
 def test_a_precision_is_taken_only_where_the_descriptor_has_it(tmp_path, asked, kind, got):
     model, choice = loaded(tmp_path, kind), EngineChoice(model_root=NO_FILES, precision=asked)
-    plan = infer.make_plan(Params(model=model.name, batch_size=4), choice, model, 0, halo_of=lambda *_: 32)
+    params = Params(model=model.name, batch_size=4)
+    plan = upscaling.make_plan(params, choice, model, 0, halo_of=lambda *_: 32)
     assert (plan.precision, plan.tile, plan.batch) == (got, 256, 1)
 
 
 def test_auto_takes_bf16_only_where_it_is_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
     now, slow = [0.0], [torch.bfloat16]
     monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
     forward = community.CommunityNetwork.forward
@@ -184,32 +186,32 @@ def test_auto_takes_bf16_only_where_it_is_faster(tmp_path, monkeypatch):
     model, choice = loaded(tmp_path, "SPAN"), EngineChoice(model_root=NO_FILES, precision="auto")
     plans = []
     for slow[0] in (torch.bfloat16, torch.float32):
-        plans.append(infer.make_plan(Params(model=model.name), choice, model, 0, halo_of=lambda *_: 32))
+        plans.append(upscaling.make_plan(Params(model=model.name), choice, model, 0, halo_of=lambda *_: 32))
     assert [plan.precision for plan in plans] == ["fp32", "bf16"]
 
 
 def test_bf16_stays_near_fp32(tmp_path):
     model, page = loaded(tmp_path, "SPAN"), colour(60, 70)
     exact, near = (ours(model, page, precision=kind).astype(float) for kind in ("fp32", "bf16"))
-    assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > infer.PROBE_PSNR_DB
+    assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > upscaling.PROBE_PSNR_DB
 
 
 def test_a_halo_is_measured_once_a_worker(tmp_path, monkeypatch):
     loaded(tmp_path, "SPAN")
     asked = []
-    monkeypatch.setattr(infer, "halo_for", lambda model, *_: asked.append(model.name) or 32)
-    worker = infer.Engines(EngineChoice(model_root=tmp_path, precision="fp32"), 0, lambda: None)
+    monkeypatch.setattr(upscaling, "halo_for", lambda model, *_: asked.append(model.name) or 32)
+    worker = upscaling.Engines(EngineChoice(model_root=tmp_path, precision="fp32"), 0, lambda: None)
     assert {worker.plan(Params(model="theirs", jpeg_quality=q)).halo_px for q in (90, 95)} == {32}
     assert asked == ["theirs"]
 
 
 def test_cancel_is_noticed_between_layers_of_any_network(tmp_path):
     def tick() -> None:
-        raise infer.Cancelled
+        raise upscaling.Cancelled
 
     model = loaded(tmp_path, "SwinIR")
-    with pytest.raises(infer.Cancelled):
-        infer.NativeEngine(model, plan_for(model, halo_px=32), 0, tick).upscale(grey(32, 32), 2)
+    with pytest.raises(upscaling.Cancelled):
+        upscaling.NativeEngine(model, plan_for(model, halo_px=32), 0, tick).upscale(grey(32, 32), 2)
 
 
 def test_the_reference_engine_says_that_it_has_no_such_network(tmp_path, monkeypatch):
@@ -218,8 +220,8 @@ def test_the_reference_engine_says_that_it_has_no_such_network(tmp_path, monkeyp
         stand_in = type(torch)(name)
         stand_in.__dict__.update(RRDBNet=None, RealESRGANer=None, SRVGGNetCompact=None)
         monkeypatch.setitem(importlib.import_module("sys").modules, name, stand_in)
-    with pytest.raises(infer.EngineMissing, match="SPAN"):
-        infer.UpstreamEngine(model, plan_for(model, engine="upstream", halo_px=32), 0)
+    with pytest.raises(upscaling.EngineMissing, match="SPAN"):
+        upscaling.UpstreamEngine(model, plan_for(model, engine="upstream", halo_px=32), 0)
 
 
 # ---------------------------------------------------------------- files

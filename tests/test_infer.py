@@ -15,10 +15,10 @@ import torch
 from drawn import colour, grainy, grey, sixteen_bit
 from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
 
-import infer
 import models
 import pages
 import rolling
+import upscaling
 import windows
 from messages import EngineChoice, Params, Plan
 from pages import PageError
@@ -27,9 +27,9 @@ CHOICE = EngineChoice(model_root=NO_FILES)
 CARD_PIXELS = {0: 10_000}  # of all windows in a batch
 
 
-def engines() -> infer.Engines:
+def engines() -> upscaling.Engines:
     """The engines of a worker that never ticks."""
-    return infer.Engines(CHOICE, slot=0, tick=lambda: None)
+    return upscaling.Engines(CHOICE, slot=0, tick=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_noise_falls_from_low_over_medium_to_high():
     page, engine = grainy(64, 64), native(COMPACT)
     noise = {
         kind: float(
-            infer.upscale_page(engine, page, Params(denoise=kind)).astype(float)[16:-16, 16:-16].std()
+            upscaling.upscale_page(engine, page, Params(denoise=kind)).astype(float)[16:-16, 16:-16].std()
         )
         for kind in ("low", "medium", "high")
     }
@@ -75,9 +75,9 @@ def test_noise_falls_from_low_over_medium_to_high():
 
 def test_denoise_keeps_what_is_no_noise():
     page, engine = grey(64, 80), native(COMPACT)
-    plain = infer.upscale_page(engine, page, Params()).astype(float)
+    plain = upscaling.upscale_page(engine, page, Params()).astype(float)
     for kind in ("low", "high"):
-        other = infer.upscale_page(engine, page, Params(denoise=kind)).astype(float)
+        other = upscaling.upscale_page(engine, page, Params(denoise=kind)).astype(float)
         assert abs(other.mean() - plain.mean()) < 2 and np.abs(other - plain).mean() < 6
 
 
@@ -89,21 +89,21 @@ def test_a_16_bit_page_comes_out_as_its_8_bit_twin():
 
 def test_alpha_is_kept_for_png_and_laid_on_white_for_jpeg():
     page = np.dstack([colour(24, 32), np.zeros((24, 32), np.uint8)])
-    assert (infer.upscale_page(native(COMPACT), page, Params(output_format="jpg")) > 250).all()
-    assert (infer.upscale_page(native(COMPACT), page, Params(output_format="png"))[..., 3] < 5).all()
+    assert (upscaling.upscale_page(native(COMPACT), page, Params(output_format="jpg")) > 250).all()
+    assert (upscaling.upscale_page(native(COMPACT), page, Params(output_format="png"))[..., 3] < 5).all()
 
 
 @pytest.fixture
 def small_memory(monkeypatch):
     """A device that can't hold a window of more than 90 pixels' width."""
-    to_input = infer.NativeEngine._to_input
+    to_input = upscaling.NativeEngine._to_input
 
     def limited(self, stack, white):
         if stack.shape[2] > 90:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return to_input(self, stack, white)
 
-    monkeypatch.setattr(infer.NativeEngine, "_to_input", limited)
+    monkeypatch.setattr(upscaling.NativeEngine, "_to_input", limited)
 
 
 def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
@@ -112,7 +112,7 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
     assert deviation in ("tile 32", "tile 64")
     assert worker.fitted == {(plan.model, "cpu", "fp32"): int(deviation.split()[1])}
     assert worker.compute(page, Params(model=COMPACT), plan)[1] == deviation
-    window = infer.NativeEngine(bundled(COMPACT), replace(plan, tile=32), 0)
+    window = upscaling.NativeEngine(bundled(COMPACT), replace(plan, tile=32), 0)
     assert apart(pixels, window.upscale(page, 2)) <= 1
 
 
@@ -120,8 +120,8 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
 def card(monkeypatch) -> list[tuple[str, int]]:
     """A card that isn't there: a CUDA device with the CPU's arithmetic and memory for 10,000
     pixels of windows. Gives (device, tile) of each batch that was tried."""
-    monkeypatch.setitem(infer.DEVICES, "cuda", replace(infer.DEVICES["cuda"], count=lambda: 1))
-    monkeypatch.setattr(infer, "torch_device", lambda kind, slot: torch.device("cpu"))
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], count=lambda: 1))
+    monkeypatch.setattr(upscaling, "torch_device", lambda kind, slot: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried = []
 
@@ -131,7 +131,7 @@ def card(monkeypatch) -> list[tuple[str, int]]:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return windows.to_input(stack, white, self.input_dtype)
 
-    monkeypatch.setattr(infer.NativeEngine, "_to_input", capped)
+    monkeypatch.setattr(upscaling.NativeEngine, "_to_input", capped)
     return tried
 
 
@@ -173,7 +173,7 @@ def test_a_page_that_never_fits_fails_with_a_reason(monkeypatch):
     def never(*_):
         raise MemoryError
 
-    monkeypatch.setattr(infer.NativeEngine, "_to_input", never)
+    monkeypatch.setattr(upscaling.NativeEngine, "_to_input", never)
     with pytest.raises(PageError, match="smallest tile"):
         engines().compute(grey(40, 40), Params(model=COMPACT), plan_for(bundled(COMPACT), tile=64))
 
@@ -218,25 +218,25 @@ AUTO = replace(CHOICE, precision="auto")
 
 
 def test_auto_takes_bf16_where_it_is_native_and_right(monkeypatch):
-    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
     for name in (COMPACT, SIX_B):
-        assert infer.make_plan(Params(model=name), AUTO, bundled(name), 0).precision == "bf16"
+        assert upscaling.make_plan(Params(model=name), AUTO, bundled(name), 0).precision == "bf16"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_emulated(monkeypatch):
-    monkeypatch.setattr(infer, "_native_bf16", lambda: False)
-    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    monkeypatch.setattr(upscaling, "_native_bf16", lambda: False)
+    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 0.5])
 def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
-    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
     break_results(monkeypatch, value, only=torch.bfloat16)
-    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
-    monkeypatch.setattr(infer, "_native_bf16", lambda: True)
+    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
 
     def refused(dtype, y):
         if dtype == torch.bfloat16:
@@ -244,7 +244,7 @@ def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
         return y
 
     change_results(monkeypatch, refused)
-    assert infer.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
 
 
 @pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
@@ -258,13 +258,13 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
 
     change_results(monkeypatch, dragged)
     params = Params(model=COMPACT, device="cuda")
-    assert infer.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
+    assert upscaling.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
 
 
 def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
     asked = []
-    monkeypatch.setattr(infer, "faster_and_near", lambda model, *_: asked.append(model.name) or True)
-    engines = infer.Engines(AUTO, 0, lambda: None)
+    monkeypatch.setattr(upscaling, "faster_and_near", lambda model, *_: asked.append(model.name) or True)
+    engines = upscaling.Engines(AUTO, 0, lambda: None)
     for params in (Params(model=COMPACT), Params(model=COMPACT, tile_size=64), Params(model=SIX_B)):
         assert engines.plan(params).precision == "bf16"
     assert asked == [COMPACT, SIX_B]
@@ -272,7 +272,7 @@ def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
 
 @pytest.mark.parametrize("name", [COMPACT, SIX_B])
 def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
-    engine = infer.NativeEngine(bundled(name), plan_for(bundled(name)), 0)
+    engine = upscaling.NativeEngine(bundled(name), plan_for(bundled(name)), 0)
     engine.upscale(grey(16, 16), 2)
     network = weakref.ref(engine.network)
     gc.disable()
@@ -284,14 +284,14 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setitem(infer.DEVICES, "cuda", replace(infer.DEVICES["cuda"], count=lambda: 0))
-    with pytest.raises(infer.DeviceMissing, match="cuda"):
-        infer.make_plan(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT), 0)
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], count=lambda: 0))
+    with pytest.raises(upscaling.DeviceMissing, match="cuda"):
+        upscaling.make_plan(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT), 0)
 
 
 def test_params_override_the_plan():
     params = Params(model=COMPACT, tile_size=77, tile_pad=0, batch_size=3, device="cpu")
-    plan = infer.make_plan(params, replace(CHOICE, precision="fp32"), bundled(COMPACT), 0)
+    plan = upscaling.make_plan(params, replace(CHOICE, precision="fp32"), bundled(COMPACT), 0)
     assert (plan.tile, plan.halo_px, plan.batch, plan.device, plan.precision) == (77, 0, 3, "cpu", "fp32")
 
 
@@ -301,11 +301,11 @@ def test_cancel_is_noticed_between_layers():
     def tick():
         ticks.append(1)
         if len(ticks) == 5:
-            raise infer.Cancelled
+            raise upscaling.Cancelled
 
     model = bundled(COMPACT)
-    with pytest.raises(infer.Cancelled):
-        infer.NativeEngine(model, plan_for(model), 0, tick).upscale(grey(32, 32), 2)
+    with pytest.raises(upscaling.Cancelled):
+        upscaling.NativeEngine(model, plan_for(model), 0, tick).upscale(grey(32, 32), 2)
     assert len(ticks) == 5
 
 
@@ -316,15 +316,15 @@ def test_a_page_takes_the_mode_of_its_source():
 
 
 def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypatch):
-    assert infer.card_memory(0) is None
+    assert upscaling.card_memory(0) is None
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
-    assert infer.card_memory(3) == ("cuda:1", 7, 10)
+    assert upscaling.card_memory(3) == ("cuda:1", 7, 10)
 
     def fallen(device):
         raise RuntimeError("the driver is gone (injected)")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
-    assert infer.card_memory(3) is None
+    assert upscaling.card_memory(3) is None

@@ -11,7 +11,7 @@ from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_window
 from helpers import require
 from reference import CASES, Case, compute
 
-import infer
+import upscaling
 from messages import Params
 
 
@@ -21,7 +21,8 @@ def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, rolls, mon
     if not rolls:
         use_windows(monkeypatch)
     engine = native(case.model)
-    ours = infer.upscale_page(engine, PAGES[case.page](), Params(scale=case.outscale, output_format="png"))
+    params = Params(scale=case.outscale, output_format="png")
+    ours = upscaling.upscale_page(engine, PAGES[case.page](), params)
     assert apart(ours, case.stored()) <= 1
 
 
@@ -64,7 +65,7 @@ def test_bf16_stays_near_fp32(name, least_db, rolls, monkeypatch):
 def test_the_reference_package_itself_agrees_today(name):
     require(importlib.util.find_spec("realesrgan"), "the reference package realesrgan is not installed")
     case = Case(COMPACT, name, 2)
-    ours = infer.upscale_page(native(COMPACT), PAGES[name](), Params(scale=2, output_format="png"))
+    ours = upscaling.upscale_page(native(COMPACT), PAGES[name](), Params(scale=2, output_format="png"))
     assert apart(ours, compute(case)) <= 1
 
 
@@ -74,5 +75,5 @@ def test_the_upstream_engine_runs_the_reference_package():
 
     upstream_shim.install()
     model, page = bundled(COMPACT), PAGES["colour"]()
-    engine = infer.UpstreamEngine(model, plan_for(model, engine="upstream", tile=0), slot=0)
+    engine = upscaling.UpstreamEngine(model, plan_for(model, engine="upstream", tile=0), slot=0)
     assert apart(engine.upscale(page, 2), Case(COMPACT, "colour", 2).stored()) <= 1

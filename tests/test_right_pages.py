@@ -17,9 +17,9 @@ from drawn import colour, grey
 from engines import COMPACT, SIX_B, native
 from serving import volume
 
-import infer
 import pages
 import server
+import upscaling
 from messages import Limits, Params
 
 GREY, COLOUR = grey(40, 32), colour(40, 32)
@@ -155,7 +155,7 @@ def test_a_cut_profile_never_stops_a_page(cut):
 @pytest.mark.parametrize("page", [GREY, COLOUR, CLEAR], ids=["grey", "colour", "transparent"])
 def test_a_page_gets_the_size_that_was_asked_for(params, expected, page):
     asked = Params(output_format="png", **params)
-    result = infer.upscale_page(native(COMPACT), page, asked)
+    result = upscaling.upscale_page(native(COMPACT), page, asked)
     assert result.shape[1::-1] == expected and pages.channels(result) == pages.channels(page)
     # It is the page: reduced to its old size it looks like it.
     back = cv2.resize(result, page.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -204,12 +204,12 @@ SMALL, TALL, PAINTED = "2x_MangaJaNai_1200p_V1", "2x_MangaJaNai_1600p_V1", "2x_I
     ],
 )  # fmt: skip
 def test_auto_chooses_by_height_and_colour(names, height, is_grey, wanted):
-    assert infer.choose_model(names, height, is_grey) == wanted
+    assert upscaling.choose_model(names, height, is_grey) == wanted
 
 
 def test_auto_considers_the_family_that_is_there():
-    assert infer.auto_candidates([COMPACT, "x", SIX_B]) == [SIX_B, COMPACT]
-    assert infer.auto_candidates([COMPACT, "4x_MangaJaNai_1300p", "x"]) == ["4x_MangaJaNai_1300p"]
+    assert upscaling.auto_candidates([COMPACT, "x", SIX_B]) == [SIX_B, COMPACT]
+    assert upscaling.auto_candidates([COMPACT, "4x_MangaJaNai_1300p", "x"]) == ["4x_MangaJaNai_1300p"]
 
 
 # ---------------------------------------------------------------- through the service
