@@ -44,15 +44,12 @@ from jobs import (
     StaleAttempt,
     UnknownJob,
     advance,
-    artifact_of,
     claim,
-    closing_message,
     finish_page,
     lose_worker,
     parsed,
     record_stage,
     reopen_page,
-    to_report,
 )
 from messages import (
     CONTAINER_FORMATS,
@@ -87,6 +84,7 @@ from metrics import Metrics
 from predict import Rates
 from retention import Keep, Retention
 from storage import Layout
+from submissions import artifact_of, closing_message, to_report
 
 log = logging.getLogger("dispatch")
 

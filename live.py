@@ -30,6 +30,7 @@ from websockets.protocol import SEND_EOF, State
 from websockets.server import ServerProtocol
 
 import jobs
+import submissions
 from jobs import Job
 from storage import Layout
 
@@ -204,7 +205,7 @@ class Live:
 
     def frame(self, job: Job) -> StateFrame:
         """The job's state as a frame."""
-        text = json.dumps(jobs.to_state(job, self.layout), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(submissions.to_state(job, self.layout), ensure_ascii=False, separators=(",", ":"))
         return StateFrame(job.id, job.seq, job.state, text.encode("utf-8"))
 
     def adopt(self, sock: socket.socket, buffered: bytes, protocol: ServerProtocol, watcher: Watcher) -> None:

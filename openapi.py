@@ -17,6 +17,7 @@ from typing import Any
 
 import devices
 import jobs
+import submissions
 from messages import Params
 
 COOKIE = "reichan_session"  # stands for the token, see POST /session
@@ -96,17 +97,17 @@ ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
 def _params_schema() -> dict[str, Any]:
     defaults = Params()
     properties: dict[str, Any] = {
-        jobs.camel(name): {
+        submissions.camel(name): {
             "type": ["integer", "null"] if nullable else "integer",
             "minimum": least,
             "maximum": most,
             "default": getattr(defaults, name),
         }
-        for name, (least, most, nullable) in jobs.RANGES.items()
+        for name, (least, most, nullable) in submissions.RANGES.items()
     }
     properties |= {
-        jobs.camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
-        for name, allowed in jobs.CHOICES.items()
+        submissions.camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
+        for name, allowed in submissions.CHOICES.items()
     }
     properties |= {
         "model": {"type": "string", "default": defaults.model},
@@ -171,7 +172,8 @@ def _previewed_schema(params: dict[str, Any]) -> dict[str, Any]:
 def schemas() -> dict[str, Any]:
     """The JSON schemas that ROUTES names."""
     params = _params_schema()
-    title = {"type": "string", "minLength": 1, "maxLength": jobs.TITLE_CHARACTERS, "pattern": NOT_BLANK}
+    longest = submissions.TITLE_CHARACTERS
+    title = {"type": "string", "minLength": 1, "maxLength": longest, "pattern": NOT_BLANK}
     path = {"type": "string", "minLength": 1, "pattern": f"^{NO_CONTROLS}+$"}
     kind = {"type": "string", "enum": ["folder", "zip"]}
     state = _object(
@@ -202,7 +204,7 @@ def schemas() -> dict[str, Any]:
             "prediction": PREDICTION,
         }
     )
-    priority = {"type": "integer", "minimum": jobs.PRIORITIES[0], "maximum": jobs.PRIORITIES[1]}
+    priority = {"type": "integer", "minimum": submissions.PRIORITIES[0], "maximum": submissions.PRIORITIES[1]}
     page = _object(
         {
             "n": {"type": "integer", "minimum": 1},

@@ -29,6 +29,7 @@ import jobs
 import predict
 import reader
 import storage
+import submissions
 import volumes
 from dispatch import Dispatcher
 from jobs import JobError
@@ -82,7 +83,7 @@ def parse(body: dict[str, Any], models: dict[str, str], has_image: bool) -> Want
     for n, one in enumerate(given):
         faults: list[tuple[str, str]] = []
         if isinstance(one, dict):
-            variants.append(jobs.parse_params(one, models, faults))
+            variants.append(submissions.parse_params(one, models, faults))
         else:
             faults.append(("params", "must be an object"))
         errors += [(f"variants[{n}]{name.removeprefix('params')}", fault) for name, fault in faults]
@@ -161,7 +162,7 @@ class Source:
 def source_of(layout: Layout, wanted: Wanted, limits: Limits) -> Source:
     """Raises storage.OutsideIncoming, InputMissing; where a variant is split InputUnusable's family."""
     kind, path = wanted.input or ("", "")
-    path = jobs.checked_input(layout, path, kind)
+    path = submissions.checked_input(layout, path, kind)
     place = layout.incoming / path
     if all(params.split == "none" for params in wanted.variants):
         return Source(place)
@@ -381,7 +382,7 @@ class Previews:
         if load is not None and done.plan is not None:
             told = predict.to_json(predict.forecast(load, self.dispatcher.rates.rate(params, done.plan)))
         return {
-            "params": {jobs.camel(key): value for key, value in asdict(params).items()},
+            "params": {submissions.camel(key): value for key, value in asdict(params).items()},
             "after": f"/preview/{Path(done.output).stem}",
             "width": done.width,
             "height": done.height,

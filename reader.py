@@ -32,11 +32,13 @@ from typing import Any, BinaryIO
 import forms
 import jobs
 import storage
+import submissions
 import weightfiles
 from dispatch import Dispatcher
 from jobs import JobError
 from messages import OF_VOLUMES, ComputePage, EngineChoice, Limits, PageDone, PageFailed, Params, TaskFailed
 from storage import Layout
+from submissions import camel
 from wire import Refused
 
 log = logging.getLogger("reader")
@@ -54,7 +56,7 @@ IMAGES = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jxl")
 # Of the query; the small model is the default, since somebody waits.
 DEFAULTS = Params(model="realesr-animevideov3")
 PARAMETERS = (
-    *(jobs.camel(name) for name in (*jobs.RANGES, *jobs.CHOICES) if name not in OF_VOLUMES),
+    *(camel(name) for name in (*submissions.RANGES, *submissions.CHOICES) if name not in OF_VOLUMES),
     "model",
     "profile",
 )
@@ -64,12 +66,12 @@ def params_of(query: dict[str, str], models: dict[str, str], model: str = DEFAUL
     """Params from a query, other keys ignored. models: as for jobs.parse_params; model: where the query
     names none. Raises InvalidFields."""
     given: dict[str, Any] = {"model": model}
-    numbers = {*map(jobs.camel, jobs.RANGES)}
+    numbers = {*map(submissions.camel, submissions.RANGES)}
     for name in query.keys() & {*PARAMETERS}:
         is_whole = name in numbers and re.fullmatch(r"[0-9]{1,9}", query[name])
         given[name] = int(query[name]) if is_whole else query[name]
     errors: list[tuple[str, str]] = []
-    params = jobs.parse_params(given, models, errors)
+    params = submissions.parse_params(given, models, errors)
     if errors:
         raise jobs.InvalidFields(errors)
     return params

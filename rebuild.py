@@ -28,6 +28,7 @@ from typing import Any
 import artifacts
 import jobs
 import storage
+import submissions
 from jobs import SUCCESS, Job, JobTable, Page
 from messages import Params, Plan
 from storage import Layout
@@ -192,14 +193,15 @@ def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) 
         seq=0, created_s=when_s, started_s=None, finished_s=when_s, idempotency_key=None,
         request_hash=None, outputs_removed_s=None, artifact_removed_s=None,
     )  # fmt: skip
-    closing = jobs.closing_message(job, pages, size_bytes)
+    closing = submissions.closing_message(job, pages, size_bytes)
     return replace(job, message=f"{closing}. {NOTE}" if closing else NOTE), pages
 
 
 def _params_of(report: dict[str, Any]) -> Params:
     """Settings that are younger than the report have their defaults."""
     given, names = report["params"], [item.name for item in fields(Params)]
-    return Params(**{name: given[jobs.camel(name)] for name in names if jobs.camel(name) in given})
+    keys = {name: submissions.camel(name) for name in names}
+    return Params(**{name: given[key] for name, key in keys.items() if key in given})
 
 
 def _plan_of(report: dict[str, Any]) -> Plan:
@@ -214,7 +216,7 @@ def _plan_of(report: dict[str, Any]) -> Plan:
         "halo_px": report["haloPx"],
         "batch": report["batch"],
     }
-    names = {name: "haloPx" if name == "halo_px" else jobs.camel(name) for name in plan}
+    names = {name: "haloPx" if name == "halo_px" else submissions.camel(name) for name in plan}
     choices = [
         Plan(**{name: one.get(names[name], value) for name, value in plan.items()})
         for one in report["choices"]

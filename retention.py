@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import jobs
 import logs
 import storage
+import submissions
 from jobs import JobTable
 from storage import Layout
 
@@ -89,8 +90,8 @@ class Retention:
             if job.finished_s is None or self.now_s() - job.finished_s < days * DAY_S:
                 return  # resumed meanwhile
             outputs, artifact = what != "artifacts_days", what != "outputs_days"
-            jobs.remove_files(self.layout, job, outputs, artifact)
-            if jobs.note_removed(self.table, job, what, days):
+            submissions.remove_files(self.layout, job, outputs, artifact)
+            if submissions.note_removed(self.table, job, what, days):
                 log.info("REICHAN_KEEP_%s (%d): removed", what.upper(), days, extra=logs.of(job_id))
         except jobs.UnknownJob:
             pass  # deleted meanwhile

@@ -60,6 +60,7 @@ import reader
 import rebuild
 import sidecar
 import storage
+import submissions
 import volumes
 import webpage
 import weightfiles
@@ -688,10 +689,10 @@ class Api:
         key = request.headers.one("idempotency-key")
         if key is not None and not 1 <= len(key) <= 255:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
-        wanted = jobs.parse_submission(body, weightfiles.model_names(self.layout.models))
+        wanted = submissions.parse_submission(body, weightfiles.model_names(self.layout.models))
         self._check_room(0)
         limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
-        given = (self.table, self.layout, wanted, key, jobs.request_hash(body), limits, reserve)
+        given = (self.table, self.layout, wanted, key, submissions.request_hash(body), limits, reserve)
         with _blaming("input.path"):
             made = self.dispatcher.cache.with_room(lambda: volumes.submit(*given))
         self.dispatcher.wake()
@@ -710,11 +711,11 @@ class Api:
         before = _whole_number(request.query, "cursor", 0, 2**62)
         found = self.table.page_of_jobs(state, request.query.get("q", ""), limit + 1, before)
         cursor = str(found[limit - 1].number) if len(found) > limit else None
-        states = [jobs.to_state(job, self.layout) for job in found[:limit]]
+        states = [submissions.to_state(job, self.layout) for job in found[:limit]]
         return json_answer({"jobs": states, "nextCursor": cursor})
 
     def _state_answer(self, job: Job) -> Answer:
-        return json_answer(jobs.to_state(job, self.layout))
+        return json_answer(submissions.to_state(job, self.layout))
 
     def job(self, _request: Request, id: str) -> Answer:
         """GET /jobs/{id}."""
@@ -725,7 +726,7 @@ class Api:
         # A cancelled job's worker may still be writing for a moment.
         if self.table.get(id).state != jobs.RUNNING:
             self.dispatcher.wait_released(id, timeout_s=5)
-        jobs.delete(self.table, self.layout, id)
+        submissions.delete(self.table, self.layout, id)
         self.live.end(id)
         return Answer(204)
 
@@ -735,7 +736,7 @@ class Api:
             raise jobs.ShuttingDown("the service is shutting down; resume after its restart")
         self.table.get(id)
         body = _json_body(request, optional=True)
-        path, kind = jobs.pick(body, "input_path"), jobs.pick(body, "input_type")
+        path, kind = submissions.pick(body, "input_path"), submissions.pick(body, "input_type")
         given = None
         if path is not None or kind is not None:
             if not isinstance(path, str) or kind not in ("folder", "zip"):
@@ -743,7 +744,7 @@ class Api:
                 raise jobs.InvalidFields([("inputPath", fault)])
             given = (path, kind)
         with _blaming("inputPath"):
-            job = jobs.resume(self.table, self.layout, id, given)
+            job = submissions.resume(self.table, self.layout, id, given)
         self.dispatcher.wake()
         return self._state_answer(job)
 
@@ -757,7 +758,7 @@ class Api:
         """POST /jobs/{id}/priority."""
         self.table.get(id)
         body, errors = _json_body(request), list[tuple[str, str]]()
-        priority = jobs.parse_priority(body, errors)
+        priority = submissions.parse_priority(body, errors)
         if errors:
             raise jobs.InvalidFields(errors)
         return self._state_answer(jobs.prioritize(self.table, id, priority))
@@ -870,7 +871,7 @@ class Api:
         job = self.table.get(id)
         if job.state != jobs.SUCCESS or not job.artifact_hash:
             raise Refused(409, "NOT_FINISHED", f"job {id} is {job.state}; its artifact is not there")
-        path = jobs.artifact_of(job, self.layout)
+        path = submissions.artifact_of(job, self.layout)
         kind = job.params.container
         try:
             file = storage.open_regular(path)
@@ -897,7 +898,7 @@ class Api:
         pages = self.table.pages(id)
         report = None
         if job.state == jobs.SUCCESS and job.plan:
-            report = jobs.to_report(job, pages, self.layout)
+            report = submissions.to_report(job, pages, self.layout)
             if job.params.container == "cbz":
                 outputs = self.layout.output_dir(job.title, job.volume, job.id)
                 report["files"] = containers.packed_files(outputs)
@@ -908,7 +909,7 @@ class Api:
             "pageSecondsTotal": round(sum(seconds), 3),
             "wallSeconds": round(finished_s - started_s, 3) if finished_s and started_s else None,
         }
-        return json_answer({**jobs.to_state(job, self.layout), "report": report, "timings": timings})
+        return json_answer({**submissions.to_state(job, self.layout), "report": report, "timings": timings})
 
     # -- uploads
     def upload(self, request: Request, path: str) -> Answer:
@@ -1378,7 +1379,8 @@ class Service:
     def _watch(self, config: Config) -> Watch:
         """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
         errors: list[tuple[str, str]] = []
-        params = jobs.parse_params(config.watch_params, weightfiles.model_names(config.layout.models), errors)
+        models = weightfiles.model_names(config.layout.models)
+        params = submissions.parse_params(config.watch_params, models, errors)
         if params.split != "none":
             errors.append(("split", "is for requests: the watch takes each archive and folder by itself"))
         if errors:

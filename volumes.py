@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import inputs
-import jobs
 import storage
+import submissions
 import uploads
-from jobs import Job, JobTable, Submission
+from jobs import Job, JobTable
 from messages import Limits
 from storage import Layout
+from submissions import Submission
 
 MOST = 1000  # jobs of one request
 
@@ -123,7 +124,7 @@ def names_of(volumes: Sequence[Volume]) -> list[str]:
 
 
 def _as_text(name: str) -> str:
-    return name.strip()[: jobs.TITLE_CHARACTERS] or "_"
+    return name.strip()[: submissions.TITLE_CHARACTERS] or "_"
 
 
 # ---------------------------------------------------------------- submit
@@ -141,16 +142,16 @@ def submit(
     Raises what that raises, and storage.InputUnusable's family.
     """
     if wanted.params.split == "none":
-        return [jobs.submit(table, layout, wanted, key, body_hash, limits, reserve_bytes)]
-    before = jobs.submitted(table, key, body_hash)
+        return [submissions.submit(table, layout, wanted, key, body_hash, limits, reserve_bytes)]
+    before = submissions.submitted(table, key, body_hash)
     if before:
         return before
-    path = jobs.checked_input(layout, wanted.input_path, wanted.input_type)
+    path = submissions.checked_input(layout, wanted.input_path, wanted.input_type)
     each = list(_submissions(layout, wanted, path, limits, reserve_bytes))
     with table.transaction():
         # Another request with this key may have been quicker.
-        return jobs.submitted(table, key, body_hash) or [
-            jobs.insert(table, one, key and (key if n == 1 else f"{key}\n{n}"), body_hash)
+        return submissions.submitted(table, key, body_hash) or [
+            submissions.insert(table, one, key and (key if n == 1 else f"{key}\n{n}"), body_hash)
             for n, one in enumerate(each, 1)
         ]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import inputs
 import jobs
 import storage
+import submissions
 import uploads
 from jobs import JobTable
 from messages import Limits, Params
@@ -191,7 +192,8 @@ class Watch:
 
     def _submit(self, upload: Upload, content: str) -> jobs.Job | None:
         title, volume = uploads.title_and_volume(upload.path, upload.kind)
-        wanted = jobs.Submission(title, volume, upload.kind, "incoming/" + upload.path, self.params, None)
+        path = "incoming/" + upload.path
+        wanted = submissions.Submission(title, volume, upload.kind, path, self.params, None)
         key = uploads.submission_key(upload.path, content)
         parts = upload.path.split("/")
         # A folder's job takes the pages from below it, but no archives.
@@ -202,4 +204,5 @@ class Watch:
             newest_s = self.table.newest_submission(holders, inside)
             if self.table.by_key(key) or (newest_s is not None and newest_s >= upload.changed_s):
                 return None  # its sender, or the hook in Copyparty, was quicker
-            return jobs.submit(self.table, self.layout, wanted, key, "watch", self.limits, self.reserve_bytes)
+            room = self.limits, self.reserve_bytes
+            return submissions.submit(self.table, self.layout, wanted, key, "watch", *room)

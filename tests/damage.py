@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import submissions
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client
@@ -46,9 +48,9 @@ def make(root: Path) -> None:
         for path, more in (("v.zip", {}), ("v.zip", {"params": params}), ("bad.zip", {}), ("v.zip", {})):
             assert client.watch(client.submit(path, title=f"巻 {len(more)}", **more))[0][-1].is_over
     table = rebuild.open_table(root / "jobs.sqlite3")
-    wanted = jobs.Submission("waits", "1", "zip", "v.zip", jobs.Params(), None)
+    wanted = submissions.Submission("waits", "1", "zip", "v.zip", jobs.Params(), None)
     layout = Layout(root, root / "models")
-    jobs.submit(table, layout, wanted, "key", "", server.Limits())
+    submissions.submit(table, layout, wanted, "key", "", server.Limits())
     table.close()
 
 
@@ -75,9 +77,9 @@ class Known:
         states, reports = [], []
         for known in (self, before):
             job = known.jobs[job_id]
-            state = jobs.to_state(job, layout)
+            state = submissions.to_state(job, layout)
             states.append({key: value for key, value in state.items() if key not in VOLATILE})
-            reports.append((jobs.to_report(job, known.pages[job_id], layout), job.artifact_bytes))
+            reports.append((submissions.to_report(job, known.pages[job_id], layout), job.artifact_bytes))
         return states[0] == states[1] and reports[0] == reports[1]
 
 

@@ -39,6 +39,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import submissions
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client, JobState, loads, parse
@@ -657,8 +659,8 @@ def race_once(service: server.Service, path: str, rng: random.Random, moment_s: 
     moment_s: holds the guess of when it ends, mended by each round, so that both outcomes come.
     """
     table, layout = service.table, service.config.layout
-    wanted = jobs.Submission("race", "1", "zip", path, COMPACT, None)
-    job = jobs.submit(table, layout, wanted, None, "", service.config.limits)
+    wanted = submissions.Submission("race", "1", "zip", path, COMPACT, None)
+    job = submissions.submit(table, layout, wanted, None, "", service.config.limits)
     service.dispatcher.wake()
     time.sleep(moment_s[0] * rng.uniform(0.8, 1.2))
     jobs.cancel(table, job.id, table.clock())

@@ -21,6 +21,7 @@ import jobs
 import live
 import server
 import storage
+import submissions
 import wire
 
 
@@ -152,17 +153,17 @@ def a_row_for_any_scale() -> None:
     def parse_params(real: Any, given: dict[str, Any], models: Any, errors: list[Any]) -> Any:
         return real({key: value for key, value in given.items() if key != "scale"}, models, errors)
 
-    wrapped(jobs, "parse_params", parse_params)
+    wrapped(submissions, "parse_params", parse_params)
 
 
 def a_202_without_a_row() -> None:
-    def submit(real: Any, table: jobs.JobTable, layout: Any, wanted: jobs.Submission, *rest: Any) -> jobs.Job:
+    def submit(real: Any, table: jobs.JobTable, layout: Any, wanted: Any, *rest: Any) -> jobs.Job:
         job: jobs.Job = real(table, layout, wanted, *rest)
         if wanted.input_type == "folder":
             table.delete(job)
         return job
 
-    wrapped(jobs, "submit", submit)
+    wrapped(submissions, "submit", submit)
 
 
 def an_upload_that_leaves_its_folder() -> None:
@@ -183,7 +184,7 @@ def an_upload_that_leaves_its_folder() -> None:
 
 
 def a_state_of_another_shape() -> None:
-    wrapped(jobs, "to_state", lambda real, *arguments: real(*arguments) | {"leftOut": "none"})
+    wrapped(submissions, "to_state", lambda real, *arguments: real(*arguments) | {"leftOut": "none"})
 
 
 # ---------------------------------------------------------------- WebSocket

@@ -16,6 +16,7 @@ from typing import Any
 
 import jobs
 import server
+import submissions
 from messages import Plan
 
 PLAN = Plan("realesr-animevideov3", "0" * 64, "wheel", "cpu", "fp32", "native", 512, 18, 1)
@@ -58,8 +59,8 @@ def queued(service: server.Service, title: str = "t", container: str = "zip") ->
     """A PENDING job, made without HTTP."""
     layout = service.config.layout
     (layout.incoming / "one.zip").write_bytes(volume({"1.png": png()}))
-    wanted = jobs.Submission(title, "1", "zip", "one.zip", jobs.Params(container=container), None)
-    return jobs.submit(service.table, layout, wanted, None, "", service.config.limits)
+    wanted = submissions.Submission(title, "1", "zip", "one.zip", jobs.Params(container=container), None)
+    return submissions.submit(service.table, layout, wanted, None, "", service.config.limits)
 
 
 def running(service: server.Service, title: str = "t", container: str = "zip") -> jobs.Job:

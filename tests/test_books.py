@@ -23,9 +23,9 @@ import budgets
 import cli
 import containers
 import formats
-import jobs
 import server
 import storage
+import submissions
 import verify
 from messages import Params
 
@@ -225,7 +225,7 @@ def test_a_page_that_changed_on_disk_is_named(tmp_path, container):
 )
 def test_what_a_book_can_t_hold_is_refused_at_once(params, says):
     errors: list[tuple[str, str]] = []
-    jobs.parse_params(params, {}, errors)
+    submissions.parse_params(params, {}, errors)
     (refusal,) = [why for field, why in errors if field == "params.container"]
     assert says in refusal
 

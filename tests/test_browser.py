@@ -27,6 +27,7 @@ from serving import finished, png, queued, running, still, until, volume
 
 import jobs
 import server
+import submissions
 import webpage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -301,7 +302,7 @@ def test_what_is_deleted_in_another_window_is_gone_when_somebody_comes_back_to_t
         home, open_page = visit(service.url), visit(f"{service.url}/#{gone.id}")
         see(home, "Gone 1", "#jobs")
         see(open_page, "Gone 1", "#title")
-        jobs.delete(service.table, service.config.layout, gone.id)
+        submissions.delete(service.table, service.config.layout, gone.id)
         for page in (home, open_page):
             page.evaluate("lookedAt = 0; dispatchEvent(new Event('focus'))")
         until(lambda: home.locator("#jobs li").count() == 1)

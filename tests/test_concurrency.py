@@ -31,6 +31,7 @@ import dispatch
 import jobs
 import retention
 import server
+import submissions
 from retention import Keep
 
 
@@ -255,7 +256,7 @@ def test_a_download_under_way_ends_whole_with_the_old_bytes(tmp_path, how):
         elif how == "made anew":
             jobs.storage.write_whole(path, b"another artifact")
         else:
-            jobs.remove_files(service.config.layout, job, outputs=False)
+            submissions.remove_files(service.config.layout, job, outputs=False)
         assert read + answer.read() == data
         line.close()
         assert client.call("GET", f"/jobs/{job.id}/artifact").status == (404 if how == "deleted" else 410)

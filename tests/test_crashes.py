@@ -168,7 +168,7 @@ sys.exit(server.main())
 def test_a_submit_whose_answer_never_came_is_one_job_when_it_is_repeated(tmp_path, when, rows):
     """C06: killed between commit and answer, or before the commit."""
     body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "v.zip"}}
-    dying = Service(tmp_path, ("-c", DYING, when, "jobs.submit"))
+    dying = Service(tmp_path, ("-c", DYING, when, "submissions.submit"))
     try:
         dying.client.call("PUT", "/incoming/v.zip", volume(SMALL))
         with pytest.raises((http.client.HTTPException, ConnectionError)):

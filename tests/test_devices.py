@@ -19,6 +19,7 @@ import jobs
 import pages
 import server
 import storage
+import submissions
 from messages import Params
 from pages import Pixels
 
@@ -30,7 +31,7 @@ MODELS = {
 
 def parsed(**given: Any) -> Params:
     errors: list[tuple[str, str]] = []
-    params = jobs.parse_params(given, MODELS, errors)
+    params = submissions.parse_params(given, MODELS, errors)
     assert errors == []
     return params
 
@@ -49,7 +50,7 @@ def test_a_profile_sets_pixels_and_colour_and_a_request_overrides_them():
 def test_an_unknown_profile_is_refused_with_all_that_there_are():
     for wrong in ("kindle", 7, ["kobo-libra"]):
         errors: list[tuple[str, str]] = []
-        jobs.parse_params({"profile": wrong}, MODELS, errors)
+        submissions.parse_params({"profile": wrong}, MODELS, errors)
         assert [field for field, _ in errors] == ["params.profile"]
         assert all(name in errors[0][1] for name in devices.DEVICES)
 
@@ -191,12 +192,11 @@ def test_an_artifact_that_could_not_be_that_small_is_told_of(tmp_path):
     table = jobs.JobTable(layout.database)
     (layout.incoming / "one.zip").write_bytes(volume({"1.png": b"x"}))
     params = Params(max_artifact_bytes=70_000)
-    job = jobs.submit(
-        table, layout, jobs.Submission("t", "1", "zip", "one.zip", params, None), None, "", server.Limits()
-    )
-    assert jobs.closing_message(job, [], 70_000) is None
+    wanted = submissions.Submission("t", "1", "zip", "one.zip", params, None)
+    job = submissions.submit(table, layout, wanted, None, "", server.Limits())
+    assert submissions.closing_message(job, [], 70_000) is None
     assert (
-        jobs.closing_message(job, [], 70_001)
+        submissions.closing_message(job, [], 70_001)
         == "the artifact has 70001 bytes, over the 70000 of maxArtifactBytes"
     )
     table.close()

@@ -22,6 +22,7 @@ from websockets.sync.client import ClientConnection
 import jobs
 import live
 import server
+import submissions
 from live import StateFrame, Watcher
 
 HANDSHAKE = (
@@ -281,7 +282,7 @@ def test_a_waiting_job_that_is_deleted_closes_with_4404(service, client):
 def test_a_resumed_job_goes_on_for_its_watchers_of_all_jobs(service, client, quick):
     job = end(service, running(service))
     with client.socket("/ws/jobs") as line:
-        jobs.resume(service.table, service.config.layout, job.id, None)
+        submissions.resume(service.table, service.config.layout, job.id, None)
         state = told(line)
         assert (state.status, state.retries, state.last_error) == ("PENDING", 1, None)
 

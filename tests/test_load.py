@@ -14,6 +14,7 @@ from load import Line
 from serving import running, still
 
 import jobs
+import submissions
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_what_a_change_costs_does_not_grow_with_the_manifest(tmp_path, monkeypat
         monkeypatch.setattr(jobs.json, "loads", lambda text: read.append(len(text)) or loads(text))
         assert service.table.change(job, jobs.RUNNING, processed=1)
         row = service.table.get(job.id)
-        jobs.to_state(row, service.config.layout)
+        submissions.to_state(row, service.config.layout)
         assert read and max(read) < 1000
         assert jobs.parsed(row.reconciliation) == long
 

@@ -39,6 +39,7 @@ from serving import PLAN
 import jobs
 import retention
 import storage
+import submissions
 from jobs import Job, JobTable
 from messages import Limits, PageDone, Params, SourcePage, Staged, StagedPage
 from retention import DAY_S, LOOK_S, Keep, Retention
@@ -256,11 +257,11 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     @survives
     def submit(self, path: str, key: str | None, body: str, priority: int) -> None:
-        wanted = jobs.Submission("作品", "1", "zip", path, Params(), None, priority)
+        wanted = submissions.Submission("作品", "1", "zip", path, Params(), None, priority)
         before = next((job for job in self.jobs if key and job.key == key), None)
 
         def submit() -> Job:
-            return jobs.submit(self.table, self.layout, wanted, key, body, Limits())
+            return submissions.submit(self.table, self.layout, wanted, key, body, Limits())
 
         if before and before.body != body:
             self.refused(jobs.KeyReused, submit)
@@ -313,7 +314,7 @@ class Machine(RuleBasedStateMachine):
         source = path or job.path
 
         def resume() -> Job:
-            return jobs.resume(self.table, self.layout, job.id, given)
+            return submissions.resume(self.table, self.layout, job.id, given)
 
         if not job.is_over or (job.state == SUCCESS and not job.failed_pages):
             self.call(resume)
@@ -336,7 +337,7 @@ class Machine(RuleBasedStateMachine):
         job = self.pick(n)
 
         def delete() -> None:
-            jobs.delete(self.table, self.layout, job.id)
+            submissions.delete(self.table, self.layout, job.id)
 
         if job.state == RUNNING:
             self.refused(jobs.JobIsRunning, delete)
@@ -353,8 +354,8 @@ class Machine(RuleBasedStateMachine):
     def name_an_unknown_job(self, what: str) -> None:
         calls = {
             "cancel": lambda: jobs.cancel(self.table, UNKNOWN, self.now_s),
-            "resume": lambda: jobs.resume(self.table, self.layout, UNKNOWN, None),
-            "delete": lambda: jobs.delete(self.table, self.layout, UNKNOWN),
+            "resume": lambda: submissions.resume(self.table, self.layout, UNKNOWN, None),
+            "delete": lambda: submissions.delete(self.table, self.layout, UNKNOWN),
             "prioritize": lambda: jobs.prioritize(self.table, UNKNOWN, 1),
         }
         self.refused(jobs.UnknownJob, calls[what])
@@ -602,7 +603,7 @@ class Machine(RuleBasedStateMachine):
         for job in self.jobs:
             row = self.table.get(job.id)
             assert newest[job.id] == row
-            state = parse(JobState, json.loads(json.dumps(jobs.to_state(row, self.layout))))
+            state = parse(JobState, json.loads(json.dumps(submissions.to_state(row, self.layout))))
             has_artifact = job.artifact is not None and "artifacts_days" not in job.aged
             finished = sum(page.where is not None for page in job.pages.values())
             assert (state.status, state.cancelled, state.retries, state.last_error) == (

@@ -11,6 +11,7 @@ from serving import PLAN, finished, png, running, still
 import jobs
 import predict
 import server
+import submissions
 import survey
 from messages import PageDone, Params, Workload
 from predict import Measured, Sample
@@ -131,7 +132,7 @@ def test_a_second_volume_is_predicted_and_the_error_told(service, caplog):
     first, second = ended(service, 12.0), ended(service, 15.0)
     assert predict.measured_of(jobs.parsed(first.forecast)) == TEN
     assert predict.to_json(jobs.parsed(first.forecast)) is None
-    told = jobs.to_state(second, service.config.layout)["prediction"]
+    told = submissions.to_state(second, service.config.layout)["prediction"]
     assert told == {
         "minutes": 0.2, "megabytes": 10.0, "basis": "volumes", "basisPages": 10, "actualMinutes": 0.25,
         "actualMegabytes": 10.0, "minutesErrorPercent": -20.0, "megabytesErrorPercent": 0.0,
@@ -171,12 +172,12 @@ def test_pages_from_the_cache_are_measured_neither_as_fast_nor_as_small(service)
 def test_no_error_is_told_where_pages_came_from_the_cache_that_nobody_expected_there(service, caplog):
     caplog.set_level("INFO", "predict")
     ended(service, 12.0)
-    told = jobs.to_state(ended(service, 7.0, cached=range(5)), service.config.layout)["prediction"]
+    told = submissions.to_state(ended(service, 7.0, cached=range(5)), service.config.layout)["prediction"]
     assert (told["minutes"], told["actualMinutes"], told["minutesErrorPercent"]) == (0.2, 0.117, None)
     assert "it was 0.12 min with pages of other jobs" in caplog.text
     known = Workload(5, 5_000_000, 20_000_000, 2_500_000, 5_000_000, cached=5)
     job = ended(service, 7.0, cached=range(5), workload=known)
-    assert jobs.to_state(job, service.config.layout)["prediction"]["minutesErrorPercent"] == 0.0
+    assert submissions.to_state(job, service.config.layout)["prediction"]["minutesErrorPercent"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_volumes_count_for_more_than_previews_and_previews_are_bounded(service):
 
 def test_a_job_without_a_forecast_ends_as_before(service):
     job = finished(service)
-    assert jobs.to_state(job, service.config.layout)["prediction"] is None
+    assert submissions.to_state(job, service.config.layout)["prediction"] is None
 
 
 # ---------------------------------------------------------------- headers

@@ -15,6 +15,7 @@ from test_service import Client, check_artifact, png, volume
 import dispatch
 import jobs
 import server
+import submissions
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_finished_job_takes_a_priority_for_when_it_is_resumed(resting):
     job = queued(resting)
     jobs.cancel(resting.table, job.id, 0.0)
     jobs.prioritize(resting.table, job.id, 3)
-    other, again = queued(resting).id, jobs.resume(resting.table, resting.config.layout, job.id, None)
+    other, again = queued(resting).id, submissions.resume(resting.table, resting.config.layout, job.id, None)
     assert claimed(resting) == [again.id, other]
 
 

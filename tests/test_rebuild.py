@@ -29,6 +29,7 @@ import jobs
 import rebuild
 import server
 import storage
+import submissions
 from storage import Layout
 
 
@@ -271,7 +272,7 @@ def test_an_unfinished_job_whose_page_was_damaged_starts_over_and_gives_the_same
     with opened(layout) as table:
         for waiting in table.in_state("PENDING"):
             jobs.cancel(table, waiting.id, 1.0)
-        jobs.resume(table, layout, job, None)
+        submissions.resume(table, layout, job, None)
     change(layout, f"UPDATE pages SET width = 1 WHERE job_id = '{job}' AND n = 1")
     with opened(layout) as table:
         fresh = table.get(job)
@@ -285,8 +286,8 @@ def test_an_unfinished_job_whose_page_was_damaged_starts_over_and_gives_the_same
 def test_the_latest_commits_are_read_from_the_log_of_a_damaged_table(layout, before, tmp_path):
     """They stand in the -wal alone when the service was killed."""
     with opened(layout) as table:
-        wanted = jobs.Submission("latest", "1", "zip", "v.zip", jobs.Params(), None)
-        latest = jobs.submit(table, layout, wanted, None, "", server.Limits()).id
+        wanted = submissions.Submission("latest", "1", "zip", "v.zip", jobs.Params(), None)
+        latest = submissions.submit(table, layout, wanted, None, "", server.Limits()).id
         files = {name: (layout.root / name).read_bytes() for name in ("jobs.sqlite3", "jobs.sqlite3-wal")}
     data = bytearray(files["jobs.sqlite3"])
     data[data.index(b"Ch 1/0.png")] ^= 1  # of a page, which is not in the log

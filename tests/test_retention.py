@@ -16,6 +16,7 @@ from serving import finished, png, queued, running, still, until, volume
 import jobs
 import retention
 import server
+import submissions
 from retention import DAY_S, LOOK_S, Keep, Retention
 
 NO_FLAGS = argparse.Namespace(
@@ -157,7 +158,7 @@ def test_a_job_resumed_between_look_and_removal_keeps_its_pages(world):
 def test_a_job_that_changes_while_its_files_go_keeps_its_row(world, monkeypatch):
     """A resume between files and row: the guarded statement finds another state."""
     job, service = ended(world), keeper(world, ALL)
-    remove = jobs.remove_files
+    remove = submissions.remove_files
 
     def slowly(*arguments: Any) -> None:
         remove(*arguments)

@@ -16,6 +16,7 @@ from serving import png, queued, still, until, volume
 
 import jobs
 import server
+import submissions
 import uploads
 import watch
 from messages import Limits, Params
@@ -186,8 +187,8 @@ def test_what_its_sender_submitted_is_left_to_its_sender(watched):
 
 def test_a_submitted_folder_covers_what_lies_below_it(watched):
     watched.put("T/ch1/1.png", png())
-    wanted = jobs.Submission("T", "1", "folder", "T", Params(), None)
-    jobs.submit(watched.service.table, watched.service.config.layout, wanted, None, "", Limits())
+    wanted = submissions.Submission("T", "1", "folder", "T", Params(), None)
+    submissions.submit(watched.service.table, watched.service.config.layout, wanted, None, "", Limits())
     assert watched.look() == ["T"]
 
 
