@@ -32,6 +32,7 @@ from websockets.exceptions import ConnectionClosed
 
 import jobs
 import live
+import routes
 import server
 import storage
 import wire
@@ -439,7 +440,7 @@ HOSTILE_IDS = [
 
 
 def test_r09_an_unknown_job_is_404_on_every_route_that_names_one(service, client):
-    for route in server.ROUTES:
+    for route in routes.ROUTES:
         if "{id}" not in route.path or route.handler == "watch_job":
             continue
         for name in HOSTILE_IDS:
@@ -453,8 +454,8 @@ def test_r09_an_unknown_job_is_404_on_every_route_that_names_one(service, client
 
 def test_r09_a_wrong_method_is_405_and_told_the_right_ones_on_every_route(service, client):
     methods = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "TRACE", "BREW")
-    for path in {route.path for route in server.ROUTES}:
-        allowed = {route.method for route in server.ROUTES if route.path == path} | {"OPTIONS"}
+    for path in {route.path for route in routes.ROUTES}:
+        allowed = {route.method for route in routes.ROUTES if route.path == path} | {"OPTIONS"}
         allowed |= {"HEAD"} if "GET" in allowed else set()
         spelt = path.replace("{id}", NOBODY).replace("{n}", "1").replace("{path...}", "x.zip")
         for method in {*methods} - allowed:
@@ -831,7 +832,7 @@ def test_o05_every_wrong_token_gets_the_same_401(tmp_path):
                 assert reply.status == 401 and reply.headers["www-authenticate"].startswith("Bearer ")
                 bodies.add(reply.body)
         assert len(bodies) == 1
-        for route in server.ROUTES:
+        for route in routes.ROUTES:
             path = route.path.replace("{id}", NOBODY).replace("{n}", "1").replace("{path...}", "x.zip")
             assert (client.call(route.method, path).status == 401) != route.open, path
         assert client.call("GET", "/jobs", None, {"Authorization": f"bearer {token}"}).status == 200

@@ -30,6 +30,7 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 import jobs
+import routes
 import server
 
 ROOT = Path(server.__file__).parent
@@ -388,7 +389,7 @@ def test_the_service_tells_of_its_models_devices_and_itself(client):
     assert (health["status"], health["default_model"]) == ("ok", "RealESRGAN_x4plus_anime_6B")
     assert b'reichan_jobs{state="SUCCESS"}' in client.call("GET", "/metrics")[2]
     paths = json.loads(client.call("GET", "/openapi.json")[2])["paths"]
-    assert {route.path.replace("...", "") for route in server.ROUTES} == set(paths)
+    assert {route.path.replace("...", "") for route in routes.ROUTES} == set(paths)
 
 
 def test_foreign_hosts_and_origins_are_refused(client):

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import openapi
-import server
+import routes
 import webpage
 
 HOST = "127.0.0.1:8001"
@@ -19,7 +19,7 @@ def policy_of(answer):
     return dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
 
 
-@pytest.mark.parametrize("page", [webpage.index, lambda host: webpage.docs(server.ROUTES, host)])
+@pytest.mark.parametrize("page", [webpage.index, lambda host: webpage.docs(routes.ROUTES, host)])
 def test_nothing_runs_inline_but_what_the_policy_has_the_hash_of(page):
     answer = page(HOST)
     text, policy = answer.body.decode(), policy_of(answer)
@@ -39,7 +39,7 @@ def test_the_page_names_no_other_host():
 
 def test_docs_without_the_wheel_are_a_table_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr(webpage, "WHEEL", "there_is_no_such_package")
-    text = webpage.docs(server.ROUTES, HOST).body.decode()
+    text = webpage.docs(routes.ROUTES, HOST).body.decode()
     assert "pip install flask-swagger-ui" in text and "/jobs/{id}/resume" in text
     assert not webpage.can_try_out()
 
