@@ -33,7 +33,7 @@ import weightfiles
 from messages import EngineChoice, Params
 
 if TYPE_CHECKING:
-    from server import Config
+    from settings import Config
 
 ROOT = Path(__file__).parent
 MODELS = ("realesr-animevideov3", "RealESRGAN_x4plus_anime_6B")  # that are run

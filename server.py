@@ -19,7 +19,6 @@ import errno
 import functools
 import hashlib
 import hmac
-import ipaddress
 import itertools
 import json
 import logging
@@ -38,10 +37,10 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ import preview
 import reader
 import rebuild
 import routes
+import settings
 import sidecar
 import storage
 import submissions
@@ -68,11 +68,9 @@ import weightfiles
 import wire
 from jobs import Job, JobTable
 from live import MESSAGE_BYTES, Live, Watcher
-from messages import EngineChoice, Limits, Params, Preview, Probe, Probed, setting_name
+from messages import EngineChoice, Params, Preview, Probe, Probed, setting_name
 from metrics import Family, expose, gauge, gauges, processor_seconds
 from openapi import COOKIE
-from retention import Keep
-from storage import Layout
 from watch import Watch
 from wire import Answer, Refused, Request, json_answer, json_list_answer
 
@@ -82,197 +80,6 @@ VERSION = "0.1.0"
 BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
 JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
-TAURI_ORIGINS = (
-    "tauri://localhost",
-    "http://tauri.localhost",
-    "https://tauri.localhost",
-    "http://localhost:1420",
-)
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-
-
-# ---------------------------------------------------------------- configuration
-class ConfigError(Exception):
-    """A setting that can't be used; the message is the one line shown at start."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting, read once in main(); see the README for their meaning."""
-
-    storage_root: Path = Path("storage")
-    model_root: Path | None = None  # None: <storage_root>/models
-    host: str = "127.0.0.1"
-    port: int = 8001
-    max_concurrency: int = 1
-    cluster: str | None = None  # "auto" or a Ray head's host:port; None: this machine alone
-    token: str | None = None
-    allowed_origins: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    device: str = "auto"
-    precision: str = "auto"
-    engine: str = "native"
-    sandbox: bool = True
-    log: str = "text"
-    limits: Limits = field(default_factory=Limits)
-    keep: Keep = field(default_factory=Keep)
-    worker_idle_s: float = 120.0
-    connections: int = 256
-    watchers: int = 2000
-    upload_bytes: int = 16 << 30
-    reserve_bytes: int = 64 << 20  # of free space, which no upload and no job may be expected to use
-    checks_room: bool = True
-    page_wait_s: int = 25  # for POST /pages; Suwayomi gives up after 30
-    page_cache_bytes: int = 1 << 30  # of its finished pages
-    watch_s: int | None = None  # for which an upload must lie still to become a job; None: never
-    watch_params: dict[str, Any] = field(default_factory=dict)  # of those jobs, as in POST /jobs
-    job_cache_bytes: int = 0  # of finished pages kept for other jobs; 0: none
-
-    @property
-    def layout(self) -> Layout:
-        """The folders below storage_root."""
-        root = self.storage_root.absolute()
-        return Layout(root, (self.model_root or root / "models").absolute())
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the bind address."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-
-CHOICES = {
-    "device": ("auto", "cuda", "xpu", "mps", "cpu"),
-    "precision": ("auto", "fp32", "fp16", "bf16"),
-    "engine": ("native", "upstream"),
-    "sandbox": ("on", "off"),
-    "log": logs.FORMS,
-    "check_room": ("on", "off"),
-}
-
-
-# Fields of Limits that have a setting; ratio_from_bytes only says where ratio begins to matter.
-LIMIT_SETTINGS = tuple(item.name for item in fields(Limits) if item.name != "ratio_from_bytes")
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def whole(name: str, text: str, least: int = 1, most: int = 1 << 53) -> int:
-    """A setting's whole number, with K, M, G or T of 1024. Raises ConfigError."""
-    match = re.fullmatch(r"([0-9]{1,16})([KMGT]?)", text.upper())
-    value = int(match[1]) * UNITS[match[2]] if match else -1
-    if not least <= value <= most:
-        raise ConfigError(f"{name} must be a whole number from {least}, like 20000 or 512M, not {text!r}")
-    return value
-
-
-def read_limits(setting: Callable[[str, str], str]) -> Limits:
-    """Limits from REICHAN_MAX_*. Raises ConfigError."""
-    given = {name: setting(f"MAX_{name.upper()}", "") for name in LIMIT_SETTINGS}
-    return Limits(**{name: whole(setting_name(name), text) for name, text in given.items() if text})
-
-
-def read_keep(setting: Callable[[str, str], str]) -> Keep:
-    """Keep from REICHAN_KEEP_*. Raises ConfigError."""
-    given = {item.name: setting(f"KEEP_{item.name.upper()}", "") for item in fields(Keep)}
-    return Keep(
-        **{
-            name: whole(f"REICHAN_KEEP_{name.upper()}", text, most=36_500)
-            for name, text in given.items()
-            if text
-        }
-    )
-
-
-def read_watch_params(text: str) -> dict[str, Any]:
-    """REICHAN_WATCH_PARAMS; a model can only be checked once the model root is known. Raises ConfigError."""
-    try:
-        given = json.loads(text or "{}")
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise ConfigError(f'REICHAN_WATCH_PARAMS must be a JSON object like {{"scale": 2}}, not {text!a}')
-    return given
-
-
-def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
-    """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
-
-    def setting(name: str, default: str) -> str:
-        return environ.get(f"REICHAN_{name}", "").strip() or default
-
-    def several(name: str) -> tuple[str, ...]:
-        return tuple(part.strip().rstrip("/") for part in setting(name, "").split(",") if part.strip())
-
-    host, port = split_bind(setting("BIND", "127.0.0.1:8001"))
-    concurrency = setting("MAX_CONCURRENCY", "1")
-    if not concurrency.isdecimal() or not 1 <= int(concurrency) <= 64:
-        raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {concurrency!r}")
-
-    def choice(name: str) -> str:
-        value = setting(name.upper(), CHOICES[name][0]).lower()
-        if value not in CHOICES[name]:
-            raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
-        return value
-
-    token = flags.token or setting("TOKEN", "") or None
-    if token and not re.fullmatch(r"[!-~]{8,512}", token):
-        raise ConfigError("the token must be 8 to 512 printable ASCII characters without spaces")
-    origins = several("ALLOWED_ORIGINS")
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-            raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
-    if flags.port is not None and not 0 <= flags.port <= 65535:
-        raise ConfigError(f"--port must be a number from 0 to 65535, not {flags.port}")
-    model_root = flags.model_root or setting("MODEL_ROOT", "")
-    return Config(
-        storage_root=Path(flags.storage_root or setting("STORAGE_ROOT", "storage")),
-        model_root=Path(model_root) if model_root else None,
-        host=flags.host or host,
-        port=port if flags.port is None else flags.port,
-        max_concurrency=int(concurrency),
-        cluster=read_cluster(setting("CLUSTER", "")),
-        token=token,
-        allowed_origins=origins,
-        allowed_hosts=several("ALLOWED_HOSTS"),
-        device=choice("device"),
-        precision=choice("precision"),
-        engine=choice("engine"),
-        sandbox=choice("sandbox") == "on",
-        log=choice("log"),
-        limits=read_limits(setting),
-        keep=read_keep(setting),
-        reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
-        checks_room=choice("check_room") == "on",
-        job_cache_bytes=whole("REICHAN_JOB_CACHE_BYTES", setting("JOB_CACHE_BYTES", "0"), least=0),
-        upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
-        page_wait_s=whole("REICHAN_PAGE_WAIT_S", setting("PAGE_WAIT_S", "25"), most=100),
-        page_cache_bytes=whole("REICHAN_PAGE_CACHE_BYTES", setting("PAGE_CACHE_BYTES", "1G"), least=0),
-        watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
-        watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
-    )
-
-
-def read_cluster(text: str) -> str | None:
-    """REICHAN_CLUSTER. Raises ConfigError."""
-    if not text:
-        return None
-    if text != "auto" and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]+):[0-9]{1,5}", text):
-        raise ConfigError(f"REICHAN_CLUSTER must be auto or the host:port of a Ray head, not {text!r}")
-    if not cluster.is_installed():
-        raise ConfigError("REICHAN_CLUSTER needs Ray, which is not installed: pip install -e '.[cluster]'")
-    return text
-
-
-def split_bind(bind: str) -> tuple[str, int]:
-    """ "host:port" or "[v6]:port". Raises ConfigError."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):([0-9]{1,5})", bind)
-    if not match or int(match[2]) > 65535:
-        raise ConfigError(f"REICHAN_BIND must be host:port, not {bind!r}")
-    return match[1].strip("[]"), int(match[2])
 
 
 # ---------------------------------------------------------------- errors to answers
@@ -330,7 +137,7 @@ class Api:
 
     def __init__(
         self,
-        config: Config,
+        config: settings.Config,
         table: JobTable,
         dispatcher: dispatch.Dispatcher,
         live: Live,
@@ -403,7 +210,7 @@ class Api:
         """On loopback: a foreign name in Host means a web page reached us by rebinding DNS."""
         name = re.sub(r":[0-9]+$", "", request.host).lower()
         bound = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        known = (*LOOPBACK_HOSTS, bound, *map(str.lower, self.config.allowed_hosts))
+        known = (*settings.LOOPBACK_HOSTS, bound, *map(str.lower, self.config.allowed_hosts))
         if self.config.is_loopback and request.host and not {name, request.host.lower()} & {*known}:
             raise Refused(421, "HOST", f"this service is not {request.host[:100]!a} (REICHAN_ALLOWED_HOSTS)")
 
@@ -416,7 +223,7 @@ class Api:
                 raise Refused(403, "ORIGIN", "a request from another web site")
             return None
         own = {f"http://{request.host}", f"https://{request.host}"}
-        if origin in own or origin in TAURI_ORIGINS or origin in self.config.allowed_origins:
+        if origin in own or origin in settings.TAURI_ORIGINS or origin in self.config.allowed_origins:
             return origin
         if harmful:
             raise Refused(403, "ORIGIN", f"origin {origin[:100]!a} is not welcome (REICHAN_ALLOWED_ORIGINS)")
@@ -1123,7 +930,7 @@ class Service:
     Raises storage.AlreadyRunning, jobs.DatabaseUnusable, OSError (the port is taken).
     """
 
-    def __init__(self, config: Config, worker: Callable[..., None] | None = None) -> None:
+    def __init__(self, config: settings.Config, worker: Callable[..., None] | None = None) -> None:
         layout = config.layout
         self._ending = contextlib.ExitStack()
         self.made_token = False
@@ -1156,7 +963,7 @@ class Service:
             raise
         self.api.connections = lambda: len(self.http.peers)
 
-    def _watch(self, config: Config) -> Watch:
+    def _watch(self, config: settings.Config) -> Watch:
         """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
         errors: list[tuple[str, str]] = []
         models = weightfiles.model_names(config.layout.models)
@@ -1164,7 +971,7 @@ class Service:
         if params.split != "none":
             errors.append(("split", "is for requests: the watch takes each archive and folder by itself"))
         if errors:
-            raise ConfigError("REICHAN_WATCH_PARAMS: " + "; ".join(map(" ".join, errors)))
+            raise settings.ConfigError("REICHAN_WATCH_PARAMS: " + "; ".join(map(" ".join, errors)))
         return Watch(
             self.table, config.layout, config.limits, float(config.watch_s or 0), params,
             self.dispatcher.reserve_bytes, self.dispatcher.wake, make_room=self.dispatcher.cache.clear,
@@ -1275,8 +1082,8 @@ def examine(flags: argparse.Namespace) -> int:
     import doctor
 
     try:
-        return doctor.run(read_config(os.environ, flags))
-    except ConfigError as error:
+        return doctor.run(settings.read_config(os.environ, flags))
+    except settings.ConfigError as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 2
 
@@ -1294,13 +1101,13 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
-        config = read_config(os.environ, flags)
+        config = settings.read_config(os.environ, flags)
         logs.setup(config.log, "service")
         if flags.exit_with_stdin:
             sidecar.call_at_end_of_stdin(ended.set)
         parent = sidecar.take_stdout() if flags.ready_json else None
         service = Service(config)
-    except (ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
+    except (settings.ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 2
     with service:

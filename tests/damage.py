@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import settings
 import submissions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,7 +41,7 @@ VOLATILE = ("createdAt", "startedAt", "finishedAt", "message", "seq", "retries",
 
 def make(root: Path) -> None:
     """Run a few small volumes to their ends, and leave one waiting."""
-    with server.Service(server.Config(storage_root=root, port=0)) as service:
+    with server.Service(settings.Config(storage_root=root, port=0)) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(PAGES))
         client.call("PUT", "/incoming/bad.zip", volume({"bad.png": b"bad"}))

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import settings
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_service import Client, png, volume
@@ -63,7 +65,7 @@ def main() -> None:
     turns = parser.parse_args().turns
     with (
         tempfile.TemporaryDirectory() as root,
-        server.Service(server.Config(storage_root=Path(root), port=0)) as service,
+        server.Service(settings.Config(storage_root=Path(root), port=0)) as service,
     ):
         watch = Stopwatch(service)
         client = watch.client

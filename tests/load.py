@@ -39,6 +39,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import settings
 import submissions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -93,7 +94,7 @@ def serve(conn: Connection, root: Path, settings: dict[str, Any], observed: bool
     """A service, and what only its own process can tell: each change's moment, the loop's lag."""
     changes: list[tuple[float, Any]] = []  # monotonic, which all processes share
     lags: list[float] = []
-    config = server.Config(storage_root=root, port=0, **settings)
+    config = settings.Config(storage_root=root, port=0, **settings)
     with server.Service(config) as service:
         loop = service.live.loop
 
@@ -682,7 +683,7 @@ def race(rounds: int, seed: int) -> list[Line]:
     rng, moment_s, ends = random.Random(seed), [0.1], Counter[str]()
     with (
         tempfile.TemporaryDirectory() as folder,
-        server.Service(server.Config(storage_root=Path(folder), port=0)) as service,
+        server.Service(settings.Config(storage_root=Path(folder), port=0)) as service,
     ):
         client = Client(service.url)
         upload(client, "race.zip", 2, 16, seed)

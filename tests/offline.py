@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import settings
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from client import Client
@@ -19,7 +21,7 @@ def main() -> int:
     """Exit status 1 unless the job succeeds."""
     with (
         tempfile.TemporaryDirectory() as root,
-        server.Service(server.Config(storage_root=Path(root), port=0)) as service,
+        server.Service(settings.Config(storage_root=Path(root), port=0)) as service,
     ):
         client = Client(service.url)
         client.upload("v.zip", [volume({"1.png": png(), "2.png": png(shade=1)})])

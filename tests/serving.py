@@ -46,7 +46,7 @@ def volume(pages: dict[str, bytes]) -> bytes:
 @contextlib.contextmanager
 def still(root: Path, **settings: Any) -> Iterator[server.Service]:
     """A service that answers while nobody works: jobs stay as the test moves them."""
-    service = server.Service(server.Config(storage_root=root, port=0, **settings))
+    service = server.Service(settings.Config(storage_root=root, port=0, **settings))
     service.live.start()
     service.http.start()
     try:

@@ -24,6 +24,7 @@ import cli
 import containers
 import formats
 import server
+import settings
 import storage
 import submissions
 import verify
@@ -256,7 +257,7 @@ def test_jobs_end_as_books(tmp_path):
     import pikepdf
     from ebooklib import epub
 
-    with server.Service(server.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(shade=3), "2.png": png(shade=9)}))
         for container in ("epub", "pdf"):

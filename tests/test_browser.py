@@ -27,6 +27,7 @@ from serving import finished, png, queued, running, still, until, volume
 
 import jobs
 import server
+import settings
 import submissions
 import webpage
 
@@ -467,7 +468,7 @@ def test_a_page_of_a_dropped_zip_is_previewed_before_and_it_is_the_one_that_the_
     with zipfile.ZipFile(tmp_path / "Seen v01.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in {"notes.txt": b"no page", **pages}.items():
             archive.writestr(name, data)
-    config = server.Config(storage_root=tmp_path / "root", port=0, precision="fp32")  # needs no probing
+    config = settings.Config(storage_root=tmp_path / "root", port=0, precision="fp32")  # needs no probing
     with server.Service(config) as service:
         page = visit(service.url)
         see(page, "Connected")

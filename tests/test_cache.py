@@ -28,6 +28,7 @@ import inputs
 import jobs
 import models
 import server
+import settings
 import storage
 import upscaling
 from messages import Limits, PageDone, Params
@@ -41,7 +42,7 @@ OTHERS = {str: "other", int: 7, type(None): 5, tuple: (PLAN,)}  # a value of eac
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
     """A service with a cache. Its tests have pages of their own each, by the number that png() takes."""
     root = tmp_path_factory.mktemp("root")
-    config = server.Config(storage_root=root, model_root=root / "models", port=0, job_cache_bytes=1 << 30)
+    config = settings.Config(storage_root=root, model_root=root / "models", port=0, job_cache_bytes=1 << 30)
     with server.Service(replace(config, page_wait_s=100)) as service:
         yield service
 

@@ -34,6 +34,7 @@ import jobs
 import live
 import routes
 import server
+import settings
 import storage
 import wire
 
@@ -811,7 +812,7 @@ def test_o02_o04_another_sites_preflight_gets_no_permission_and_its_request_noth
     assert "access-control-allow-origin" not in ask(service, *fields[:2])[1]  # it may ask, and not read
 
 
-@pytest.mark.parametrize("origin", server.TAURI_ORIGINS)
+@pytest.mark.parametrize("origin", settings.TAURI_ORIGINS)
 def test_o03_the_apps_preflight_is_answered_with_its_own_origin(service, origin):
     fields = ("Host: localhost", f"Origin: {origin}", "Access-Control-Request-Method: PUT")
     status, headers = ask(service, *fields, method="OPTIONS", path="/incoming/x.zip")

@@ -31,6 +31,7 @@ from test_service import Client, check_artifact, png, volume
 
 import cluster
 import server
+import settings
 import upscaling
 import verify
 from dispatch import run_worker
@@ -117,7 +118,7 @@ def serving(
     root: Path, address: str | None, worker: Callable[..., None] | None = None, **settings: Any
 ) -> Iterator[tuple[server.Service, Client]]:
     """A service over this cluster."""
-    config = server.Config(storage_root=root, port=0, cluster=address, **settings)
+    config = settings.Config(storage_root=root, port=0, cluster=address, **settings)
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 
@@ -415,21 +416,21 @@ def flags() -> argparse.Namespace:
 
 def test_without_ray_the_start_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(server.ConfigError, match=r"pip install -e '.\[cluster\]'"):
-        server.read_config({"REICHAN_CLUSTER": "auto"}, flags())
+    with pytest.raises(settings.ConfigError, match=r"pip install -e '.\[cluster\]'"):
+        settings.read_config({"REICHAN_CLUSTER": "auto"}, flags())
 
 
 @pytest.mark.parametrize("text", ["here", "host", "host:port", "ray://host:1"])
 def test_a_bad_address_stops_the_start(text):
-    with pytest.raises(server.ConfigError, match="REICHAN_CLUSTER must be auto or the host:port"):
-        server.read_config({"REICHAN_CLUSTER": text}, flags())
+    with pytest.raises(settings.ConfigError, match="REICHAN_CLUSTER must be auto or the host:port"):
+        settings.read_config({"REICHAN_CLUSTER": text}, flags())
 
 
 def test_the_service_itself_never_imports_ray(tmp_path):
     """Not even with the setting: the bridge does."""
     code = (
-        "import sys, server; from pathlib import Path\n"
-        "config = server.Config(storage_root=Path(sys.argv[1]), port=0, cluster='auto')\n"
+        "import sys, server, settings; from pathlib import Path\n"
+        "config = settings.Config(storage_root=Path(sys.argv[1]), port=0, cluster='auto')\n"
         "with server.Service(config) as one:\n"
         "    assert one.dispatcher.health()['status'] == 'idle'\n"
         "sys.exit('ray' in sys.modules or 'torch' in sys.modules)"

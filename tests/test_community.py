@@ -32,6 +32,7 @@ import community
 import infer
 import models
 import server
+import settings
 import storage
 import upscaling
 import weightfiles
@@ -265,7 +266,7 @@ def test_a_volume_goes_through_a_model_that_auto_chose(tmp_path, model_root):
     page = grey(90, 70)
     data = cv2.imencode(".png", page)[1].tobytes()
     with server.Service(
-        server.Config(storage_root=tmp_path / "root", port=0, model_root=model_root, precision="fp32")
+        settings.Config(storage_root=tmp_path / "root", port=0, model_root=model_root, precision="fp32")
     ) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": data}))
@@ -287,7 +288,7 @@ def test_a_volume_goes_through_a_model_that_auto_chose(tmp_path, model_root):
 
 def test_without_the_extra_the_job_fails_and_names_it(tmp_path, model_root, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    config = server.Config(storage_root=tmp_path / "root", port=0, model_root=model_root)
+    config = settings.Config(storage_root=tmp_path / "root", port=0, model_root=model_root)
     with server.Service(config, faults.without_spandrel) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png()}))

@@ -31,13 +31,14 @@ import dispatch
 import jobs
 import retention
 import server
+import settings
 import submissions
 from retention import Keep
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
-    config = server.Config(storage_root=tmp_path_factory.mktemp("concurrency"), port=0)
+    config = settings.Config(storage_root=tmp_path_factory.mktemp("concurrency"), port=0)
     with server.Service(config) as running_service:
         yield running_service
 
@@ -122,7 +123,7 @@ def test_a_submit_during_the_shutdown_is_kept_or_refused_and_never_half(tmp_path
             except (OSError, http.client.HTTPException):
                 return  # the line went: either may be true
 
-    with server.Service(server.Config(storage_root=tmp_path, port=0)) as service:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0)) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(16, 16)}))
         threads = [threading.Thread(target=submit_on, args=(client,)) for _ in range(8)]
@@ -179,7 +180,7 @@ def test_a_cancel_that_the_worker_does_not_obey_costs_it_its_life_and_not_the_ne
     monkeypatch.setenv("FAULTS", str(tmp_path / "notes"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(dispatch, "OBEY_S", 0.2)
-    with server.Service(server.Config(storage_root=tmp_path / "s", port=0), faults.by_width) as service:
+    with server.Service(settings.Config(storage_root=tmp_path / "s", port=0), faults.by_width) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(), "2.png": png(faults.SLEEPER)}))
         job = client.submit("v.zip")
@@ -265,7 +266,7 @@ def test_a_download_under_way_ends_whole_with_the_old_bytes(tmp_path, how):
 @pytest.mark.parametrize("leap_s", [-400 * 86_400.0, 3600.0])
 def test_a_clock_set_while_a_job_runs_shows_in_no_duration_and_ages_nothing(tmp_path, monkeypatch, leap_s):
     monkeypatch.setattr(retention, "LOOK_S", 0.01)
-    config = server.Config(storage_root=tmp_path, port=0, keep=Keep(1, 1, 1))
+    config = settings.Config(storage_root=tmp_path, port=0, keep=Keep(1, 1, 1))
     with server.Service(config) as service:
         client, by = Client(service.url), SimpleNamespace(s=0.0)
         service.table.clock = lambda: time.time() + by.s

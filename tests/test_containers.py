@@ -25,6 +25,7 @@ import inputs
 import reader
 import rebuild
 import server
+import settings
 import storage
 import verify
 import weightfiles
@@ -348,7 +349,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[server.Ser
     (root / "room").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTS", str(root))
-        config = server.Config(storage_root=root / "storage", port=0)
+        config = settings.Config(storage_root=root / "storage", port=0)
         with server.Service(config, faults.no_room_for_a_cbz) as service:
             yield service, Client(service.url), root / "room"
 

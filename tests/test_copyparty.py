@@ -26,6 +26,7 @@ from serving import png, until, volume
 
 import copyparty_hook
 import server
+import settings
 import uploads
 from messages import Limits
 
@@ -73,7 +74,7 @@ class Party:
 def party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Party]:
     require(importlib.util.find_spec("copyparty"), "copyparty is not installed")
     root = tmp_path_factory.mktemp("party")
-    with server.Service(server.Config(storage_root=root, port=0, token=TOKEN)) as service:
+    with server.Service(settings.Config(storage_root=root, port=0, token=TOKEN)) as service:
         incoming = service.config.layout.incoming
         with socket.create_server(("127.0.0.1", 0)) as line:  # Copyparty itself takes no port 0
             port = line.getsockname()[1]

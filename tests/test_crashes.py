@@ -53,7 +53,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def serving(root: Path, worker: Any = None, **settings: Any) -> Iterator[tuple[server.Service, Client]]:
-    config = server.Config(storage_root=root, port=0, **settings)
+    config = settings.Config(storage_root=root, port=0, **settings)
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 

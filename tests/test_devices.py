@@ -18,6 +18,7 @@ import devices
 import jobs
 import pages
 import server
+import settings
 import storage
 import submissions
 from messages import Params
@@ -157,7 +158,7 @@ def test_a_job_for_a_device_within_its_bytes(tmp_path):
         "noisy": {"maxArtifactBytes": 1 << 16, "scale": 2},
     }
     found, reports = {}, {}
-    with server.Service(server.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
         client = Client(service.url)
         for name, files in volumes.items():
             client.call("PUT", f"/incoming/{name}.zip", volume(files))

@@ -21,7 +21,7 @@ def serving(
     root: Path, worker: Callable[..., None] | None, **settings: object
 ) -> Iterator[tuple[server.Service, Client]]:
     """A service with this worker, and a client of it."""
-    config = server.Config(storage_root=root / "storage", port=0, **settings)  # type: ignore[arg-type]
+    config = settings.Config(storage_root=root / "storage", port=0, **settings)  # type: ignore[arg-type]
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 

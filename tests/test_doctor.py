@@ -20,6 +20,7 @@ from serving import still
 
 import doctor
 import server
+import settings
 import storage
 import weightfiles
 
@@ -30,15 +31,15 @@ WHEEL = {release.name: release.wheel_bin_sha256 for release in weightfiles.RELEA
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict[str, Any]:
     """What the child really finds here, once; the large model's tile has a test of its own."""
-    config = server.Config(storage_root=tmp_path_factory.mktemp("doctor"), device="cpu", precision="fp32")
+    config = settings.Config(storage_root=tmp_path_factory.mktemp("doctor"), device="cpu", precision="fp32")
     found, why = doctor.measured(config, [COMPACT])
     assert found is not None, why
     return found
 
 
 @pytest.fixture
-def config(tmp_path) -> server.Config:
-    return server.Config(storage_root=tmp_path / "storage", port=0)
+def config(tmp_path) -> settings.Config:
+    return settings.Config(storage_root=tmp_path / "storage", port=0)
 
 
 def findings(checks) -> dict[str, str]:

@@ -32,6 +32,7 @@ import containers
 import formats
 import inputs
 import server
+import settings
 import storage
 import verify
 import volumes
@@ -687,7 +688,7 @@ def test_a_volume_of_each_kind_goes_through_the_service(tmp_path):
             tmp_path / "v.epub", ["1"], {"1": '<img src="b.png"/><img src="a.png"/>'}, files=IMAGES
         ),
     }
-    with server.Service(server.Config(storage_root=tmp_path / "root", port=0, precision="fp32")) as service:
+    with server.Service(settings.Config(storage_root=tmp_path / "root", port=0, precision="fp32")) as service:
         client = Client(service.url)
         for name, path in inputs.items():
             assert client.call("PUT", f"/incoming/{name}", path.read_bytes()).status == 201

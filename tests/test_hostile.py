@@ -34,6 +34,7 @@ from helpers import require
 from serving import png, until, volume
 
 import server
+import settings
 
 MODEL = "realesr-animevideov3"
 LIMIT_S = 240.0  # for a group: it takes seconds; nothing is timed by this
@@ -201,7 +202,7 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tour]:
     root.mkdir(parents=True)
     for folder in (around, *root.parents[:3]):
         (folder / "001.png").write_bytes(b"not yours")
-    with server.Service(server.Config(storage_root=root, port=0, worker_idle_s=3600)) as service:
+    with server.Service(settings.Config(storage_root=root, port=0, worker_idle_s=3600)) as service:
         yield Tour(service, around)
 
 
@@ -362,7 +363,7 @@ def test_outputs_never_go_through_a_link(tour, after, tmp_path):
 @contextlib.contextmanager
 def waiting(root: Path) -> Iterator[tuple[server.Service, Client, Callable[[], None]]]:
     """A service that takes jobs, and starts to work when the third value is called."""
-    service = server.Service(server.Config(storage_root=root, port=0))
+    service = server.Service(settings.Config(storage_root=root, port=0))
     service.live.start()
     service.http.start()
     try:

@@ -18,6 +18,7 @@ from client import Client
 from serving import png, until, volume
 
 import server
+import settings
 from messages import Limits, setting_name
 
 NO_FLAGS = argparse.Namespace(
@@ -25,28 +26,28 @@ NO_FLAGS = argparse.Namespace(
 )
 
 
-def config(**environ: str) -> server.Config:
-    return server.read_config({f"REICHAN_{name}": value for name, value in environ.items()}, NO_FLAGS)
+def config(**environ: str) -> settings.Config:
+    return settings.read_config({f"REICHAN_{name}": value for name, value in environ.items()}, NO_FLAGS)
 
 
 def test_every_limit_is_a_setting_of_its_own():
-    for n, name in enumerate(server.LIMIT_SETTINGS, 7):
+    for n, name in enumerate(settings.LIMIT_SETTINGS, 7):
         assert config(**{f"MAX_{name.upper()}": str(n)}).limits == replace(Limits(), **{name: n})
-    assert {*server.LIMIT_SETTINGS, "ratio_from_bytes"} == {*asdict(Limits())}
-    assert config() == server.Config()
+    assert {*settings.LIMIT_SETTINGS, "ratio_from_bytes"} == {*asdict(Limits())}
+    assert config() == settings.Config()
     assert config(MAX_UPLOAD_BYTES="3k").upload_bytes == 3072
     assert config(MAX_ENTRY_BYTES=" 2G ").limits.entry_bytes == 2 << 30
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "1KB", "9" * 17, "9000T0", "\u0663"])
 def test_a_limit_that_is_no_number_stops_the_start_and_is_named(text):
-    with pytest.raises(server.ConfigError, match="REICHAN_MAX_PAGES must be a whole number"):
+    with pytest.raises(settings.ConfigError, match="REICHAN_MAX_PAGES must be a whole number"):
         config(MAX_PAGES=text)
 
 
 def test_the_readme_states_every_limit():
     text = Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")
-    for name in (*server.LIMIT_SETTINGS, "upload_bytes"):
+    for name in (*settings.LIMIT_SETTINGS, "upload_bytes"):
         assert f"`{setting_name(name)}`" in text, name
 
 
@@ -75,7 +76,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[server.Service, Client]]:
-    config = server.Config(storage_root=tmp_path_factory.mktemp("root"), port=0, upload_bytes=1 << 20)
+    config = settings.Config(storage_root=tmp_path_factory.mktemp("root"), port=0, upload_bytes=1 << 20)
     with server.Service(config) as service:
         yield service, Client(service.url)
 

@@ -14,6 +14,7 @@ import pytest
 
 import logs
 import server
+import settings
 
 ROOT = Path(server.__file__).parent
 FORMATTERS = (logs.TextLines("worker-0"), logs.JsonLines("worker-0"))
@@ -95,5 +96,5 @@ def test_warnings_and_deaths_are_lines_too():
 
 
 def test_an_unknown_form_of_log_stops_the_start_with_one_line():
-    with pytest.raises(server.ConfigError, match="REICHAN_LOG must be one of text, json"):
-        server.read_config({"REICHAN_LOG": "xml"}, server.parse_flags([]))
+    with pytest.raises(settings.ConfigError, match="REICHAN_LOG must be one of text, json"):
+        settings.read_config({"REICHAN_LOG": "xml"}, server.parse_flags([]))

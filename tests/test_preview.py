@@ -20,6 +20,7 @@ import jobs
 import messages
 import preview
 import server
+import settings
 import weightfiles
 
 COMPACT = {"model": "realesr-animevideov3"}
@@ -31,7 +32,7 @@ NAMES = weightfiles.model_names(Path("none"))
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
     root = tmp_path_factory.mktemp("root")
     # In fp32, which needs no probing.
-    config = server.Config(storage_root=root, port=0, page_wait_s=100, precision="fp32")
+    config = settings.Config(storage_root=root, port=0, page_wait_s=100, precision="fp32")
     with server.Service(config) as running:
         running.dispatcher.ask("probe", messages.Probe()).result(180)  # a cold worker loads torch first
         yield running

@@ -15,6 +15,7 @@ from test_service import Client, check_artifact, png, volume
 import dispatch
 import jobs
 import server
+import settings
 import submissions
 
 
@@ -106,7 +107,7 @@ def test_an_unknown_job_has_no_priority(resting):
 def test_a_running_job_holds_at_a_page_border_over_a_restart_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULTS", str(tmp_path))
     pages = {f"{n:02}.png": png(n, faults.WAITER if n > 1 else 32) for n in range(12)}
-    config = server.Config(tmp_path / "root", port=0)
+    config = settings.Config(tmp_path / "root", port=0)
     with server.Service(config, worker=faults.with_leave) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(pages))

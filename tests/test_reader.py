@@ -22,6 +22,7 @@ import lanes
 import messages
 import reader
 import server
+import settings
 import storage
 
 BOUNDARY = "6c1c3b2e-9f0a-4ce8-8b7e-2d1f0a9d3c11"  # as OkHttp makes them
@@ -50,7 +51,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service
     with pytest.MonkeyPatch.context() as patched:
         folder = tmp_path_factory.mktemp("faults")
         patched.setenv("FAULTS", str(folder))
-        config = server.Config(storage_root=tmp_path_factory.mktemp("root"), port=0, page_wait_s=100)
+        config = settings.Config(storage_root=tmp_path_factory.mktemp("root"), port=0, page_wait_s=100)
         with server.Service(config, worker=faults.by_width) as running:
             running.dispatcher.ask("probe", messages.Probe()).result(180)  # a cold worker loads torch first
             yield running

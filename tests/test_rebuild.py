@@ -28,6 +28,7 @@ import artifacts
 import jobs
 import rebuild
 import server
+import settings
 import storage
 import submissions
 from storage import Layout
@@ -67,7 +68,7 @@ def opened(layout: Layout) -> Iterator[jobs.JobTable]:
 @contextlib.contextmanager
 def serving(layout: Layout) -> Iterator[Client]:
     """The service on this root, once it has looked through the artifacts."""
-    with server.Service(server.Config(storage_root=layout.root, port=0)) as service:
+    with server.Service(settings.Config(storage_root=layout.root, port=0)) as service:
         client = Client(service.url)
         until(lambda: not client.call("GET", "/health").json()["rebuilding"])
         yield client
@@ -426,7 +427,7 @@ def test_the_service_is_ready_before_an_artifact_is_hashed(layout, before, monke
         return prove(artifact)
 
     monkeypatch.setattr(rebuild.storage, "prove_artifact", slowly)
-    with server.Service(server.Config(storage_root=layout.root, port=0)) as service:
+    with server.Service(settings.Config(storage_root=layout.root, port=0)) as service:
         client = Client(service.url)
         assert client.call("GET", "/health").json()["rebuilding"] is True
         assert client.call("GET", "/jobs").json()["jobs"] == []

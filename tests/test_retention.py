@@ -16,6 +16,7 @@ from serving import finished, png, queued, running, still, until, volume
 import jobs
 import retention
 import server
+import settings
 import submissions
 from retention import DAY_S, LOOK_S, Keep, Retention
 
@@ -223,7 +224,7 @@ def test_a_real_job_is_swept_by_the_service_and_computed_again_on_resume(tmp_pat
     """One page can't be upscaled, so that the finished job may be resumed."""
     monkeypatch.setattr(retention, "LOOK_S", 0.05)
     monkeypatch.setattr(retention, "DAY_S", 1.0)
-    config = server.Config(storage_root=tmp_path, port=0, keep=Keep(outputs_days=1))
+    config = settings.Config(storage_root=tmp_path, port=0, keep=Keep(outputs_days=1))
     with server.Service(config) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(16, 16), "2.png": b"broken"}))
@@ -242,9 +243,9 @@ def test_a_real_job_is_swept_by_the_service_and_computed_again_on_resume(tmp_pat
 @pytest.mark.parametrize("name", ["outputs_days", "artifacts_days", "jobs_days"])
 def test_each_age_is_a_setting_and_a_bad_one_stops_the_start(name):
     variable = f"REICHAN_KEEP_{name.upper()}"
-    assert server.read_config({variable: "30"}, NO_FLAGS).keep == Keep(**{name: 30})
-    assert server.read_config({}, NO_FLAGS).keep == Keep()
+    assert settings.read_config({variable: "30"}, NO_FLAGS).keep == Keep(**{name: 30})
+    assert settings.read_config({}, NO_FLAGS).keep == Keep()
     for text in ("0", "-1", "1.5", "forever", "40000"):
-        with pytest.raises(server.ConfigError, match=variable):
-            server.read_config({variable: text}, NO_FLAGS)
+        with pytest.raises(settings.ConfigError, match=variable):
+            settings.read_config({variable: text}, NO_FLAGS)
     assert f"`{variable}`" in Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from serving import volume
 
 import pages
 import server
+import settings
 import upscaling
 from messages import Limits, Params
 
@@ -218,7 +219,7 @@ def test_one_volume_with_targets_and_auto(tmp_path: Path):
     large = png(grey(120, 90))
     sources = {"1.png": png(GREY), "2.png": png(COLOUR), "3.png": large}
     body = {"params": {"model": "AUTO", "targetHeight": 100, "outputFormat": "png"}}
-    with server.Service(server.Config(storage_root=tmp_path, port=0)) as running:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0)) as running:
         client = Client(running.url)
         client.upload("v.zip", [volume(sources)])
         job = client.submit("v.zip", **body)

@@ -15,6 +15,7 @@ from serving import png, queued, still, until, volume
 
 import inputs
 import server
+import settings
 import storage
 from messages import Limits, Params
 
@@ -68,7 +69,7 @@ def test_a_submit_that_cannot_fit_is_507_and_no_row_and_a_repeat_still_gives_its
 
 def test_a_job_that_no_longer_fits_when_its_turn_comes_fails_before_a_page_is_copied(disk):
     """Bitmaps in a zip are small at the submit, and not once they are listed."""
-    with server.Service(server.Config(storage_root=disk, port=0, reserve_bytes=0)) as service:
+    with server.Service(settings.Config(storage_root=disk, port=0, reserve_bytes=0)) as service:
         client = Client(service.url)
         blank = b"BM" + bytes(6 << 20)
         with zipfile.ZipFile(data := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
@@ -86,7 +87,7 @@ def test_a_disk_that_is_really_full_fails_the_job_and_a_resume_loses_nothing(
     filler = disk / "filler"
     for name, value in (("FAULTS", tmp_path), ("FILL", step), ("FILLER", filler)):
         monkeypatch.setenv(name, str(value))
-    config = server.Config(storage_root=disk, port=0, reserve_bytes=0)
+    config = settings.Config(storage_root=disk, port=0, reserve_bytes=0)
     with server.Service(config, faults.filling) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(PAGES))

@@ -19,6 +19,7 @@ from serving import png, volume
 
 import sandbox
 import server
+import settings
 
 HERE = Path(sandbox.__file__).parent
 LINUX = sys.platform.startswith("linux") and platform.machine() in sandbox.MACHINES
@@ -130,7 +131,7 @@ def test_a_program_ends_in_an_answer_and_no_jump_leaves_it(machine):
 def test_a_real_worker_has_no_network_and_computes_its_pages(tmp_path, monkeypatch, on):
     require(LINUX, "only Linux on x86-64 and ARM64 has this filter")
     monkeypatch.setenv("FAULTS", str(tmp_path))
-    config = server.Config(storage_root=tmp_path / "root", port=0, sandbox=on)
+    config = settings.Config(storage_root=tmp_path / "root", port=0, sandbox=on)
     with server.Service(config, faults.prying) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(), "2.png": png(shade=9)}))

@@ -32,6 +32,7 @@ from websockets.sync.client import connect
 import jobs
 import routes
 import server
+import settings
 
 ROOT = Path(server.__file__).parent
 MODEL = "realesr-animevideov3"
@@ -148,7 +149,7 @@ def check_artifact(data: bytes, state: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
     root = tmp_path_factory.mktemp("service")
-    with server.Service(server.Config(storage_root=root, port=0)) as running:
+    with server.Service(settings.Config(storage_root=root, port=0)) as running:
         yield running
 
 
@@ -398,7 +399,7 @@ def test_foreign_hosts_and_origins_are_refused(client):
     for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
         status, headers, _ = client.call("POST", "/jobs", body, Origin=origin)
         assert status == 403 and "access-control-allow-origin" not in headers
-    for origin in server.TAURI_ORIGINS:
+    for origin in settings.TAURI_ORIGINS:
         status, headers, _ = client.call(
             "OPTIONS", "/jobs", Origin=origin, Access_Control_Request_Method="POST"
         )
@@ -406,7 +407,7 @@ def test_foreign_hosts_and_origins_are_refused(client):
 
 
 def test_a_token_is_asked_for_and_a_cookie_stands_for_it(tmp_path):
-    with server.Service(server.Config(storage_root=tmp_path, port=0, token="secret-token")) as running:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0, token="secret-token")) as running:
         client = Client(running.url)
         assert client.call("GET", "/health")[0] == 200
         refused = {
@@ -424,7 +425,7 @@ def test_a_token_is_asked_for_and_a_cookie_stands_for_it(tmp_path):
 
 
 def test_bound_to_the_network_the_service_makes_a_token(tmp_path):
-    with server.Service(server.Config(storage_root=tmp_path, host="0.0.0.0", port=0)) as running:
+    with server.Service(settings.Config(storage_root=tmp_path, host="0.0.0.0", port=0)) as running:
         token = (tmp_path / "token").read_text().strip()
         assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
         assert Client(running.url).call("GET", "/jobs")[0] == 401
@@ -468,7 +469,7 @@ def test_sigterm_ends_it_and_a_second_service_is_refused_the_same_root(tmp_path)
 
 
 def test_two_services_in_one_process_know_nothing_of_each_other(tmp_path, client):
-    with server.Service(server.Config(storage_root=tmp_path, port=0)) as other:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0)) as other:
         client.call("PUT", "/incoming/mine.zip", volume({"1.png": png(1)}))
         job = client.submit("mine.zip")
         assert Client(other.url).call("GET", f"/jobs/{job}")[0] == 404

@@ -23,6 +23,7 @@ import inputs
 import pages
 import rebuild
 import server
+import settings
 import spreads
 import storage
 import verify
@@ -159,7 +160,7 @@ def test_a_turned_spread_has_on_top_what_is_read_first(direction, first, tmp_pat
 # ---------------------------------------------------------------- through the service
 def test_halves_are_pages_of_their_own_to_the_end(tmp_path):
     files = {"001.png": COVER, "002.png": coded(SPREAD)}
-    with server.Service(server.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
+    with server.Service(settings.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(files))
         body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "v.zip"}}

@@ -25,6 +25,7 @@ import jobs
 import messages
 import predict
 import server
+import settings
 import submit
 import wire
 
@@ -387,7 +388,7 @@ def test_a_watch_outlives_a_restart_of_the_service(tmp_path):
         job, port = queued(service), service.http.server_port
         process = start(service, "--job", job.id, "--watch")
         until(service.live.count)
-    config = server.Config(storage_root=tmp_path, port=port)
+    config = settings.Config(storage_root=tmp_path, port=port)
     service = server.Service(config)
     service.live.start()
     service.http.start()

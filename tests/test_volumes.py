@@ -14,6 +14,7 @@ from client import Client
 from serving import png, still, volume
 
 import server
+import settings
 import storage
 import volumes
 from messages import Limits
@@ -217,6 +218,6 @@ def test_a_split_upload_is_not_taken_again_by_the_watch(world):
 
 
 def test_the_watch_has_a_rule_of_its_own_and_refuses_another(tmp_path):
-    config = server.Config(storage_root=tmp_path, port=0, watch_s=1.0, watch_params={"split": "volumes"})
-    with pytest.raises(server.ConfigError, match="split"):
+    config = settings.Config(storage_root=tmp_path, port=0, watch_s=1.0, watch_params={"split": "volumes"})
+    with pytest.raises(settings.ConfigError, match="split"):
         server.Service(config)

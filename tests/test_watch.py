@@ -16,6 +16,7 @@ from serving import png, queued, still, until, volume
 
 import jobs
 import server
+import settings
 import submissions
 import uploads
 import watch
@@ -259,8 +260,8 @@ def test_the_thread_has_a_name_and_ends_with_the_service(tmp_path):
 def test_settings_are_checked_at_the_start(tmp_path):
     flags = server.parse_flags(["--storage-root", str(tmp_path), "--port", "0"])
 
-    def config(**environ: str) -> server.Config:
-        return server.read_config({f"REICHAN_{name}": text for name, text in environ.items()}, flags)
+    def config(**environ: str) -> settings.Config:
+        return settings.read_config({f"REICHAN_{name}": text for name, text in environ.items()}, flags)
 
     assert config().watch_s is None
     good = config(WATCH_S="30", WATCH_PARAMS='{"scale": 3, "model": "auto"}')
@@ -268,9 +269,9 @@ def test_settings_are_checked_at_the_start(tmp_path):
         params = service.watch.params
         assert (service.watch.still_s, params.scale, params.model) == (30, 3, "auto")
     for bad in ({"WATCH_S": "soon"}, {"WATCH_S": "-1"}, {"WATCH_PARAMS": "[1]"}, {"WATCH_PARAMS": "{"}):
-        with pytest.raises(server.ConfigError):
+        with pytest.raises(settings.ConfigError):
             config(**bad)
-    with pytest.raises(server.ConfigError, match=r"params\.scale"):
+    with pytest.raises(settings.ConfigError, match=r"params\.scale"):
         server.Service(config(WATCH_S="30", WATCH_PARAMS='{"scale": 9}'))
 
 

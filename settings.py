@@ -1,0 +1,215 @@
+"""What the person running the service chose: environment variables and flags, read once.
+
+Map: ConfigError - Config - values from text - read_config - bind addresses
+Rule: nobody else reads os.environ; a bad value stops the start with one line that names it.
+Runs in: the main thread, before anything else; then everybody reads the frozen Config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import cluster
+import logs
+from messages import Limits, setting_name
+from retention import Keep
+from storage import Layout
+
+TAURI_ORIGINS = (
+    "tauri://localhost",
+    "http://tauri.localhost",
+    "https://tauri.localhost",
+    "http://localhost:1420",
+)
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+class ConfigError(Exception):
+    """A setting that can't be used; the message is the one line shown at start."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, read once in main(); see the README for their meaning."""
+
+    storage_root: Path = Path("storage")
+    model_root: Path | None = None  # None: <storage_root>/models
+    host: str = "127.0.0.1"
+    port: int = 8001
+    max_concurrency: int = 1
+    cluster: str | None = None  # "auto" or a Ray head's host:port; None: this machine alone
+    token: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    device: str = "auto"
+    precision: str = "auto"
+    engine: str = "native"
+    sandbox: bool = True
+    log: str = "text"
+    limits: Limits = field(default_factory=Limits)
+    keep: Keep = field(default_factory=Keep)
+    worker_idle_s: float = 120.0
+    connections: int = 256
+    watchers: int = 2000
+    upload_bytes: int = 16 << 30
+    reserve_bytes: int = 64 << 20  # of free space, which no upload and no job may be expected to use
+    checks_room: bool = True
+    page_wait_s: int = 25  # for POST /pages; Suwayomi gives up after 30
+    page_cache_bytes: int = 1 << 30  # of its finished pages
+    watch_s: int | None = None  # for which an upload must lie still to become a job; None: never
+    watch_params: dict[str, Any] = field(default_factory=dict)  # of those jobs, as in POST /jobs
+    job_cache_bytes: int = 0  # of finished pages kept for other jobs; 0: none
+
+    @property
+    def layout(self) -> Layout:
+        """The folders below storage_root."""
+        root = self.storage_root.absolute()
+        return Layout(root, (self.model_root or root / "models").absolute())
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the bind address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+CHOICES = {
+    "device": ("auto", "cuda", "xpu", "mps", "cpu"),
+    "precision": ("auto", "fp32", "fp16", "bf16"),
+    "engine": ("native", "upstream"),
+    "sandbox": ("on", "off"),
+    "log": logs.FORMS,
+    "check_room": ("on", "off"),
+}
+
+
+# Fields of Limits that have a setting; ratio_from_bytes only says where ratio begins to matter.
+LIMIT_SETTINGS = tuple(item.name for item in fields(Limits) if item.name != "ratio_from_bytes")
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def whole(name: str, text: str, least: int = 1, most: int = 1 << 53) -> int:
+    """A setting's whole number, with K, M, G or T of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"([0-9]{1,16})([KMGT]?)", text.upper())
+    value = int(match[1]) * UNITS[match[2]] if match else -1
+    if not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least}, like 20000 or 512M, not {text!r}")
+    return value
+
+
+def read_limits(setting: Callable[[str, str], str]) -> Limits:
+    """Limits from REICHAN_MAX_*. Raises ConfigError."""
+    given = {name: setting(f"MAX_{name.upper()}", "") for name in LIMIT_SETTINGS}
+    return Limits(**{name: whole(setting_name(name), text) for name, text in given.items() if text})
+
+
+def read_keep(setting: Callable[[str, str], str]) -> Keep:
+    """Keep from REICHAN_KEEP_*. Raises ConfigError."""
+    given = {item.name: setting(f"KEEP_{item.name.upper()}", "") for item in fields(Keep)}
+    return Keep(
+        **{
+            name: whole(f"REICHAN_KEEP_{name.upper()}", text, most=36_500)
+            for name, text in given.items()
+            if text
+        }
+    )
+
+
+def read_watch_params(text: str) -> dict[str, Any]:
+    """REICHAN_WATCH_PARAMS; a model can only be checked once the model root is known. Raises ConfigError."""
+    try:
+        given = json.loads(text or "{}")
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(f'REICHAN_WATCH_PARAMS must be a JSON object like {{"scale": 2}}, not {text!a}')
+    return given
+
+
+def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
+    """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
+
+    def setting(name: str, default: str) -> str:
+        return environ.get(f"REICHAN_{name}", "").strip() or default
+
+    def several(name: str) -> tuple[str, ...]:
+        return tuple(part.strip().rstrip("/") for part in setting(name, "").split(",") if part.strip())
+
+    host, port = split_bind(setting("BIND", "127.0.0.1:8001"))
+    concurrency = setting("MAX_CONCURRENCY", "1")
+    if not concurrency.isdecimal() or not 1 <= int(concurrency) <= 64:
+        raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {concurrency!r}")
+
+    def choice(name: str) -> str:
+        value = setting(name.upper(), CHOICES[name][0]).lower()
+        if value not in CHOICES[name]:
+            raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
+        return value
+
+    token = flags.token or setting("TOKEN", "") or None
+    if token and not re.fullmatch(r"[!-~]{8,512}", token):
+        raise ConfigError("the token must be 8 to 512 printable ASCII characters without spaces")
+    origins = several("ALLOWED_ORIGINS")
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
+    if flags.port is not None and not 0 <= flags.port <= 65535:
+        raise ConfigError(f"--port must be a number from 0 to 65535, not {flags.port}")
+    model_root = flags.model_root or setting("MODEL_ROOT", "")
+    return Config(
+        storage_root=Path(flags.storage_root or setting("STORAGE_ROOT", "storage")),
+        model_root=Path(model_root) if model_root else None,
+        host=flags.host or host,
+        port=port if flags.port is None else flags.port,
+        max_concurrency=int(concurrency),
+        cluster=read_cluster(setting("CLUSTER", "")),
+        token=token,
+        allowed_origins=origins,
+        allowed_hosts=several("ALLOWED_HOSTS"),
+        device=choice("device"),
+        precision=choice("precision"),
+        engine=choice("engine"),
+        sandbox=choice("sandbox") == "on",
+        log=choice("log"),
+        limits=read_limits(setting),
+        keep=read_keep(setting),
+        reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
+        checks_room=choice("check_room") == "on",
+        job_cache_bytes=whole("REICHAN_JOB_CACHE_BYTES", setting("JOB_CACHE_BYTES", "0"), least=0),
+        upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
+        page_wait_s=whole("REICHAN_PAGE_WAIT_S", setting("PAGE_WAIT_S", "25"), most=100),
+        page_cache_bytes=whole("REICHAN_PAGE_CACHE_BYTES", setting("PAGE_CACHE_BYTES", "1G"), least=0),
+        watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
+        watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
+    )
+
+
+def read_cluster(text: str) -> str | None:
+    """REICHAN_CLUSTER. Raises ConfigError."""
+    if not text:
+        return None
+    if text != "auto" and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]+):[0-9]{1,5}", text):
+        raise ConfigError(f"REICHAN_CLUSTER must be auto or the host:port of a Ray head, not {text!r}")
+    if not cluster.is_installed():
+        raise ConfigError("REICHAN_CLUSTER needs Ray, which is not installed: pip install -e '.[cluster]'")
+    return text
+
+
+def split_bind(bind: str) -> tuple[str, int]:
+    """ "host:port" or "[v6]:port". Raises ConfigError."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):([0-9]{1,5})", bind)
+    if not match or int(match[2]) > 65535:
+        raise ConfigError(f"REICHAN_BIND must be host:port, not {bind!r}")
+    return match[1].strip("[]"), int(match[2])
