@@ -62,7 +62,7 @@ def _missing() -> str | None:
 
 
 def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
-    """storage.pack() for these two. Raises storage.OutputDamaged, ExtraMissing."""
+    """artifacts.pack() for these two. Raises storage.OutputDamaged, ExtraMissing."""
     if report["params"]["container"] == "pdf":
         return _pack_pdf(outputs, artifact, report)
     made = documents(report, artifact.stem)
@@ -187,7 +187,7 @@ PART_PAGES, MOST_PARTS = 16, 256  # put together on disk: a volume in memory may
 
 
 def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
-    """storage.pack() as a PDF. JPEGs go in byte for byte, a PNG's pixels as they are packed; what no
+    """artifacts.pack() as a PDF. JPEGs go in byte for byte, a PNG's pixels as they are packed; what no
     PDF can hold goes in as a PNG; what nothing decodes leaves a blank page and is attached."""
     if why := _missing():
         raise ExtraMissing(why)

@@ -72,7 +72,7 @@ BATCH_BYTES = 32 << 20  # of pages in one call
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "dispatch", "inputs", "storage", "weightfiles", *(  # and infer.PIPELINE
+CODE = ("cluster", "dispatch", "inputs", "storage", "weightfiles", *(  # and upscaling.PIPELINE
     "budgets", "community", "devices", "imagekinds", "infer", "messages", "models", "pages", "rolling",
     "spreads", "upscaling", "windows"))  # fmt: skip
 
@@ -129,9 +129,9 @@ class Cut:
 class Weights:
     """To a node, with the bytes: the file in the service's model root of this model. Without: it is gone."""
 
-    key: str  # see storage.model_key
+    key: str  # see weightfiles.model_key
     name: str  # of the file
-    trusted: bytes  # what stands beside it, see storage.read_weights
+    trusted: bytes  # what stands beside it, see weightfiles.read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +485,7 @@ class Link:
         with contextlib.suppress(OSError):
             trusted = (root / weightfiles.TRUSTED).read_bytes()
         for key, file in files.items():
-            # "auto" chooses among these, see infer.auto_candidates.
+            # "auto" chooses among these, see upscaling.auto_candidates.
             of_auto = file.release is not None or "janai" in key
             if not (of_auto if params.model == AUTO_MODEL else key == weightfiles.model_key(params.model)):
                 continue

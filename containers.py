@@ -6,7 +6,7 @@ that can't be read for certain is kept under a name that no reader opens; the re
 Runs in: the worker, the command line. Standard library only.
 
     input --keep--> outputs/<name>, .kept-files.json
-                        '--complete--> ComicInfo.xml, report["files"] --storage.pack--> artifact
+                        '--complete--> ComicInfo.xml, report["files"] --artifacts.pack--> artifact
 
 Kept files lie among the pages and not in the working copy, since a job whose every page is done
 can be packed again without its input.
@@ -226,7 +226,7 @@ def _folders(path: str) -> list[str]:
 
 # ---------------------------------------------------------------- completing
 def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:
-    """storage.pack() for any container; the report's params name it.
+    """artifacts.pack() for any container; the report's params name it.
 
     Raises storage.OutputDamaged, books.ExtraMissing.
     """

@@ -6,7 +6,7 @@ Runs in: the worker; for pages whose working copy is gone and for uploads, the h
 Standard library only: the libraries of the extra `formats` are imported in a child process alone,
 which gives up its rights, and whose death costs the page that it was at (unpack.py).
 
-    storage.opened --> Container ==JSON lines==> unpack.py: rarfile, py7zr, pypdfium2
+    inputs.opened --> Container ==JSON lines==> unpack.py: rarfile, py7zr, pypdfium2
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def opener(
     limits: Limits,
     room: Path | None = None,
 ) -> Iterator[Callable[[inputs.Entry], IO[bytes]]]:
-    """storage.open_entry() for each of these; a container's are unpacked first, all in one pass.
+    """inputs.open_entry() for each of these; a container's are unpacked first, all in one pass.
 
     room: the folder for that, else the system's own for temporary files. Raises as Container.extract().
     """

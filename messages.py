@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # ---------------------------------------------------------------- settings
-AUTO_MODEL = "auto"  # in place of a model's name: the page decides (infer.choose_model)
+AUTO_MODEL = "auto"  # in place of a model's name: the page decides (upscaling.choose_model)
 
 
 # What the pages of an artifact may be, where it isn't just any file.
@@ -85,7 +85,7 @@ class Plan:
     halo_px: int
     batch: int
     machine: str = ""  # the processor or card, and libraries: others' pages may differ by a level
-    choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (infer.choose_model)
+    choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (upscaling.choose_model)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Plan:

@@ -73,7 +73,7 @@ class Wanted:
 
 
 def parse(body: dict[str, Any], models: dict[str, str], has_image: bool) -> Wanted:
-    """Check a request's JSON. models: as for jobs.parse_params. Raises InvalidFields with all faults."""
+    """Check a request's JSON. models: see submissions.parse_params. Raises InvalidFields with all faults."""
     errors: list[tuple[str, str]] = []
     given = body.get("variants", [{}])
     if not isinstance(given, list) or not 1 <= len(given) <= VARIANTS:

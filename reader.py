@@ -63,8 +63,8 @@ PARAMETERS = (
 
 
 def params_of(query: dict[str, str], models: dict[str, str], model: str = DEFAULTS.model) -> Params:
-    """Params from a query, other keys ignored. models: as for jobs.parse_params; model: where the query
-    names none. Raises InvalidFields."""
+    """Params from a query, other keys ignored. models: see submissions.parse_params; model: where the
+    query names none. Raises InvalidFields."""
     given: dict[str, Any] = {"model": model}
     numbers = {*map(submissions.camel, submissions.RANGES)}
     for name in query.keys() & {*PARAMETERS}:

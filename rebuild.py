@@ -174,7 +174,7 @@ class Rebuild:
 
 # ---------------------------------------------------------------- a job from its report
 def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) -> tuple[Job, list[Page]]:
-    """The job that jobs.to_report() made this report of, as far as the report tells.
+    """The job that submissions.to_report() made this report of, as far as the report tells.
 
     when_s: of the artifact, in place of all times. Raises KeyError, TypeError, ValueError where it is none.
     """

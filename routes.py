@@ -1,7 +1,7 @@
 """Which request goes to which method of Api, and what /openapi.json says of it.
 
 Map: what several say - ROUTES
-Rule: a route that isn't here isn't served, and what is here is described.
+Rule: a route is one row of ROUTES; requests are routed, documented and tested from it.
 Runs in: anywhere; a table.
 """
 

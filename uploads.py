@@ -26,7 +26,7 @@ NUMBERED = re.compile(
     r"(?P<title>.*?)[\s_.,\-]*(?:\b(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
     re.IGNORECASE,
 )
-TITLE_CHARACTERS = 300  # jobs.TITLE_CHARACTERS; that module is not for Copyparty's process
+TITLE_CHARACTERS = 300  # submissions.TITLE_CHARACTERS; that module is not for Copyparty's process
 
 
 # ---------------------------------------------------------------- names

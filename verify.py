@@ -102,7 +102,7 @@ def _say(what: str, name: str, fault: str) -> None:
 
 # ---------------------------------------------------------------- an artifact against its own report
 def artifact_faults(archive: zipfile.ZipFile, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong with it); raises as storage.faults_of() does."""
+    """(name, what is wrong with it); raises as artifacts.faults_of() does."""
     found = list(artifacts.faults_of(archive, report))
     yield from found
     names = Counter(item["filename"] for item in artifacts.members_of(report))

@@ -5,7 +5,7 @@ Rule: every page and archive belongs to exactly one volume, or nothing is submit
 Runs in: http-* threads. Standard library only.
 
     series/v01/1.jpg, series/v02.cbz  --find-->  series/v01 (folder), series/v02.cbz (zip)
-    all.zip: v01/1.jpg, v02.cbz       --find-->  all.zip/v01, all.zip/v02.cbz (zip), see storage.located
+    all.zip: v01/1.jpg, v02.cbz       --find-->  all.zip/v01, all.zip/v02.cbz (zip), see inputs.located
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def submit(
     limits: Limits,
     reserve_bytes: int | None = None,
 ) -> list[Job]:
-    """jobs.submit(), and where params.split asks for it a job for each volume: all, or none.
+    """submissions.submit(), and where params.split asks for it a job for each volume: all, or none.
 
     Raises what that raises, and storage.InputUnusable's family.
     """

@@ -5,7 +5,7 @@ Rule: nothing is submitted twice, whoever submitted it first, and nothing before
 unchanged for still_s seconds and could be listed.
 Runs in: the watch thread, which Service starts and ends.
 
-    find_uploads --same stamp for still_s--> listed? --> new content? --> jobs.submit
+    find_uploads --same stamp for still_s--> listed? --> new content? --> submissions.submit
                                                 '--> refused, once         '--> watched.json
 """
 
@@ -88,7 +88,7 @@ class Watch:
         self.limits = limits
         self.still_s = still_s
         self.params = params  # of every job it submits
-        self.reserve_bytes = reserve_bytes  # see jobs.submit
+        self.reserve_bytes = reserve_bytes  # see submissions.submit
         self.wake = wake
         self.monotonic = monotonic
         self.make_room = make_room  # for a submission that had none

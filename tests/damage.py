@@ -33,6 +33,7 @@ from serving import png, volume
 import jobs
 import rebuild
 import server
+from messages import Limits
 from storage import Layout
 
 PAGES = {f"Ch 1/{n}.png": png(16, 16, n) for n in range(3)} | {"bad.png": b"bad"}
@@ -51,7 +52,7 @@ def make(root: Path) -> None:
     table = rebuild.open_table(root / "jobs.sqlite3")
     wanted = submissions.Submission("waits", "1", "zip", "v.zip", jobs.Params(), None)
     layout = Layout(root, root / "models")
-    submissions.submit(table, layout, wanted, "key", "", server.Limits())
+    submissions.submit(table, layout, wanted, "key", "", Limits())
     table.close()
 
 

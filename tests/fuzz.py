@@ -61,9 +61,9 @@ def serve(conn: Any, root: Path, log: Path, plant: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     from serving import still
 
-    import server
+    import api
 
-    server.PREVIEW_S = 0.05  # nobody is there to draw one
+    api.PREVIEW_S = 0.05  # nobody is there to draw one
     if plant:
         module, name = plant.split(":")
         getattr(importlib.import_module(module), name)()

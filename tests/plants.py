@@ -16,6 +16,7 @@ from typing import Any
 
 import fuzz
 
+import api
 import inputs
 import jobs
 import live
@@ -77,7 +78,7 @@ def a_route_that_raises_on_a_header() -> None:
     def artifact(real: Any, self: Any, request: wire.Request, id: str) -> Any:
         return real(self, request, id) if not request.headers.all("if-range") else {}["if-range"]
 
-    wrapped(server.Api, "artifact", artifact)
+    wrapped(api.Api, "artifact", artifact)
 
 
 def chunks_that_become_requests() -> None:
@@ -114,7 +115,7 @@ def a_thread_that_dies_of_a_header() -> None:
             raise RuntimeError("nobody catches this")
         return real(self, handler, request)
 
-    wrapped(server.Api, "handle", handle)
+    wrapped(api.Api, "handle", handle)
 
 
 def a_hang_on_many_trailers() -> None:
@@ -128,13 +129,13 @@ def a_hang_on_many_trailers() -> None:
 
 
 def an_answer_that_tells_where_files_lie() -> None:
-    def upload(real: Any, self: server.Api, request: wire.Request, path: str) -> Any:
+    def upload(real: Any, self: api.Api, request: wire.Request, path: str) -> Any:
         try:
             return real(self, request, path)
         except storage.NameTaken as error:
             raise storage.NameTaken(f"{error.detail}: {self.layout.root}/{path}") from error
 
-    wrapped(server.Api, "upload", upload)
+    wrapped(api.Api, "upload", upload)
 
 
 def a_log_that_keeps_the_token() -> None:
@@ -180,7 +181,7 @@ def an_upload_that_leaves_its_folder() -> None:
 
     wrapped(inputs, "resolve_incoming", resolve_incoming)
     wrapped(storage, "safe_component", lambda _real, name: name)
-    wrapped(server.unicodedata, "normalize", lambda _real, _form, text: text.replace("..", "up"))
+    wrapped(api.unicodedata, "normalize", lambda _real, _form, text: text.replace("..", "up"))
 
 
 def a_state_of_another_shape() -> None:

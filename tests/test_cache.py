@@ -278,9 +278,10 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
     assert len(entries(tmp_path)) == 1
 
 
-# What infer imports beside infer.PIPELINE, and why that decides no byte of a page.
+# What infer imports beside upscaling.PIPELINE, and why that decides no byte of a page.
 HARMLESS = {
-    "cache", "containers", "storage",  # bytes as they are
+    "artifacts", "cache", "containers", "inputs", "storage",  # bytes as they are
+    "weightfiles",  # a plan has their hashes
     "lanes", "logs", "sandbox",  # order of work, words, rights
     "survey",  # counts, for predictions
 }  # fmt: skip

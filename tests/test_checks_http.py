@@ -30,6 +30,7 @@ from client import Client, Reply, submission
 from serving import answers, dial, drain, exchange, finished, png, queued, running, still, until, volume
 from websockets.exceptions import ConnectionClosed
 
+import api
 import jobs
 import live
 import routes
@@ -172,10 +173,10 @@ def test_h10_connections_that_idle_make_room_but_not_before_those_that_send_a_he
 def test_h11_a_handler_that_raises_is_a_500_with_a_number_that_the_log_explains(
     service, client, monkeypatch, caplog
 ):
-    def report(_self: server.Api, _request: wire.Request, id: str) -> None:
+    def report(_self: api.Api, _request: wire.Request, id: str) -> None:
         raise ZeroDivisionError(f"secret of {id} in {service.config.storage_root}")
 
-    monkeypatch.setattr(server.Api, "report", report)
+    monkeypatch.setattr(api.Api, "report", report)
     reply = client.call("GET", f"/jobs/{NOBODY}/report")
     problem = reply.problem()
     assert (reply.status, problem.code) == (500, "INTERNAL")

@@ -21,7 +21,7 @@ import server
 import settings
 import storage
 import submissions
-from messages import Params
+from messages import Limits, Params
 from pages import Pixels
 
 MODELS = {
@@ -105,7 +105,7 @@ def test_then_the_format_changes():
     )
     quality = int(why.rpartition(" ")[2])
     assert size(output_format="webp", jpeg_quality=min(100, quality + 1)) > most
-    assert abs(pages.decode(data, 1, server.Limits()).astype(int) - PAGE).mean() < 12
+    assert abs(pages.decode(data, 1, Limits()).astype(int) - PAGE).mean() < 12
 
 
 def test_png_becomes_a_lossless_webp_before_it_loses_anything():
@@ -113,7 +113,7 @@ def test_png_becomes_a_lossless_webp_before_it_loses_anything():
     most = size(flat, output_format="png") - 1
     data, suffix, why = fitted(most, flat, output_format="png")
     assert (suffix, why) == (".webp", "for its size written as webp, quality 100")
-    assert np.array_equal(pages.decode(data, 1, server.Limits()), flat)
+    assert np.array_equal(pages.decode(data, 1, Limits()), flat)
 
 
 def test_what_can_not_be_that_small_is_the_smallest_there_is_and_says_so():
@@ -178,7 +178,7 @@ def test_a_job_for_a_device_within_its_bytes(tmp_path):
         item = reports[name]["items"][0]
         assert (item["height"], item["width"]) == pixels and item["status"] == "upscaled"
         with zipfile.ZipFile(io.BytesIO(found[name])) as artifact:
-            page = pages.decode(artifact.read("1.png"), 1, server.Limits())
+            page = pages.decode(artifact.read("1.png"), 1, Limits())
         assert page.shape == pixels and set(np.unique(page)) <= set(range(0, 256, 17))
     assert reports["large"]["items"][0]["deviation"] == "reduced from 800x1000, by no network"
     assert reports["large"]["items"][0]["model"] is None
@@ -194,7 +194,7 @@ def test_an_artifact_that_could_not_be_that_small_is_told_of(tmp_path):
     (layout.incoming / "one.zip").write_bytes(volume({"1.png": b"x"}))
     params = Params(max_artifact_bytes=70_000)
     wanted = submissions.Submission("t", "1", "zip", "one.zip", params, None)
-    job = submissions.submit(table, layout, wanted, None, "", server.Limits())
+    job = submissions.submit(table, layout, wanted, None, "", Limits())
     assert submissions.closing_message(job, [], 70_000) is None
     assert (
         submissions.closing_message(job, [], 70_001)

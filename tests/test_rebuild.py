@@ -31,6 +31,7 @@ import server
 import settings
 import storage
 import submissions
+from messages import Limits
 from storage import Layout
 
 
@@ -288,7 +289,7 @@ def test_the_latest_commits_are_read_from_the_log_of_a_damaged_table(layout, bef
     """They stand in the -wal alone when the service was killed."""
     with opened(layout) as table:
         wanted = submissions.Submission("latest", "1", "zip", "v.zip", jobs.Params(), None)
-        latest = submissions.submit(table, layout, wanted, None, "", server.Limits()).id
+        latest = submissions.submit(table, layout, wanted, None, "", Limits()).id
         files = {name: (layout.root / name).read_bytes() for name in ("jobs.sqlite3", "jobs.sqlite3-wal")}
     data = bytearray(files["jobs.sqlite3"])
     data[data.index(b"Ch 1/0.png")] ^= 1  # of a page, which is not in the log

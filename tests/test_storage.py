@@ -1165,7 +1165,7 @@ def test_a_stray_file_called_manifest_is_ignored(tmp_path, data):
         assert stage(source, tmp_path / "staging")[1].manifest is None
 
 
-READS_MANIFEST = "import storage, sys, pathlib; print(storage.read_manifest(pathlib.Path(sys.argv[1])))"
+READS_MANIFEST = "import inputs, sys, pathlib; print(inputs.read_manifest(pathlib.Path(sys.argv[1])))"
 
 
 def test_a_manifest_is_no_link_no_pipe_and_not_too_large(tmp_path):
