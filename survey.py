@@ -12,7 +12,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import formats
 import inputs
 import pages
 import storage
@@ -75,6 +74,8 @@ class Tally:
 
 def survey(task: Survey) -> Surveyed:
     """Look through an input, and take one page out. Raises storage.StorageError, PageError, OSError."""
+    import formats  # here: most inputs are none of them
+
     tallies = [Tally(params) for params in task.variants]
     with inputs.opened(task.source, task.limits) as archive:
         listing = inputs.list_input(task.source, task.limits, archive)
