@@ -122,8 +122,8 @@ class Rebuild:
     def _run(self) -> None:
         try:
             found = self.layout.artifacts.glob("*")
-            artifacts = [path for path in found if path.suffix in (".zip", ".cbz", ".epub")]
-            unclaimed = [path for path in artifacts if not self._is_claimed(path)]
+            held = [path for path in found if path.suffix in (".zip", ".cbz", ".epub")]
+            unclaimed = [path for path in held if not self._is_claimed(path)]
             for path in sorted(unclaimed, key=os.path.getmtime):
                 if self._stopping.is_set():
                     return

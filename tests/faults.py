@@ -7,6 +7,7 @@ in which they note what they did.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -99,10 +100,10 @@ def prying(conn: Any, choice: Any, slot: int) -> None:
 def filling(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, whose disk something fills to the last byte, once, just before a step."""
     import infer
-    import storage
 
-    step = os.environ["FILL"]  # a function of storage
-    real = getattr(storage, step)
+    name, step = os.environ["FILL"].split(".")
+    module = importlib.import_module(name)
+    real = getattr(module, step)
 
     def late(*arguments: Any, **named: Any) -> Any:
         if not Path(os.environ["FAULTS"], "filled").exists():
@@ -116,7 +117,7 @@ def filling(conn: Any, choice: Any, slot: int) -> None:
                         continue
         return real(*arguments, **named)
 
-    setattr(storage, step, late)
+    setattr(module, step, late)
     infer.worker_main(conn, choice, slot)
 
 

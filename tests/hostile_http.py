@@ -389,7 +389,9 @@ def fill(r: random.Random, world: World, path: str, method: str) -> bytes:
         job = "00000000-0000-0000-0000-000000000000"
     name = f"{r.choice(['up', 'Ordner/ä', 'a/b/c'])}-{r.randrange(20)}.{r.choice(['zip', 'png'])}"
     if r.random() < 0.1:
-        name = r.choice(["a", "a/b", "both", "both/x", "both/x/y", "up-1.zip/x.png"])  # file or folder?
+        climbing = ["..%2fclimbs.zip", "a/%2e%2e/%2e%2e/climbs.zip"]
+        # File or folder? And what must stay inside incoming/.
+        name = r.choice(["a", "a/b", "both", "both/x", "both/x/y", "up-1.zip/x.png", *climbing])
     quoted = "".join(c if c.isascii() else "".join(f"%{b:02X}" for b in c.encode()) for c in name)
     values = {"{id}": job, "{n}": r.choice("11112239"), "{path}": quoted}
     for hole, value in values.items():
@@ -424,8 +426,10 @@ QUERY_VALUES: dict[str, list[str]] = {
 
 def valid(r: random.Random, world: World) -> Draft:
     """A request of one of the service's routes, as a well-behaved client sends it."""
-    busy = [route for route in world.routes if route[0] in ("POST", "PUT")]
-    method, path, query = r.choice(busy if r.random() < 0.2 else world.routes)
+    # The only upload is one route of many, and the one that writes where a client says.
+    kind = r.choice(["POST", "PUT"])
+    busy = [route for route in world.routes if route[0] == kind]
+    method, path, query = r.choice(busy if busy and r.random() < 0.2 else world.routes)
     target = fill(r, world, path, method)
     if query and r.random() < 0.6:
         names = r.sample(query, r.randint(1, len(query)))

@@ -90,11 +90,11 @@ def ms(values: list[float]) -> str:
 
 
 # ---------------------------------------------------------------- the service's process
-def serve(conn: Connection, root: Path, settings: dict[str, Any], observed: bool) -> None:
+def serve(conn: Connection, root: Path, chosen: dict[str, Any], observed: bool) -> None:
     """A service, and what only its own process can tell: each change's moment, the loop's lag."""
     changes: list[tuple[float, Any]] = []  # monotonic, which all processes share
     lags: list[float] = []
-    config = settings.Config(storage_root=root, port=0, **settings)
+    config = settings.Config(storage_root=root, port=0, **chosen)
     with server.Service(config) as service:
         loop = service.live.loop
 
@@ -173,9 +173,9 @@ def child(main: Callable[..., None], *arguments: Any) -> Iterator[tuple[Connecti
 
 
 @contextlib.contextmanager
-def served(root: Path, observed: bool = False, **settings: Any) -> Iterator[Served]:
+def served(root: Path, observed: bool = False, **chosen: Any) -> Iterator[Served]:
     """A service in a process of its own."""
-    with child(serve, root, settings, observed) as (conn, process):
+    with child(serve, root, chosen, observed) as (conn, process):
         yield Served(conn, process.pid)
 
 

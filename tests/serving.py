@@ -16,6 +16,7 @@ from typing import Any
 
 import jobs
 import server
+import settings
 import submissions
 from messages import Plan
 
@@ -44,9 +45,9 @@ def volume(pages: dict[str, bytes]) -> bytes:
 
 
 @contextlib.contextmanager
-def still(root: Path, **settings: Any) -> Iterator[server.Service]:
+def still(root: Path, **chosen: Any) -> Iterator[server.Service]:
     """A service that answers while nobody works: jobs stay as the test moves them."""
-    service = server.Service(settings.Config(storage_root=root, port=0, **settings))
+    service = server.Service(settings.Config(storage_root=root, port=0, **chosen))
     service.live.start()
     service.http.start()
     try:

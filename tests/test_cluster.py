@@ -115,10 +115,10 @@ def nodes(ring: Ring, count: int) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def serving(
-    root: Path, address: str | None, worker: Callable[..., None] | None = None, **settings: Any
+    root: Path, address: str | None, worker: Callable[..., None] | None = None, **chosen: Any
 ) -> Iterator[tuple[server.Service, Client]]:
     """A service over this cluster."""
-    config = settings.Config(storage_root=root, port=0, cluster=address, **settings)
+    config = settings.Config(storage_root=root, port=0, cluster=address, **chosen)
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 

@@ -36,6 +36,7 @@ from serving import png, still, until, volume
 import jobs
 import models
 import server
+import settings
 import storage
 
 ON_LINUX = sys.platform == "linux"
@@ -52,8 +53,8 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextlib.contextmanager
-def serving(root: Path, worker: Any = None, **settings: Any) -> Iterator[tuple[server.Service, Client]]:
-    config = settings.Config(storage_root=root, port=0, **settings)
+def serving(root: Path, worker: Any = None, **chosen: Any) -> Iterator[tuple[server.Service, Client]]:
+    config = settings.Config(storage_root=root, port=0, **chosen)
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 

@@ -14,14 +14,15 @@ from test_service import Client, check_artifact, png, volume
 
 import dispatch
 import server
+import settings
 
 
 @contextlib.contextmanager
 def serving(
-    root: Path, worker: Callable[..., None] | None, **settings: object
+    root: Path, worker: Callable[..., None] | None, **chosen: object
 ) -> Iterator[tuple[server.Service, Client]]:
     """A service with this worker, and a client of it."""
-    config = settings.Config(storage_root=root / "storage", port=0, **settings)  # type: ignore[arg-type]
+    config = settings.Config(storage_root=root / "storage", port=0, **chosen)  # type: ignore[arg-type]
     with server.Service(config, worker) as service:
         yield service, Client(service.url)
 

@@ -427,7 +427,7 @@ def test_the_service_is_ready_before_an_artifact_is_hashed(layout, before, monke
         assert go_on.wait(30)
         return prove(artifact)
 
-    monkeypatch.setattr(rebuild.storage, "prove_artifact", slowly)
+    monkeypatch.setattr(rebuild.artifacts, "prove_artifact", slowly)
     with server.Service(settings.Config(storage_root=layout.root, port=0)) as service:
         client = Client(service.url)
         assert client.call("GET", "/health").json()["rebuilding"] is True

@@ -167,7 +167,7 @@ def test_a_job_that_changes_while_its_files_go_keeps_its_row(world, monkeypatch)
         if fresh.state == jobs.SUCCESS:
             assert world.table.change(fresh, jobs.PENDING, finished_s=None)
 
-    monkeypatch.setattr(retention.jobs, "remove_files", slowly)
+    monkeypatch.setattr(retention.submissions, "remove_files", slowly)
     live_through(world, service, 2)
     fresh = world.table.get(job.id)
     assert (fresh.state, fresh.outputs_removed_s, fresh.artifact_removed_s) == (jobs.PENDING, None, None)

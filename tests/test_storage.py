@@ -895,7 +895,7 @@ def test_a_full_disk_ends_the_attempt_and_is_not_blamed_on_a_page(tmp_path, monk
     require(os.path.exists("/dev/full"), "there is no /dev/full")
     source = make_folder(tmp_path / "v", {"1.png": b"p" * storage.CHUNK_BYTES})
     full = lambda path, mode: open("/dev/full" if mode == "xb" else path, mode.replace("x", "w"))  # noqa: E731
-    monkeypatch.setattr(storage, "open", full, raising=False)
+    monkeypatch.setattr(inputs, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         stage(source, tmp_path / "staging")
 
