@@ -67,6 +67,7 @@ def _nullable(kind: str, **more: Any) -> dict[str, Any]:
 TEXT_TYPE, WHOLE, TRUTH = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 NO_CONTROLS = r"[^\x00-\x1f\x7f-\x9f]"
+EACH_VOLUME = "with params.split: of each volume; jobId is the first"
 NOT_BLANK = rf"^{NO_CONTROLS}*[^\s\x00-\x1f\x7f-\x9f]{NO_CONTROLS}*$"
 # Variables of paths: what is sent in another form is no job's and no page's.
 VARIABLES: dict[str, dict[str, Any]] = {
@@ -172,11 +173,49 @@ def _previewed_schema(params: dict[str, Any]) -> dict[str, Any]:
 def schemas() -> dict[str, Any]:
     """The JSON schemas that ROUTES names."""
     params = _params_schema()
-    longest = submissions.TITLE_CHARACTERS
+    return {
+        "Object": {"type": "object"},
+        **_request_schemas(params),
+        **_job_schemas(_state_schema(params)),
+        **_service_schemas(),
+        "PageList": _object({"pages": {"type": "array", "items": _page_schema()}}),
+        "Previewed": _previewed_schema(params),
+    }
+
+
+def _request_schemas(params: dict[str, Any]) -> dict[str, Any]:
+    longest, (least, most) = submissions.TITLE_CHARACTERS, submissions.PRIORITIES
     title = {"type": "string", "minLength": 1, "maxLength": longest, "pattern": NOT_BLANK}
     path = {"type": "string", "minLength": 1, "pattern": f"^{NO_CONTROLS}+$"}
     kind = {"type": "string", "enum": ["folder", "zip"]}
-    state = _object(
+    priority = {"type": "integer", "minimum": least, "maximum": most}
+    of_submission = {
+        "title": title,
+        "volume": title,
+        "input": _object({"type": kind, "path": path}),
+        "params": params | {"type": ["object", "null"], "required": []},
+        "manifest": _object({"files": {"type": "array"}}) | {"type": ["object", "null"]},
+        "priority": priority
+        | {"type": ["integer", "null"], "default": 0, "description": "higher ones start first"},
+    }
+    split = _object({"split": {"const": "volumes"}})
+    return {
+        "Submission": _object(of_submission, optional=("params", "manifest", "priority"))
+        | {"not": _object({"manifest": {"type": "object"}, "params": split})},
+        "Resume": {
+            "type": "object",
+            "anyOf": [
+                _object({"inputPath": path, "inputType": kind}),
+                {"properties": {"inputPath": {"type": "null"}, "inputType": {"type": "null"}}},
+            ],
+        },
+        "Priority": _object({"priority": priority}),
+        "PreviewRequest": _preview_schema(params, kind, path),
+    }
+
+
+def _state_schema(params: dict[str, Any]) -> dict[str, Any]:
+    return _object(
         {
             "jobId": {"type": "string", "format": "uuid"},
             "status": {"type": "string", "enum": list(jobs.STATES)},
@@ -204,8 +243,24 @@ def schemas() -> dict[str, Any]:
             "prediction": PREDICTION,
         }
     )
-    priority = {"type": "integer", "minimum": submissions.PRIORITIES[0], "maximum": submissions.PRIORITIES[1]}
-    page = _object(
+
+
+def _job_schemas(state: dict[str, Any]) -> dict[str, Any]:
+    report = {"type": ["object", "null"], "description": "artifact-report.json, once the job succeeded"}
+    job_id = {"type": "string", "format": "uuid"}
+    each = {"type": "array", "items": job_id, "description": EACH_VOLUME}
+    return {
+        "JobId": _object({"jobId": job_id, "jobIds": each}, optional=("jobIds",)),
+        "JobState": state,
+        "JobList": _object(
+            {"jobs": {"type": "array", "items": _ref("JobState")}, "nextCursor": _nullable("string")}
+        ),
+        "Report": _object(state["properties"] | {"report": report, "timings": {"type": "object"}}),
+    }
+
+
+def _page_schema() -> dict[str, Any]:
+    return _object(
         {
             "n": {"type": "integer", "minimum": 1},
             "name": TEXT_TYPE,
@@ -224,7 +279,10 @@ def schemas() -> dict[str, Any]:
             "seconds": _nullable("number"),
         }
     )
-    model = _object(
+
+
+def _model_schema() -> dict[str, Any]:
+    return _object(
         {
             "name": TEXT_TYPE,
             "scale": WHOLE,
@@ -240,51 +298,18 @@ def schemas() -> dict[str, Any]:
             "probed": TRUTH,
         }
     )
+
+
+def _cluster_schema() -> dict[str, Any]:
+    status = {"type": "string", "enum": ["ready", "idle", "waiting"]}
+    return _object({"status": status, "devices": WHOLE, "detail": _nullable("string")})
+
+
+def _service_schemas() -> dict[str, Any]:
     fault = _object({"field": TEXT_TYPE, "message": TEXT_TYPE})
-    timings = {"type": "object"}
-    report = {"type": ["object", "null"], "description": "artifact-report.json, once the job succeeded"}
+    models = {"type": "array", "items": _model_schema()}
+    devices = {"type": "array", "items": {"type": "object"}}
     return {
-        "Object": {"type": "object"},
-        "JobId": _object(
-            {
-                "jobId": {"type": "string", "format": "uuid"},
-                "jobIds": {
-                    "type": "array",
-                    "items": {"type": "string", "format": "uuid"},
-                    "description": "with params.split: of each volume; jobId is the first",
-                },
-            },
-            optional=("jobIds",),
-        ),
-        "JobState": state,
-        "JobList": _object(
-            {"jobs": {"type": "array", "items": _ref("JobState")}, "nextCursor": _nullable("string")}
-        ),
-        "Submission": _object(
-            {
-                "title": title,
-                "volume": title,
-                "input": _object({"type": kind, "path": path}),
-                "params": params | {"type": ["object", "null"], "required": []},
-                "manifest": _object({"files": {"type": "array"}}) | {"type": ["object", "null"]},
-                "priority": priority
-                | {"type": ["integer", "null"], "default": 0, "description": "higher ones start first"},
-            },
-            optional=("params", "manifest", "priority"),
-        )
-        | {
-            "not": _object(
-                {"manifest": {"type": "object"}, "params": _object({"split": {"const": "volumes"}})}
-            )
-        },
-        "Resume": {
-            "type": "object",
-            "anyOf": [
-                _object({"inputPath": path, "inputType": kind}),
-                {"properties": {"inputPath": {"type": "null"}, "inputType": {"type": "null"}}},
-            ],
-        },
-        "Priority": _object({"priority": priority}),
         "Queue": _object(
             {
                 "paused": TRUTH,
@@ -293,13 +318,9 @@ def schemas() -> dict[str, Any]:
                 "highestPriority": _nullable("integer", description="of those that wait"),
             }
         ),
-        "PreviewRequest": _preview_schema(params, kind, path),
-        "Previewed": _previewed_schema(params),
-        "PageList": _object({"pages": {"type": "array", "items": page}}),
-        "Report": _object(state["properties"] | {"report": report, "timings": timings}),
         "Stored": _object({"path": TEXT_TYPE, "bytes": WHOLE, "sha256": HASH}),
-        "ModelList": _object({"models": {"type": "array", "items": model}, "probed": TRUTH}),
-        "DeviceList": _object({"devices": {"type": "array", "items": {"type": "object"}}, "probed": TRUTH}),
+        "ModelList": _object({"models": models, "probed": TRUTH}),
+        "DeviceList": _object({"devices": devices, "probed": TRUTH}),
         "Health": _object(
             {
                 "status": {"type": "string", "enum": ["ok", "stopping"]},
@@ -308,7 +329,16 @@ def schemas() -> dict[str, Any]:
                 "default_model": TEXT_TYPE,
                 "max_concurrency": WHOLE,
                 "paused": TRUTH,
-            }
+                "version": TEXT_TYPE,
+                "uptime_s": {"type": "number"},
+                "workers": WHOLE,
+                "workers_can_start": TRUTH,
+                "database_set_aside": TRUTH,
+                "rebuilding": TRUTH,
+                "rebuilt_jobs": WHOLE,
+                "cluster": _cluster_schema(),
+            },
+            optional=("cluster",),
         ),
         "Problem": _object(
             {
