@@ -28,6 +28,7 @@ from messages import (
     CONTAINER_FORMATS,
     Limits,
     Params,
+    Plan,
     reported,
 )
 from storage import Layout
@@ -405,44 +406,42 @@ def to_report(job: jobs.Job, pages: list[jobs.Page], layout: Layout) -> dict[str
         "tile": plan.tile,
         "haloPx": plan.halo_px,
         "batch": plan.batch,
-        "choices": [
-            {
-                "model": one.model,
-                "weightsSha256": one.weights_sha256,
-                "weightsSource": one.weights_source,
-                "precision": one.precision,
-                "tile": one.tile,
-                "haloPx": one.halo_px,
-                "batch": one.batch,
-            }
-            for one in plan.choices
-        ],
+        "choices": [_choice_of(one) for one in plan.choices],
         "params": {camel(name): value for name, value in reported(job.params).items()},
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,
-        "items": [
-            {
-                "filename": page.output,
-                "sha256": page.sha256,
-                "bytes": page.bytes,
-                "width": page.width,
-                "height": page.height,
-                "mode": page.mode,
-                "source": {
-                    "filename": page.name,
-                    "sha256": page.source_sha256,
-                    "bytes": page.source_bytes,
-                },
-                "status": page.status,
-                "error": page.error,
-                "deviation": page.deviation,
-                "colorSpread": page.color_spread,
-                "model": page.model,
-            }
-            for page in pages
-        ],
+        "items": [_item_of(page) for page in pages],
         "reconciliation": jobs.parsed(job.reconciliation),
         "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
+    }
+
+
+def _choice_of(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.model,
+        "weightsSha256": plan.weights_sha256,
+        "weightsSource": plan.weights_source,
+        "precision": plan.precision,
+        "tile": plan.tile,
+        "haloPx": plan.halo_px,
+        "batch": plan.batch,
+    }
+
+
+def _item_of(page: jobs.Page) -> dict[str, Any]:
+    return {
+        "filename": page.output,
+        "sha256": page.sha256,
+        "bytes": page.bytes,
+        "width": page.width,
+        "height": page.height,
+        "mode": page.mode,
+        "source": {"filename": page.name, "sha256": page.source_sha256, "bytes": page.source_bytes},
+        "status": page.status,
+        "error": page.error,
+        "deviation": page.deviation,
+        "colorSpread": page.color_spread,
+        "model": page.model,
     }
 
 
