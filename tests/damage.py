@@ -22,9 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import settings
-import submissions
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client
@@ -33,6 +30,8 @@ from serving import png, volume
 import jobs
 import rebuild
 import server
+import settings
+import submissions
 from messages import Limits
 from storage import Layout
 

@@ -41,13 +41,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import artifacts
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client, JobState
 from serving import png, until, volume
 
+import artifacts
 import jobs
 import storage
 

@@ -14,14 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import settings
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_service import Client, png, volume
 
 import jobs
 import server
+import settings
 
 COMPACT, SIX_B = "realesr-animevideov3", "RealESRGAN_x4plus_anime_6B"
 

@@ -39,9 +39,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import settings
-import submissions
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client, JobState, loads, parse
@@ -51,6 +48,8 @@ from websockets.exceptions import ConnectionClosed
 
 import jobs
 import server
+import settings
+import submissions
 
 COMPACT = jobs.Params(model="realesr-animevideov3")
 CONTEXT = multiprocessing.get_context("spawn")

@@ -7,14 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import settings
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from client import Client
 from serving import png, volume
 
 import server
+import settings
 
 
 def main() -> int:

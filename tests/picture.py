@@ -11,13 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import upscaling
-import weightfiles
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import sample
+import upscaling
+import weightfiles
 from messages import EngineChoice, Params
 
 PARTS = ((0, 500, 80), (1, 560, 30))  # page, top, left
