@@ -154,9 +154,9 @@ def test_a_volumes_time_and_size_follow_from_a_page_and_then_from_a_like_volume(
         size_bytes = len(client.call("GET", f"/jobs/{job}/artifact").body)
         assert kept[-1]["actualMegabytes"] == round(size_bytes / 1e6, 3)
     first, second = kept
-    assert (first["minutes"], first["megabytes"], first["basis"]) == (
-        shown["minutes"], shown["megabytes"], "preview",
-    )  # fmt: skip
+    assert (first["megabytes"], first["basis"]) == (shown["megabytes"], "preview")
+    # What it took until the pages were staged is known by then, and counted.
+    assert shown["minutes"] <= first["minutes"] < shown["minutes"] + first["actualMinutes"]
     assert (second["basis"], second["basisPages"]) == ("volumes", 6)
     assert abs(second["megabytesErrorPercent"]) < 1
     assert second["minutes"] == pytest.approx(first["actualMinutes"], abs=0.002)
