@@ -854,23 +854,8 @@ def _image_headers(data: bytes) -> dict[str, str]:
 
 
 def _page_json(page: jobs.Page) -> dict[str, Any]:
-    return {
-        "n": page.n,
-        "name": page.name,
-        "status": page.status,
-        "source": {"filename": page.name, "sha256": page.source_sha256, "bytes": page.source_bytes},
-        "filename": page.output,
-        "sha256": page.sha256,
-        "bytes": page.bytes,
-        "width": page.width,
-        "height": page.height,
-        "mode": page.mode,
-        "error": page.error or page.source_error,
-        "deviation": page.deviation,
-        "colorSpread": page.color_spread,
-        "model": page.model,
-        "seconds": page.seconds,
-    }
+    here = {"n": page.n, "name": page.name, "seconds": page.seconds}
+    return submissions.item_of(page) | here | {"error": page.error or page.source_error}
 
 
 def _model_json(

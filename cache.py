@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import storage
-from messages import Limits, PageDone, Params, Plan
+from messages import ComputePage, Limits, PageDone, Params, Plan
 
 log = logging.getLogger("cache")
 
@@ -77,11 +77,14 @@ class PageCache:
         self.root = root
         self.program = program
 
-    def key(
-        self, source: bytes, params: Params, plan: Plan, limits: Limits, part: Part = (None, None)
-    ) -> str:
-        """See key_of; source: the page's file as it came."""
-        return key_of(hashlib.sha256(source).hexdigest(), params, plan, limits, self.program, part)
+    def key(self, source: bytes, task: ComputePage) -> str | None:
+        """See key_of; source: the page's file as it came. None: no page of a job (a reader's or a
+        preview's: they are kept elsewhere), or not by our own engine."""
+        if task.plan is None or task.plan.engine != "native":
+            return None
+        part = (storage.mark_of(task.source.name), task.most_bytes)
+        digest = hashlib.sha256(source).hexdigest()
+        return key_of(digest, task.params, task.plan, task.limits, self.program, part)
 
     def find(self, key: str) -> Entry | None:
         """The entry, proved by its hash. A damaged one is removed."""

@@ -457,17 +457,16 @@ class Link:
             reason = f"{type(error).__name__}: {storage.reason_of(error)}"
             self.tell(PageFailed(item.job_id, item.attempt, item.n, reason, "decode"))
             return None
-        key, cache = None, self.bridge.cache
-        if cache and item.plan and item.plan.engine == "native":
-            part = (storage.mark_of(item.source.name), item.most_bytes)
-            key = cache.key(data, item.params, item.plan, item.limits, part)
-            if found := cache.find(key):
-                facts = found.facts(key, time.perf_counter() - started)
-                facts["deviation"] = storage.part_of(item.source.name)
-                digest, size = hashlib.sha256(found.data).hexdigest(), len(found.data)
-                place = (item.job_id, item.attempt, item.n, PAGE + found.suffix)
-                self._finish(item, PageDone(*place, digest, size_bytes=size, **facts), found.data)
-                return None
+        cache = self.bridge.cache
+        key = cache.key(data, item) if cache else None
+        found = cache.find(key) if cache and key else None
+        if found and key:
+            facts = found.facts(key, time.perf_counter() - started)
+            facts["deviation"] = storage.part_of(item.source.name)
+            digest, size = hashlib.sha256(found.data).hexdigest(), len(found.data)
+            place = (item.job_id, item.attempt, item.n, PAGE + found.suffix)
+            self._finish(item, PageDone(*place, digest, size_bytes=size, **facts), found.data)
+            return None
         self.pages[item.job_id, item.attempt, item.n] = item, key
         if item.plan is None or (item.params, item.plan) not in self.plans:
             self._send_weights(item.params)

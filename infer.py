@@ -231,12 +231,8 @@ class Worker:
     def _decode(self, task: ComputePage) -> None:
         started = time.perf_counter()
         data, params = task.source.read_bytes(), task.params
-        key = found = None
-        # No plan: a reader's page or a preview's, or a part of one. They are kept elsewhere.
-        if self.cache and task.plan and task.plan.engine == "native":
-            part = (storage.mark_of(task.source.name), task.most_bytes)
-            key = self.cache.key(data, params, task.plan, task.limits, part)
-            found = self.cache.find(key)
+        key = self.cache.key(data, task) if self.cache else None
+        found = self.cache.find(key) if self.cache and key else None
         if found:
             spent = time.perf_counter() - started
             self.encoders.submit(self._page_step, task, self._reuse, found, key, spent)

@@ -410,7 +410,7 @@ def to_report(job: jobs.Job, pages: list[jobs.Page], layout: Layout) -> dict[str
         "params": {camel(name): value for name, value in reported(job.params).items()},
         "summary": {"processed": len(pages) - failed, "failed": failed},
         "leftOut": job.left_out,
-        "items": [_item_of(page) for page in pages],
+        "items": [item_of(page) for page in pages],
         "reconciliation": jobs.parsed(job.reconciliation),
         "outputDir": layout.relative(layout.output_dir(job.title, job.volume, job.id)),
     }
@@ -428,7 +428,8 @@ def _choice_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _item_of(page: jobs.Page) -> dict[str, Any]:
+def item_of(page: jobs.Page) -> dict[str, Any]:
+    """What the report says of a page, and GET /jobs/{id}/pages with it."""
     return {
         "filename": page.output,
         "sha256": page.sha256,

@@ -695,15 +695,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, file: BinaryIO, offset: int, size: int) -> None:
         # Where there is sendfile the kernel copies: no buffer a client, and no other thread waits.
-        step = self._sendfile if hasattr(os, "sendfile") else self._copy
-        while size:
-            piece = min(size, CHUNK_BYTES)
-            self.peer.enter("answer", STALL_S + piece / SLOWEST_BYTES_S)
-            while piece:
-                sent = step(file, offset, piece)
-                if not sent:
-                    raise OSError("the file became shorter while it was sent")
-                offset, size, piece = offset + sent, size - sent, piece - sent
+        kernel_copies = hasattr(os, "sendfile")
+        step = self._sendfile if kernel_copies else self._copy
+        self.connection.setblocking(not kernel_copies)
+        try:
+            while size:
+                piece = min(size, CHUNK_BYTES)
+                self.peer.enter("answer", STALL_S + piece / SLOWEST_BYTES_S)
+                while piece:
+                    sent = step(file, offset, piece)
+                    if not sent:
+                        raise OSError("the file became shorter while it was sent")
+                    offset, size, piece = offset + sent, size - sent, piece - sent
+        finally:
+            self.connection.setblocking(True)
 
     def _copy(self, file: BinaryIO, offset: int, size: int) -> int:
         """Send some bytes of a file; how many."""
@@ -712,16 +717,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _sendfile(self, file: BinaryIO, offset: int, size: int) -> int:
         """As _copy(). While the peer takes nothing, another connection has the turn."""
-        writable = select.poll()
-        writable.register(self.connection, select.POLLOUT)
-        self.connection.setblocking(False)
-        try:
-            while True:
-                with self.server.senders, contextlib.suppress(BlockingIOError):
-                    return os.sendfile(self.connection.fileno(), file.fileno(), offset, size)
-                writable.poll()  # returns as well when the reaper shuts the connection down
-        finally:
-            self.connection.setblocking(True)
+        while True:
+            with self.server.senders, contextlib.suppress(BlockingIOError):
+                return os.sendfile(self.connection.fileno(), file.fileno(), offset, size)
+            writable = select.poll()
+            writable.register(self.connection, select.POLLOUT)
+            writable.poll()  # returns as well when the reaper shuts the connection down
 
     def _linger(self) -> None:
         """Say that no more comes, and read a little on: closing with unread bytes makes the
