@@ -38,12 +38,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import dispatch
 import logs
 import storage
-import weightfiles
-from cache import PageCache
-from dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher, Run, Slot, WorkerSlot
+from files import weightfiles
+from files.cache import PageCache
 from jobs import Job
 from messages import (
     AUTO_MODEL,
@@ -61,6 +59,8 @@ from messages import (
     Settled,
     TaskFailed,
 )
+from work import dispatch
+from work.dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher, Run, Slot, WorkerSlot
 
 log = logging.getLogger("cluster")
 
@@ -72,9 +72,11 @@ BATCH_BYTES = 32 << 20  # of pages in one call
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "dispatch", "inputs", "storage", "weightfiles", *(  # and upscaling.PIPELINE
-    "budgets", "community", "devices", "imagekinds", "infer", "messages", "models", "pages", "rolling",
-    "spreads", "upscaling", "windows"))  # fmt: skip
+CODE = ("cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", *(
+    # and upscaling.PIPELINE
+    "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
+    "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling",
+    "engine.windows"))  # fmt: skip
 
 
 def is_installed() -> bool:
@@ -395,7 +397,7 @@ def code_hash() -> str:
     """Of the files that decide how a page will look: nodes must have the service's own."""
     digest = hashlib.sha256()
     for name in CODE:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        digest.update(storage.source_of(name))
     return digest.hexdigest()
 
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import uploads
 from messages import Limits
-from uploads import Upload
+from work import uploads
+from work.uploads import Upload
 
 TRIES = 5  # while the service is starting, or its disk is full; 1, 2, 4, 8 s apart
 ANSWER_S = 30.0

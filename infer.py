@@ -34,21 +34,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import budgets
-import containers
-import devices
-import inputs
 import logs
-import pages
-import sandbox
-import spreads
 import storage
-import survey
-import upscaling
-import weightfiles
-import windows
-from cache import Entry, PageCache
-from lanes import Lanes
+from engine import budgets, devices, pages, sandbox, spreads, survey, upscaling, windows
+from engine.lanes import Lanes
+from engine.models import load_model
+from engine.pages import PageError
+from files import containers, inputs, weightfiles
+from files.cache import Entry, PageCache
 from messages import (
     Beat,
     Cancel,
@@ -78,8 +71,6 @@ from messages import (
     Task,
     TaskFailed,
 )
-from models import load_model
-from pages import PageError
 
 log = logging.getLogger("infer")
 
@@ -554,6 +545,6 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
 
 
 if __name__ == "__main__":
-    import cli
+    from commands import cli
 
     sys.exit(cli.main())

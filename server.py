@@ -34,22 +34,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import api
 import cluster
-import dispatch
 import jobs
 import logs
-import rebuild
 import settings
-import sidecar
 import storage
-import submissions
-import webpage
-import weightfiles
-import wire
-from live import Live
+from files import weightfiles
 from messages import EngineChoice
-from watch import Watch
+from web import api, sidecar, webpage, wire
+from web.live import Live
+from work import dispatch, rebuild, submissions
+from work.watch import Watch
 
 log = logging.getLogger("server")
 
@@ -142,7 +137,7 @@ def run_demo(service: Service) -> None:
         sample = Path(folder, "reichan-sample.cbz")
         print("drawing a sample volume ...", flush=True)
         # In a process of its own: this one stays free of numpy and OpenCV.
-        subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), sample], check=True)
+        subprocess.run([sys.executable, storage.PROGRAM / "commands/sample.py", sample], check=True)
         _call(service, "PUT", "/incoming/reichan-sample.cbz", sample.read_bytes())
     body = {
         "title": "Reichan",
@@ -211,7 +206,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def examine(flags: argparse.Namespace) -> int:
     """`server.py doctor`, with the settings that a start would have."""
-    import doctor
+    from commands import doctor
 
     try:
         return doctor.run(settings.read_config(os.environ, flags))
@@ -223,7 +218,7 @@ def examine(flags: argparse.Namespace) -> int:
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
     if sys.argv[1:2] == ["submit"]:
-        import submit
+        from commands import submit
 
         return submit.main(sys.argv[2:], os.environ)
     flags = parse_flags()

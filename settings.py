@@ -19,8 +19,8 @@ from typing import Any
 import cluster
 import logs
 from messages import Limits, setting_name
-from retention import Keep
 from storage import Layout
+from work.retention import Keep
 
 TAURI_ORIGINS = (
     "tauri://localhost",

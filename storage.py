@@ -30,6 +30,7 @@ from typing import IO, Any, BinaryIO
 
 from messages import Limits, setting_name
 
+PROGRAM = Path(__file__).parent.absolute()  # the service's own files
 PAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 )
@@ -205,6 +206,11 @@ class Layout:
     def relative(self, path: Path) -> str:
         """`path` from the storage root, with forward slashes, for people and clients."""
         return path.relative_to(self.root).as_posix()
+
+
+def source_of(module: str) -> bytes:
+    """The program's own source of one module ("storage", "files.inputs")."""
+    return PROGRAM.joinpath(*module.split(".")).with_suffix(".py").read_bytes()
 
 
 # ---------------------------------------------------------------- names
@@ -627,6 +633,6 @@ else:
 
 
 if __name__ == "__main__":
-    import verify
+    from commands import verify
 
     sys.exit(verify.main())

@@ -39,11 +39,12 @@ import torch  # noqa: E402
 import upstream_shim  # noqa: E402
 
 import infer  # noqa: E402
-import pages  # noqa: E402
-import sample  # noqa: E402
 import storage  # noqa: E402
-import upscaling  # noqa: E402
-import windows  # noqa: E402
+from commands import sample  # noqa: E402
+from engine import pages, upscaling, windows  # noqa: E402
+from engine.models import Model  # noqa: E402
+from engine.pages import Pixels  # noqa: E402
+from engine.windows import Box  # noqa: E402
 from messages import (  # noqa: E402
     ComputePage,
     EngineChoice,
@@ -53,9 +54,6 @@ from messages import (  # noqa: E402
     Plan,
     Ready,
 )
-from models import Model  # noqa: E402
-from pages import Pixels  # noqa: E402
-from windows import Box  # noqa: E402
 
 JPEG = [
     *(cv2.IMWRITE_JPEG_QUALITY, 95),

@@ -28,12 +28,11 @@ from client import Client
 from serving import png, volume
 
 import jobs
-import rebuild
 import server
 import settings
-import submissions
 from messages import Limits
 from storage import Layout
+from work import rebuild, submissions
 
 PAGES = {f"Ch 1/{n}.png": png(16, 16, n) for n in range(3)} | {"bad.png": b"bad"}
 VOLATILE = ("createdAt", "startedAt", "finishedAt", "message", "seq", "retries", "prediction")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pages import Pixels
+from engine.pages import Pixels
 
 
 def grey(height: int, width: int) -> Pixels:

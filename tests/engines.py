@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import upscaling
-import weightfiles
+from engine import upscaling
+from engine.models import Model, load_model
+from engine.pages import Pixels
+from engine.upscaling import NativeEngine
+from files import weightfiles
 from messages import Plan
-from models import Model, load_model
-from pages import Pixels
-from upscaling import NativeEngine
 
 COMPACT = "realesr-animevideov3"
 SIX_B = "RealESRGAN_x4plus_anime_6B"

@@ -28,7 +28,7 @@ def note(what: str) -> int:
 def by_width(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, whose engine does what the page's width asks for."""
     import infer
-    import upscaling
+    from engine import upscaling
 
     upscale = upscaling.NativeEngine.upscale
 
@@ -68,7 +68,7 @@ def full_disk(conn: Any, choice: Any, slot: int) -> None:
 
 def cannot_boot(conn: Any, choice: Any, slot: int) -> None:
     """A worker whose imports fail."""
-    import dispatch
+    from work import dispatch
 
     note("boots")
     conn.send(dispatch.BootFailed("ImportError: no torch here (injected)"))
@@ -81,7 +81,7 @@ def prying(conn: Any, choice: Any, slot: int) -> None:
     import socket
 
     import infer
-    import upscaling
+    from engine import upscaling
 
     upscale = upscaling.NativeEngine.upscale
 
@@ -101,7 +101,7 @@ def filling(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, whose disk something fills to the last byte, once, just before a step."""
     import infer
 
-    name, step = os.environ["FILL"].split(".")
+    name, _, step = os.environ["FILL"].rpartition(".")
     module = importlib.import_module(name)
     real = getattr(module, step)
 
@@ -123,8 +123,8 @@ def filling(conn: Any, choice: Any, slot: int) -> None:
 
 def dying_amid_the_zip(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, which is killed each time when it has packed one page of two."""
-    import artifacts
     import infer
+    from files import artifacts
 
     packing = artifacts._pack_output
 
@@ -172,7 +172,7 @@ def losing_its_working_copy(conn: Any, choice: Any, slot: int) -> None:
 def with_leave(conn: Any, choice: Any, slot: int) -> None:
     """The real worker, in which pages of the width WAITER wait until there is a file `go`."""
     import infer
-    import upscaling
+    from engine import upscaling
 
     upscale = upscaling.NativeEngine.upscale
 
@@ -200,7 +200,7 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
     from dataclasses import replace
 
     import infer
-    import upscaling
+    from engine import upscaling
 
     upscale = upscaling.NativeEngine.upscale
 
@@ -220,7 +220,7 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
     import functools
 
     import infer
-    import upscaling
+    from engine import upscaling
 
     decode = infer.Worker._decode
 
@@ -239,7 +239,7 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
 
 def held_up_on_unlike_machines(conn: Any, choice: Any, slot: int) -> None:
     """held_up, where each worker says that its machine is another one."""
-    import upscaling
+    from engine import upscaling
 
     describe, which = upscaling.describe_machine, note("machine")
     upscaling.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"

@@ -26,7 +26,7 @@ import figures
 import numpy as np
 
 sys.path.insert(0, str(figures.ROOT))
-import sample
+from commands import sample
 
 WIDTH, HEIGHT = 827, 1170
 # Of a volume: (every how manieth page is in colour, least part of a drawing that a page shows, grain).

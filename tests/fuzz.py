@@ -61,7 +61,7 @@ def serve(conn: Any, root: Path, log: Path, plant: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     from serving import still
 
-    import api
+    from web import api
 
     api.PREVIEW_S = 0.05  # nobody is there to draw one
     if plant:

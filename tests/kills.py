@@ -46,9 +46,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from client import Client, JobState
 from serving import png, until, volume
 
-import artifacts
 import jobs
 import storage
+from files import artifacts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {f"{n:02d}.png": png(48, 64, n) for n in range(22)}

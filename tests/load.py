@@ -49,7 +49,7 @@ from websockets.exceptions import ConnectionClosed
 import jobs
 import server
 import settings
-import submissions
+from work import submissions
 
 COMPACT = jobs.Params(model="realesr-animevideov3")
 CONTEXT = multiprocessing.get_context("spawn")

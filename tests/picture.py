@@ -13,10 +13,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models
-import sample
-import upscaling
-import weightfiles
+from commands import sample
+from engine import models, upscaling
+from files import weightfiles
 from messages import EngineChoice, Params
 
 PARTS = ((0, 500, 80), (1, 560, 30))  # page, top, left

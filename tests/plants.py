@@ -16,14 +16,12 @@ from typing import Any
 
 import fuzz
 
-import api
-import inputs
 import jobs
-import live
 import server
 import storage
-import submissions
-import wire
+from files import inputs
+from web import api, live, wire
+from work import submissions
 
 
 def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

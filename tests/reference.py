@@ -29,7 +29,7 @@ import upstream_shim
 from drawn import PAGES
 from engines import COMPACT, SIX_B, apart, bundled
 
-from pages import Pixels
+from engine.pages import Pixels
 
 FOLDER = Path(__file__).parent / "reference"
 THIN = ("tall", "wide")  # stored at outscale 2 only: four times as large they are mere bytes

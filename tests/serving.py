@@ -17,8 +17,8 @@ from typing import Any
 import jobs
 import server
 import settings
-import submissions
 from messages import Plan
+from work import submissions
 
 PLAN = Plan("realesr-animevideov3", "0" * 64, "wheel", "cpu", "fp32", "native", 512, 18, 1)
 

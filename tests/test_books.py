@@ -17,18 +17,14 @@ from engines import COMPACT
 from helpers import require
 from serving import png, until, volume
 
-import artifacts
-import books
-import budgets
-import cli
-import containers
-import formats
 import server
 import settings
 import storage
-import submissions
-import verify
+from commands import cli, verify
+from engine import budgets
+from files import artifacts, books, containers, formats
 from messages import Params
+from work import submissions
 
 DIRECTIONS = ("rtl", "ltr")
 

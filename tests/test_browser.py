@@ -28,8 +28,8 @@ from serving import finished, png, queued, running, still, until, volume
 import jobs
 import server
 import settings
-import submissions
-import webpage
+from web import webpage
+from work import submissions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # It has no business outside, and asks for nothing there.

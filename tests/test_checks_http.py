@@ -30,14 +30,11 @@ from client import Client, Reply, submission
 from serving import answers, dial, drain, exchange, finished, png, queued, running, still, until, volume
 from websockets.exceptions import ConnectionClosed
 
-import api
 import jobs
-import live
-import routes
 import server
 import settings
 import storage
-import wire
+from web import api, live, routes, wire
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="it looks at the service through /proc")
 NOBODY = "00000000-0000-0000-0000-000000000000"

@@ -13,10 +13,8 @@ import pytest
 from drawn import colour, grey
 from engines import COMPACT, native
 
-import cli
-import pages
-import upscaling
-import verify
+from commands import cli, verify
+from engine import pages, upscaling
 from messages import Params
 
 ROOT = Path(__file__).parents[1]

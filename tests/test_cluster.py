@@ -32,10 +32,10 @@ from test_service import Client, check_artifact, png, volume
 import cluster
 import server
 import settings
-import upscaling
-import verify
-from dispatch import run_worker
+from commands import verify
+from engine import upscaling
 from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
+from work.dispatch import run_worker
 
 HERE = Path(__file__).parent
 SETTINGS = {
@@ -189,7 +189,7 @@ def made_of(path: Path, seed: int) -> None:
     import safetensors.torch
     import torch
 
-    import models
+    from engine import models
 
     torch.manual_seed(seed)
     safetensors.torch.save_file(models.SRVGGNetCompact(8, 1, 2).state_dict(), path)

@@ -28,16 +28,14 @@ from engines import NO_FILES, apart, plan_for
 from helpers import require
 from serving import png, until, volume
 
-import community
 import infer
-import models
 import server
 import settings
 import storage
-import upscaling
-import weightfiles
+from engine import community, models, upscaling
+from engine.pages import Pixels
+from files import weightfiles
 from messages import EngineChoice, Params
-from pages import Pixels
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,11 @@ from client import Client, JobState, Refusal, submission
 from load import race_once
 from serving import finished, png, queued, running, still, until, volume
 
-import dispatch
 import jobs
-import retention
 import server
 import settings
-import submissions
-from retention import Keep
+from work import dispatch, retention, submissions
+from work.retention import Keep
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,14 @@ import pytest
 from client import Client
 from serving import png, volume
 
-import artifacts
-import containers
-import inputs
-import reader
-import rebuild
 import server
 import settings
 import storage
-import verify
-import weightfiles
+from commands import verify
+from files import artifacts, containers, inputs, weightfiles
 from messages import Limits
+from web import reader
+from work import rebuild
 
 PAGES = {"001.png": png(shade=1), "ch2/002.png": png(shade=2), "ch2/010.png": png(shade=3)}
 INFO = b"""\xef\xbb\xbf<?xml version="1.0" encoding="utf-8"?>

@@ -27,8 +27,8 @@ from serving import png, until, volume
 import copyparty_hook
 import server
 import settings
-import uploads
 from messages import Limits
+from work import uploads
 
 PASSWORD = "a password of Copyparty's"
 # Copyparty takes its password in base64 for a bearer token, so that one token may do for both services.

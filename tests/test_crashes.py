@@ -34,10 +34,10 @@ from kills import Service, contents
 from serving import png, still, until, volume
 
 import jobs
-import models
 import server
 import settings
 import storage
+from engine import models
 
 ON_LINUX = sys.platform == "linux"
 SMALL = {f"{n}.png": png(48, 64, n) for n in range(6)}
@@ -154,7 +154,7 @@ def test_a_service_ended_amid_a_job_exits_with_0_and_goes_on_at_its_next_start(p
 DYING = """
 import os, sys
 import server
-when, (module, name) = sys.argv.pop(1), sys.argv.pop(1).split(".")
+when, (module, _, name) = sys.argv.pop(1), sys.argv.pop(1).rpartition(".")
 real = getattr(sys.modules[module], name)
 def dying(*arguments):
     if when == "after":
@@ -169,7 +169,7 @@ sys.exit(server.main())
 def test_a_submit_whose_answer_never_came_is_one_job_when_it_is_repeated(tmp_path, when, rows):
     """C06: killed between commit and answer, or before the commit."""
     body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "v.zip"}}
-    dying = Service(tmp_path, ("-c", DYING, when, "submissions.submit"))
+    dying = Service(tmp_path, ("-c", DYING, when, "work.submissions.submit"))
     try:
         dying.client.call("PUT", "/incoming/v.zip", volume(SMALL))
         with pytest.raises((http.client.HTTPException, ConnectionError)):
@@ -185,8 +185,8 @@ def test_a_submit_whose_answer_never_came_is_one_job_when_it_is_repeated(tmp_pat
 
 
 RECOVERY = (
-    ("before", "rebuild.open_table"),
-    ("after", "rebuild.open_table"),
+    ("before", "work.rebuild.open_table"),
+    ("after", "work.rebuild.open_table"),
     ("before", "jobs.recover"),
     ("before", "jobs.lose_worker"),
     ("after", "jobs.lose_worker"),
@@ -465,7 +465,7 @@ def test_a_resume_under_another_setting_keeps_to_the_plan_that_the_first_pages_w
 
 
 def test_a_worker_that_always_dies_packing_fails_the_job_and_leaves_nothing(tmp_path, notes):
-    import dispatch
+    from work import dispatch
 
     with serving(tmp_path / "root", faults.dying_amid_the_zip) as (service, client):
         client.call("PUT", "/incoming/v.zip", volume(SMALL))

@@ -13,16 +13,14 @@ from client import Client
 from drawn import colour, grey
 from serving import until, volume
 
-import budgets
-import devices
 import jobs
-import pages
 import server
 import settings
 import storage
-import submissions
+from engine import budgets, devices, pages
+from engine.pages import Pixels
 from messages import Limits, Params
-from pages import Pixels
+from work import submissions
 
 MODELS = {
     "realesr_animevideov3": "realesr-animevideov3",

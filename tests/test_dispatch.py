@@ -12,9 +12,9 @@ import faults
 import pytest
 from test_service import Client, check_artifact, png, volume
 
-import dispatch
 import server
 import settings
+from work import dispatch
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from engines import COMPACT, bundled, native
 from helpers import require
 from serving import still
 
-import doctor
 import server
 import settings
 import storage
-import weightfiles
+from commands import doctor
+from files import weightfiles
 
 ROOT = Path(server.__file__).parent
 WHEEL = {release.name: release.wheel_bin_sha256 for release in weightfiles.RELEASES}
@@ -241,6 +241,6 @@ def test_a_token_others_can_read_is_a_finding_and_no_token_is_ever_shown(config)
 
 
 def test_looking_loads_no_torch():
-    code = "import doctor, sys; print(*({'torch', 'numpy', 'cv2'} & {*sys.modules}))"
+    code = "from commands import doctor; import sys; print(*({'torch', 'numpy', 'cv2'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

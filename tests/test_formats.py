@@ -28,15 +28,13 @@ from drawn import colour, grey
 from helpers import require
 from serving import png, until
 
-import containers
-import formats
-import inputs
 import server
 import settings
 import storage
-import verify
-import volumes
+from commands import verify
+from files import containers, formats, inputs
 from messages import Limits, SourcePage
+from work import volumes
 
 ROOT = Path(__file__).parents[1]
 PAGES = {f"ch1/{n}.png": png(shade=9 * n) for n in (1, 2, 10)}
@@ -327,8 +325,18 @@ def test_rars_that_lead_out_are_locked_or_cut_are_refused(tmp_path):
     for n, name in enumerate(names):
         assert refusal(rar(tmp_path / f"{n}.rar", {"1.png": b"1", name: b"2"})).code == "UNSAFE_NAME", name
     assert refusal(winrar(tmp_path / "v.rar", "rar5-evil-symlink-traversal")).code == "UNSAFE_NAME"
-    assert "encrypted" in refusal(winrar(tmp_path / "v.rar", "rar3-comment-psw")).detail
     assert not list(tmp_path.glob("**/evil.png")) and not (tmp_path.parent / "evil.png").exists()
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_an_encrypted_rar_is_refused_as_what_it_is(tools, tmp_path, monkeypatch):
+    """Its comment is compressed: without a tool it can't even be opened."""
+    if tools:
+        unpackers()
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    error = refusal(winrar(tmp_path / "v.rar", "rar3-comment-psw"))
+    assert (error.code, "encrypted" in error.detail) == (("BAD_INPUT", True) if tools else ("TOOL_MISSING", False))
 
 
 def test_a_cut_rar_is_refused_wherever_it_was_cut(tmp_path):
@@ -612,9 +620,10 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     """Readers that do this first."""
     script = tmp_path / "reader.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, time, unpack\n{first}\nunpack.main()\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import os, time\nfrom files import unpack\n{first}\nunpack.main()\n"
     )
-    monkeypatch.setattr(formats, "READER", script)
+    monkeypatch.setattr(formats, "READER", (str(script),))
 
 
 def test_a_reader_that_dies_of_a_page_costs_that_page(tmp_path, monkeypatch):
@@ -662,7 +671,7 @@ def test_an_input_replaced_after_it_was_opened_is_not_read(tmp_path):
 
 
 def test_the_service_imports_nothing_of_it(tmp_path):
-    names = {"formats", "unpack", "rarfile", "py7zr", "pypdfium2"}
+    names = {"files.formats", "files.unpack", "rarfile", "py7zr", "pypdfium2"}
     code = f"import server, sys; print(sorted({names} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -16,11 +16,10 @@ import pytest
 from drawn import alpha, colour, grey, sixteen_bit
 from helpers import require
 
-import imagekinds
-import pages
 import storage
+from engine import imagekinds, pages
+from engine.pages import Pixels
 from messages import Limits, Params
-from pages import Pixels
 
 LIMITS = Limits()
 COLOUR = colour(60, 40)

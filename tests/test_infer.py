@@ -15,13 +15,9 @@ import torch
 from drawn import colour, grainy, grey, sixteen_bit
 from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
 
-import models
-import pages
-import rolling
-import upscaling
-import windows
+from engine import models, pages, rolling, upscaling, windows
+from engine.pages import PageError
 from messages import EngineChoice, Params, Plan
-from pages import PageError
 
 CHOICE = EngineChoice(model_root=NO_FILES)
 CARD_PIXELS = {0: 10_000}  # of all windows in a batch

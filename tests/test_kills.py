@@ -131,7 +131,8 @@ def test_each_planted_bug_is_found(service):
 FORGETFUL = """
 import sys
 from dataclasses import replace
-import dispatch, server
+import server
+from work import dispatch
 real = dispatch.record_stage
 def forget(table, job, event, found):
     return real(table, job, event, [replace(item, output_ok=False) for item in found])

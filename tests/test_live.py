@@ -20,10 +20,10 @@ from websockets.frames import Opcode
 from websockets.sync.client import ClientConnection
 
 import jobs
-import live
 import server
-import submissions
-from live import StateFrame, Watcher
+from web import live
+from web.live import StateFrame, Watcher
+from work import submissions
 
 HANDSHAKE = (
     "GET /ws/jobs{path} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

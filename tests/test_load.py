@@ -14,7 +14,7 @@ from load import Line
 from serving import running, still
 
 import jobs
-import submissions
+from work import submissions
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,12 @@ from hypothesis.stateful import (
 from serving import PLAN
 
 import jobs
-import retention
 import storage
-import submissions
 from jobs import Job, JobTable
 from messages import Limits, PageDone, Params, SourcePage, Staged, StagedPage
-from retention import DAY_S, LOOK_S, Keep, Retention
 from storage import Layout
+from work import retention, submissions
+from work.retention import DAY_S, LOOK_S, Keep, Retention
 
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 # From the contract, not from jobs.MOVES: a row too many there must be found here.

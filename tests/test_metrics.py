@@ -13,9 +13,9 @@ from hypothesis import given
 from prometheus_client.parser import text_string_to_metric_families
 from serving import finished, queued, still
 
-import dispatch
-import metrics
 from messages import Beat
+from web import metrics
+from work import dispatch
 
 # Prometheus, "Metric and label naming": base units at the end of a name, "_total" on what only rises.
 NAME = re.compile(r"(reichan|process)(_[a-z]+)+")

@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 from engines import COMPACT, NO_FILES, SIX_B, bundled, random_network
 
-import models
 import storage
-import weightfiles
+from engine import models
+from files import weightfiles
 
 
 def found(root: Path, name: str) -> weightfiles.WeightsFile:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from helpers import require
 
-import inputs
-import pages
 import storage
+from engine import pages
+from files import inputs
 from messages import Limits, Params, SourcePage
 
 LIMITS = Limits()

@@ -11,7 +11,7 @@ from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_window
 from helpers import require
 from reference import CASES, Case, compute
 
-import upscaling
+from engine import upscaling
 from messages import Params
 
 

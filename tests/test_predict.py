@@ -9,12 +9,11 @@ import pytest
 from serving import PLAN, finished, png, running, still
 
 import jobs
-import predict
 import server
-import submissions
-import survey
+from engine import survey
 from messages import PageDone, Params, Workload
-from predict import Measured, Sample
+from work import predict, submissions
+from work.predict import Measured, Sample
 
 PARAMS = Params(model=PLAN.model)
 # 1 s and 1 MB for a page of a megapixel at scale 2, 2 s for what is done once.

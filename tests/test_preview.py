@@ -18,10 +18,10 @@ from test_reader import BOUNDARY, form
 
 import jobs
 import messages
-import preview
 import server
 import settings
-import weightfiles
+from files import weightfiles
+from web import preview
 
 COMPACT = {"model": "realesr-animevideov3"}
 CBZ = {"container": "cbz"}

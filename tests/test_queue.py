@@ -12,11 +12,10 @@ import pytest
 from serving import queued, running, still, until
 from test_service import Client, check_artifact, png, volume
 
-import dispatch
 import jobs
 import server
 import settings
-import submissions
+from work import dispatch, submissions
 
 
 @pytest.fixture

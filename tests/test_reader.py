@@ -15,15 +15,14 @@ import pytest
 from client import Client, Reply
 from serving import png, queued, still, until, volume
 
-import dispatch
-import forms
 import jobs
-import lanes
 import messages
-import reader
 import server
 import settings
 import storage
+from engine import lanes
+from web import forms, reader
+from work import dispatch
 
 BOUNDARY = "6c1c3b2e-9f0a-4ce8-8b7e-2d1f0a9d3c11"  # as OkHttp makes them
 

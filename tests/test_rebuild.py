@@ -24,15 +24,14 @@ from conftest import make_hostile
 from damage import Known
 from serving import until, volume
 
-import artifacts
 import jobs
-import rebuild
 import server
 import settings
 import storage
-import submissions
+from files import artifacts
 from messages import Limits
 from storage import Layout
+from work import rebuild, submissions
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from client import Client
 from serving import finished, png, queued, running, still, until, volume
 
 import jobs
-import retention
 import server
 import settings
-import submissions
-from retention import DAY_S, LOOK_S, Keep, Retention
+from work import retention, submissions
+from work.retention import DAY_S, LOOK_S, Keep, Retention
 
 NO_FLAGS = argparse.Namespace(
     storage_root=None, model_root=None, host=None, port=None, token=None, demo=False

@@ -19,7 +19,7 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-import live
+from web import live
 
 KNOWN = {"7.1.5"}  # websockets ends with 1002 a line whose message was still open: hardening, no fault
 LARGE_BYTES = 16 << 20  # of the largest case

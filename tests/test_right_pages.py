@@ -17,10 +17,9 @@ from drawn import colour, grey
 from engines import COMPACT, SIX_B, native
 from serving import volume
 
-import pages
 import server
 import settings
-import upscaling
+from engine import pages, upscaling
 from messages import Limits, Params
 
 GREY, COLOUR = grey(40, 32), colour(40, 32)

@@ -9,8 +9,7 @@ import torch
 from test_models import NETWORKS
 from torch.nn import functional as F
 
-import models
-import rolling
+from engine import models, rolling
 
 
 def page(height: int, seed: int = 1) -> torch.Tensor:

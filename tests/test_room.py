@@ -13,10 +13,10 @@ import pytest
 from client import Client
 from serving import png, queued, still, until, volume
 
-import inputs
 import server
 import settings
 import storage
+from files import inputs
 from messages import Limits, Params
 
 PAGES = {f"{n}.png": png(24, 24, n) for n in range(4)}
@@ -80,7 +80,7 @@ def test_a_job_that_no_longer_fits_when_its_turn_comes_fails_before_a_page_is_co
         assert not (service.config.layout.staging / job).exists()
 
 
-@pytest.mark.parametrize("step", ["inputs._stage_page", "storage.write_whole", "artifacts.pack"])
+@pytest.mark.parametrize("step", ["files.inputs._stage_page", "storage.write_whole", "files.artifacts.pack"])
 def test_a_disk_that_is_really_full_fails_the_job_and_a_resume_loses_nothing(
     disk, tmp_path, monkeypatch, step
 ):
@@ -96,7 +96,7 @@ def test_a_disk_that_is_really_full_fails_the_job_and_a_resume_loses_nothing(
         assert filler.stat().st_size > 1 << 20
         assert not list(config.layout.artifacts.iterdir())
         pages = [page for page in service.table.pages(job) if page.status == "upscaled"]
-        assert len(pages) == (4 if step == "artifacts.pack" else 0)
+        assert len(pages) == (4 if step == "files.artifacts.pack" else 0)
         folder = next(config.layout.outputs.glob(f"*/*/{job}"), disk)
         before = {page.output: (folder / page.output).stat().st_mtime_ns for page in pages}
         filler.unlink()

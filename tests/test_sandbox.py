@@ -17,17 +17,17 @@ from client import Client
 from helpers import require
 from serving import png, volume
 
-import sandbox
 import server
 import settings
+from engine import sandbox
 
-HERE = Path(sandbox.__file__).parent
+HERE = Path(server.__file__).parent
 LINUX = sys.platform.startswith("linux") and platform.machine() in sandbox.MACHINES
 
 # Runs in a child: what each attempt gives, as a name of errno or "ok".
 ATTEMPTS = """
 import ctypes, errno, json, os, platform, resource, socket, subprocess, sys, threading
-import sandbox
+from engine import sandbox
 libc = ctypes.CDLL(None, use_errno=True)
 def opened(family, kind=socket.SOCK_STREAM):
     try:

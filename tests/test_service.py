@@ -30,9 +30,9 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 import jobs
-import routes
 import server
 import settings
+from web import routes
 
 ROOT = Path(server.__file__).parent
 MODEL = "realesr-animevideov3"

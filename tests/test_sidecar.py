@@ -53,7 +53,7 @@ def test_without_a_token_the_line_says_null(tmp_path):
 def test_stdout_stays_clean_whoever_prints():
     """Python, C code, child processes."""
     code = (
-        "import os, sidecar, subprocess, sys\n"
+        "import os, subprocess, sys\nfrom web import sidecar\n"
         "alone = sidecar.take_stdout()\n"
         "print('python', flush=True); os.write(1, b'C\\n'); subprocess.run(['echo', 'child'])\n"
         "print(sidecar.ready_line('http://x', None), file=alone, flush=True)\n"

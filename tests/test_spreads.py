@@ -19,16 +19,15 @@ from helpers import require
 from serving import until, volume
 
 import infer
-import inputs
-import pages
-import rebuild
 import server
 import settings
-import spreads
 import storage
-import verify
+from commands import verify
+from engine import pages, spreads
+from engine.pages import Pixels
+from files import inputs
 from messages import ComputePage, Limits, Params, SourcePage
-from pages import Pixels
+from work import rebuild
 
 LEFT, RIGHT = grey(120, 80), grey(120, 80)[::-1]
 MARGIN = np.full((120, 4), 250, np.uint8)  # of paper, at each page's edges

@@ -27,10 +27,8 @@ from pathlib import Path
 import pytest
 from helpers import require
 
-import artifacts
-import inputs
 import storage
-import weightfiles
+from files import artifacts, inputs, weightfiles
 from messages import Limits, SourcePage
 
 HERE = Path(storage.__file__).parent  # where a new process finds the modules
@@ -1165,7 +1163,11 @@ def test_a_stray_file_called_manifest_is_ignored(tmp_path, data):
         assert stage(source, tmp_path / "staging")[1].manifest is None
 
 
-READS_MANIFEST = "import inputs, sys, pathlib; print(inputs.read_manifest(pathlib.Path(sys.argv[1])))"
+READS_MANIFEST = """
+import sys, pathlib
+from files import inputs
+print(inputs.read_manifest(pathlib.Path(sys.argv[1])))
+"""
 
 
 def test_a_manifest_is_no_link_no_pipe_and_not_too_large(tmp_path):

@@ -23,11 +23,11 @@ from serving import finished, png, queued, running, still, until, volume
 
 import jobs
 import messages
-import predict
 import server
 import settings
-import submit
-import wire
+from commands import submit
+from web import wire
+from work import predict
 
 ROOT = Path(server.__file__).parent
 ARTIFACT = random.Random(7).randbytes(3 << 20)
@@ -454,6 +454,7 @@ def test_an_artifact_that_is_not_what_its_job_promises_is_refused(service, tmp_p
 
 
 def test_a_client_s_process_loads_nothing_of_the_service_but_storage():
-    code = "import submit, sys; print(*({'jobs', 'dispatch', 'server', 'torch', 'numpy'} & {*sys.modules}))"
+    ours = {"jobs", "work", "server", "torch", "numpy"}
+    code = f"import sys; from commands import submit; print(*({ours} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

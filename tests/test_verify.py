@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from serving import png, volume
 
-import artifacts
-import verify
+from commands import verify
+from files import artifacts
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"1.png": png(shade=1), "v/2.png": png(shade=2), "v/10.png": png(shade=3)}
@@ -180,6 +180,6 @@ def test_the_command_needs_nothing_but_the_standard_library(tmp_path):
     done = subprocess.run([*command, str(inputs(tmp_path)[0])], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert sha(artifact.read_bytes()) in done.stdout and "all proved (3 pages, 2 other files" in done.stdout
-    code = "import sys, verify; print(json.dumps(sorted(sys.modules)))".replace("json", "__import__('json')")
+    code = "import json, sys; from commands import verify; print(json.dumps(sorted(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, cwd=ROOT, check=True)
     assert not {"socket", "ssl", "urllib.request"} & {*json.loads(loaded.stdout)}

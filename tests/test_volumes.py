@@ -16,8 +16,8 @@ from serving import png, still, volume
 import server
 import settings
 import storage
-import volumes
 from messages import Limits
+from work import volumes
 
 ONE = volume({"1.png": png(shade=1), "ComicInfo.xml": b"<ComicInfo/>"})
 

@@ -17,10 +17,8 @@ from serving import png, queued, still, until, volume
 import jobs
 import server
 import settings
-import submissions
-import uploads
-import watch
 from messages import Limits, Params
+from work import submissions, uploads, watch
 
 STILL_S = 30.0
 

@@ -8,9 +8,7 @@ import re
 
 import pytest
 
-import openapi
-import routes
-import webpage
+from web import openapi, routes, webpage
 
 HOST = "127.0.0.1:8001"
 

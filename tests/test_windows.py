@@ -8,8 +8,7 @@ import torch
 from drawn import colour, grey, sixteen_bit
 from engines import apart
 
-import pages
-import windows
+from engine import pages, windows
 
 SIZES = [(1, 1), (3, 40), (17, 9), (60, 33)]
 

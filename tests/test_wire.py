@@ -23,7 +23,7 @@ import pytest
 from helpers import require
 from serving import answers, dial, drain, exchange, still, until
 
-import wire
+from web import wire
 
 HTTP_CASES = Path(__file__).parents[2] / "shared/hostile/http_cases.py"
 HOST = b"Host: x\r\n"

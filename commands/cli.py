@@ -1,0 +1,324 @@
+"""One volume or image without the service: `python infer.py IN OUT`.
+
+Map: arguments - one image - a volume - its record - progress
+Rule: the service's own page pipeline; nothing that exists is overwritten, and what was
+finished before an interruption is not computed again.
+Runs in: a terminal (it loads torch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import storage
+from engine import budgets, pages, spreads, upscaling
+from files import artifacts, books, containers, inputs
+from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
+
+LIMITS = Limits()
+DEFAULTS = Params()
+CONTAINERS = {".zip": "zip", ".cbz": "cbz", ".epub": "epub", ".pdf": "pdf"}  # that are written
+FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
+
+
+class Usage(Exception):
+    """A command that can't be carried out; says what to do instead."""
+
+
+# ---------------------------------------------------------------- arguments
+def parser() -> argparse.ArgumentParser:
+    """Every flag, with what the service would take."""
+    flags = argparse.ArgumentParser(prog="infer.py", description="Upscale one volume or image.")
+    flags.add_argument("source", metavar="IN", type=Path, help="an image, a folder or an archive")
+    kinds = ", ".join(CONTAINERS)
+    flags.add_argument("target", metavar="OUT", type=Path, help=f"an image; a folder, or {kinds}")
+    flags.add_argument("--model", default=DEFAULTS.model)
+    flags.add_argument("--model-root", type=Path, default=Path("models"), help="your own weights")
+    flags.add_argument("--scale", type=int, choices=(1, 2, 3, 4), default=DEFAULTS.scale)
+    flags.add_argument("--denoise", choices=("low", "medium", "high"), default=DEFAULTS.denoise)
+    formats = ("jpg", "png", "webp", "avif")
+    flags.add_argument("--format", choices=formats, help="jpg, or as OUT's suffix says")
+    flags.add_argument("--quality", type=_from_to(1, 100), default=DEFAULTS.jpeg_quality, metavar="1..100")
+    flags.add_argument("--spreads", choices=("keep", "split", "rotate"), default=DEFAULTS.spreads)
+    flags.add_argument("--reading-direction", choices=("rtl", "ltr"), default=DEFAULTS.reading_direction)
+    flags.add_argument("--max-page-bytes", type=_from_to(4096, 1 << 40), help="a page's, at most")
+    flags.add_argument("--tile", type=_from_to(32, 65_536), help="input pixels of a tile")
+    flags.add_argument("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto")
+    flags.add_argument("--device", choices=("auto", *upscaling.DEVICES), default="auto")
+    return flags
+
+
+def _from_to(low: int, high: int) -> Any:
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return int(text)
+
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: every page was upscaled; 1: some were carried over as they are; 2: nothing could
+    be done; 130: interrupted."""
+    given = parser().parse_args(arguments)
+    try:
+        check_places(given.source, given.target)
+        params = params_of(given)
+        choice = EngineChoice(given.device, given.precision, "native", given.model_root)
+        engines = upscaling.Engines(choice, 0, lambda: None)
+        plan = engines.plan(params)
+        if is_image(given.source):
+            upscale_image(given.source, given.target, params, plan, engines)
+            return 0
+        return Volume(given.source, given.target, params, plan, engines).run()
+    except (Usage, storage.StorageError, pages.PageError, OSError) as error:
+        print(f"infer.py: {getattr(error, 'detail', None) or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with the next page", file=sys.stderr)
+        return 130
+
+
+def is_image(source: Path) -> bool:
+    """Whether IN is a single page: any file that isn't called an archive."""
+    return source.is_file() and source.suffix.lower() not in storage.ARCHIVE_SUFFIXES
+
+
+def check_places(source: Path, target: Path) -> None:
+    """Raises Usage where OUT would touch the input, or anything that exists."""
+    if not source.exists():
+        raise Usage(f"{source} is not there")
+    if target.exists():
+        raise Usage(f"{target} exists; remove it or choose another name")
+    inside, outside = target.resolve(), source.resolve()
+    if inside == outside or (source.is_dir() and outside in inside.parents):
+        raise Usage(f"{target} lies in the input; choose a place outside of it")
+    if is_image(source) and target.suffix.lower() not in FORMATS:
+        raise Usage(f"{target} must end in one of {', '.join(FORMATS)}, since {source.name} is one page")
+    if not is_image(source) and target.suffix.lower() in FORMATS:
+        raise Usage(f"{target} can't be an image, since {source.name} is a volume")
+
+
+def params_of(given: argparse.Namespace) -> Params:
+    """The job that the flags ask for. Raises Usage where OUT's suffix and --format disagree."""
+    by_name = FORMATS.get(given.target.suffix.lower())
+    if by_name and given.format and by_name != given.format:
+        raise Usage(f"OUT is called {given.target.suffix}, --format says {given.format}; leave one out")
+    params = Params(
+        scale=given.scale,
+        model=given.model,
+        denoise=given.denoise,
+        output_format=given.format or by_name or "jpg",
+        jpeg_quality=given.quality,
+        tile_size=given.tile,
+        device=given.device,
+        container=CONTAINERS.get(given.target.suffix.lower(), "zip"),
+        spreads=given.spreads,
+        reading_direction=given.reading_direction,
+        max_page_bytes=given.max_page_bytes,
+    )
+    if why := books.refusal(params):
+        raise Usage(why)
+    return params
+
+
+# ---------------------------------------------------------------- one image
+def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engines: upscaling.Engines) -> None:
+    """Raises PageError; nothing is written then."""
+    page = pages.decode_page(source.read_bytes(), params, LIMITS)
+    result, _ = engines.compute(page.pixels, params, upscaling.plan_for(plan, page.pixels))
+    data, suffix, why = pages.encode(result, params, page.profile)
+    if why:
+        raise pages.PageError(f"{why}; call OUT {target.stem}{suffix}")
+    storage.write_whole(target, data)
+
+
+# ---------------------------------------------------------------- a volume
+@dataclass(slots=True)
+class Volume:
+    """A volume on its way. Its finished pages lie in OUT.partial until all of them are."""
+
+    source: Path
+    target: Path
+    params: Params
+    plan: Plan
+    engines: upscaling.Engines
+    items: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        """Where pages are gathered."""
+        return self.target.with_name(self.target.name + ".partial")
+
+    def run(self) -> int:
+        """Compute what is missing, then put OUT in place; see main for the status."""
+        staging = self.work / ".staging"
+        if self.params.container == "cbz":
+            collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
+        staged = spreads.divided(
+            inputs.stage_input(self.source, staging, LIMITS), staging, self.params, LIMITS
+        )
+        sources = [page for page in staged if isinstance(page, SourcePage)]
+        stems = storage.output_stems([page.name for page in sources])
+        known = self._known()
+        progress = Progress(len(sources))
+        with ThreadPoolExecutor(1, "encode") as encoder:
+            # One page is encoded and written while the next is computed.
+            before: Future[dict[str, Any]] | None = None
+            for page, stem in zip(sources, stems, strict=True):
+                item = known.get(page.name)
+                if item and self._still_done(item, page):
+                    self._record(before, progress)
+                    before = None
+                    self.items.append(item)
+                    progress.skip()
+                    continue
+                computed = self._compute(staging / page.staged, page)
+                self._record(before, progress)
+                before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
+            self._record(before, progress)
+        shutil.rmtree(staging)
+        self._finish()
+        return int(any(item["error"] for item in self.items))
+
+    def _compute(self, path: Path, page: SourcePage) -> tuple[pages.Decoded | None, str | None, str | None]:
+        """(the page upscaled, deviation, error)."""
+        try:
+            if page.error:
+                raise pages.PageError(page.error)
+            read = pages.decode_page(path.read_bytes(), self.params, LIMITS)
+            read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
+            plan = upscaling.plan_for(self.plan, read.pixels)
+            result, deviation = self.engines.compute(read.pixels, self.params, plan)
+            return replace(read, pixels=result), deviation, None
+        except pages.PageError as error:
+            return None, None, str(error)
+
+    def _write(
+        self,
+        page: SourcePage,
+        path: Path,
+        stem: str,
+        done: pages.Decoded | None,
+        deviation: str | None,
+        error: str | None,
+    ) -> dict[str, Any]:
+        data, suffix = path.read_bytes(), path.suffix
+        if done is not None:
+            try:
+                data, suffix, other = budgets.fitted(
+                    lambda params: pages.encode(done.pixels, params, done.profile),
+                    self.params,
+                    self.params.max_page_bytes,
+                )
+                deviation = "; ".join(filter(None, (storage.part_of(path.name), deviation, other))) or None
+            except pages.PageError as problem:
+                error = str(problem)
+        if error:
+            half = spreads.half_of(data, storage.mark_of(path.name), LIMITS)
+            data, suffix = half or (data, suffix)
+            deviation = storage.part_of(path.name) if half else None
+        height, width = done.pixels.shape[:2] if done is not None and not error else _size_of(data)
+        digest = storage.write_whole(self.work / (stem + suffix), data)
+        return {
+            "filename": stem + suffix,
+            "sha256": digest,
+            "bytes": len(data),
+            "width": width,
+            "height": height,
+            "source": page.name,
+            "sourceSha256": page.sha256,
+            "error": error,
+            "deviation": deviation,
+        }
+
+    # ------------------------------------------------------------ its record
+    def _report(self) -> dict[str, Any]:
+        plan = asdict(self.plan) | {"choices": list(map(asdict, self.plan.choices))}  # as JSON has it
+        return {"params": reported(self.params), "plan": plan, "items": self.items}
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """Source name -> item of an earlier run with the same settings."""
+        try:
+            report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
+            same = all(report[key] == self._report()[key] for key in ("params", "plan"))
+            return {item["source"]: item for item in report["items"]} if same else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # begun anew: nothing in it could be believed
+
+    def _still_done(self, item: dict[str, Any], page: SourcePage) -> bool:
+        same = item.get("sourceSha256") == page.sha256 and not item.get("error")
+        return same and storage.file_is(self.work / item["filename"], item["sha256"])
+
+    def _record(self, written: Future[dict[str, Any]] | None, progress: Progress) -> None:
+        """A page is on disk: only now does it count."""
+        if written is None:
+            return
+        item = written.result()
+        self.items.append(item)
+        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
+        progress.page(item)
+
+    def _finish(self) -> None:
+        if self.target.suffix.lower() in CONTAINERS:
+            containers.pack(self.work, self.target, self._report())
+            shutil.rmtree(self.work)
+        else:
+            storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
+            artifacts.remove_strays(
+                self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
+            )
+            os.replace(self.work, self.target)
+
+
+def _size_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of a page that stays as it was; zeros where nothing decodes it."""
+    try:
+        height, width = pages.decode(data, 1, LIMITS).shape[:2]
+        return height, width
+    except pages.PageError:
+        return 0, 0
+
+
+# ---------------------------------------------------------------- progress
+class Progress:
+    """One line that moves in a terminal, one line a page elsewhere. On stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.computed = total, 0, 0
+        self.started = time.monotonic()
+
+    def skip(self) -> None:
+        """A page was finished by an earlier run."""
+        self.done += 1
+
+    def page(self, item: dict[str, Any]) -> None:
+        """A page is finished now."""
+        self.done += 1
+        self.computed += 1
+        rate = self.computed / max(time.monotonic() - self.started, 1e-3)
+        left_s = int((self.total - self.done) / rate)
+        left = f"{left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+        line = (
+            f"[{self.done}/{self.total}] {self.done / self.total:4.0%} {60 * rate:.1f} pages/min ETA {left}"
+        )
+        live = sys.stderr.isatty()
+        if item["error"]:
+            print(f"{line} {item['source']}: kept as it is: {item['error']}", file=sys.stderr)
+        elif live:
+            bar = "#" * (20 * self.done // self.total)
+            end = "\n" if self.done == self.total else ""
+            print(f"\r{line} [{bar:<20}]", end=end, file=sys.stderr, flush=True)
+        else:
+            print(f"{line} {item['source']}", file=sys.stderr)

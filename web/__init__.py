@@ -1,0 +1,1 @@
+"""What server.py serves: HTTP, WebSockets, the page."""

@@ -1,0 +1,1 @@
+"""What surrounds the job table: submissions, the dispatcher, upkeep."""

@@ -1,0 +1,1012 @@
+"""Who does the work: workers, what is dealt to them, and what becomes of their deaths.
+
+Map: Run, Slot - Dispatcher (asking, dealing, events, deaths) - run_worker
+Rule: a page counts only after its row; a dead worker costs an attempt, never a page.
+Runs in: the dispatcher thread; run_worker in the child. cluster.py can stand in for it.
+
+    JobTable <--claim, advance, finish_page-- dispatcher ==tasks==> worker-0 (slot 0)
+                                                  ^------events---- worker-1 (slot 1)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import sqlite3
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import logs
+import storage
+from engine import budgets
+from files import inputs
+from files.cache import Keeper
+from jobs import (
+    FAILED,
+    RUNNING,
+    SUCCESS,
+    Job,
+    JobError,
+    JobTable,
+    Page,
+    StaleAttempt,
+    UnknownJob,
+    advance,
+    claim,
+    finish_page,
+    lose_worker,
+    parsed,
+    record_stage,
+    reopen_page,
+)
+from messages import (
+    CONTAINER_FORMATS,
+    Beat,
+    BootFailed,
+    Cancel,
+    ComputePage,
+    Dropped,
+    EngineChoice,
+    KnownPage,
+    Limits,
+    Pack,
+    Packed,
+    PageDone,
+    PageFailed,
+    Plan,
+    Preview,
+    Previewed,
+    Probe,
+    Probed,
+    Ready,
+    SourcePage,
+    Stage,
+    Staged,
+    StagedPage,
+    Survey,
+    Surveyed,
+    Task,
+    TaskFailed,
+)
+from storage import Layout
+from web.metrics import Metrics
+from work.predict import Rates
+from work.retention import Keep, Retention
+from work.submissions import artifact_of, closing_message, to_report
+
+log = logging.getLogger("dispatch")
+
+BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
+BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
+OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
+CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
+PAGE_DEATHS = 2  # of workers that had this page alone
+DIED_TWICE = "the worker process died twice while computing this page"
+SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
+PACK_TRIES = 3  # when finished pages turn out damaged on disk
+
+
+# ---------------------------------------------------------------- runs and workers
+TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt in progress, in the dispatcher's memory only."""
+
+    job: Job
+    staging: Path
+    outputs: Path
+    found: list[StagedPage] = field(default_factory=list)
+    pages: dict[int, Page] = field(default_factory=dict)
+    todo: deque[int] = field(default_factory=deque)
+    alone: deque[int] = field(default_factory=deque)  # to be computed without company
+    carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
+    blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
+    in_flight: set[int] = field(default_factory=set)
+    settled: Plan | None = None  # see Stage
+    shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
+    file_task: str | None = "stage"  # the stage or pack task that is due
+    pack_tries: int = 0
+    started_s: float = 0.0  # monotonic, when the first page was dealt
+    finished: int = 0  # pages that this attempt computed, or took over
+    left: int = 0  # pages that are not finished
+    cached: set[int] = field(default_factory=set)  # pages that came from the cache
+    held: bool = False  # by a pause of the queue
+
+    def key(self, n: int) -> TaskKey:
+        """The key of this attempt's page n, or of its stage or pack (0)."""
+        return (self.job.id, self.job.attempt, n)
+
+    def share_of(self, n: int) -> int | None:
+        """How many bytes page n may have, so that the artifact is no larger than was asked."""
+        most = self.job.params.max_artifact_bytes
+        if most is None:
+            return None
+        if not self.shares:
+            numbers = sorted(self.pages)
+            held = [self.pages[number] for number in numbers]
+            is_book = self.job.params.container in CONTAINER_FORMATS
+            sources = [(page.source_bytes, len((page.name + page.stem).encode())) for page in held]
+            self.shares = dict(zip(numbers, budgets.shares(most, sources, is_book), strict=True))
+        return self.shares[n]
+
+    def give_up(self, n: int, step: str, why: str) -> None:
+        """Page n will be taken over as it is."""
+        self.carry.append((n, why))
+        self.blamed[n] = step
+
+    def eta_s(self, now_s: float) -> float | None:
+        """Seconds until the last page, from this attempt's own rate."""
+        if not self.finished or not self.left:
+            return None
+        return round((now_s - self.started_s) / self.finished * self.left, 1)
+
+
+class Slot:
+    """What the dispatcher knows of one worker, wherever it runs."""
+
+    obey_s = OBEY_S
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.capacity = 0  # until it says Ready
+        self.tasks: dict[TaskKey | str, Task] = {}
+        self.exclusive = False  # a suspect page has it for itself
+        self.kept_for: str | None = None  # job whose page waits to have it for itself
+        self.heard_s = time.monotonic()  # last event
+        self.used_s = time.monotonic()  # last time it had a task
+        self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
+        self.doom: str | None = None  # why we killed it
+        self.card: tuple[str, int, int] | None = None  # see Beat
+
+    def post(self, item: Any) -> None:
+        """Send it this, without waiting."""
+        raise NotImplementedError
+
+    def kill(self, why: str) -> None:
+        """End it now; the dispatcher will hear of it."""
+        raise NotImplementedError
+
+    def give(self, key: TaskKey | str, task: Task) -> None:
+        """Send a task; it is in flight until its closing event."""
+        self.tasks[key] = task
+        self.post(task)
+
+    def cancel(self, key: TaskKey, now_s: float) -> None:
+        """Ask for a task to be dropped; the dispatcher kills the worker if it isn't."""
+        self.obey_by_s[key] = now_s + self.obey_s
+        self.post(Cancel(key[0], key[1]))
+
+    def free(self, key: TaskKey | str) -> Task | None:
+        """A closing event came for this task."""
+        task = self.tasks.pop(key, None)
+        self.obey_by_s.pop(key, None)  # type: ignore[arg-type]
+        self.used_s = time.monotonic()
+        if not self.tasks:
+            self.exclusive = False
+        return task
+
+    def is_open(self) -> bool:
+        """Whether it is up, and no page has it, or waits to have it, for itself."""
+        return bool(self.capacity) and not (self.exclusive or self.kept_for or self.doom)
+
+    def room(self) -> int:
+        """How many more pages it takes now."""
+        return self.capacity - len(self.tasks) if self.is_open() else 0
+
+    def singles(self) -> int:
+        """How many pages outside any job it has."""
+        return sum(isinstance(key, str) and isinstance(task, ComputePage) for key, task in self.tasks.items())
+
+
+class WorkerSlot(Slot):
+    """The parent's end of one worker process."""
+
+    stop_s = 1.0  # for its end, before it is killed
+
+    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
+        super().__init__(index)
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        self.process = context.Process(
+            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # else its end would stay open here, and its death go unnoticed
+        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
+
+    def __str__(self) -> str:
+        return f"worker {self.index} (process {self.process.pid})"
+
+    def _send_all(self) -> None:
+        while True:
+            item = self._outbox.get()
+            try:
+                self.conn.send(item)
+            except OSError:
+                return  # it died: the dispatcher learns of it from the sentinel
+            if item is None:
+                return
+
+    def post(self, item: Any) -> None:
+        """See Slot."""
+        self._outbox.put(item)
+
+    def kill(self, why: str) -> None:
+        """See Slot; its sentinel wakes the dispatcher."""
+        self.doom = self.doom or why
+        self.process.kill()
+
+    def stop(self, wait_s: float) -> None:
+        """Ask it to end, then see to it."""
+        self._outbox.put(None)
+        self.process.join(wait_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.conn.close()
+
+
+# ---------------------------------------------------------------- the dispatcher
+class Dispatcher:
+    """Deals pages, not jobs, to the workers; turns their events into rows.
+
+    One thread waits on every worker's pipe and process sentinel and on wake-ups, so that
+    nothing is polled but deadlines.
+    """
+
+    def __init__(
+        self,
+        table: JobTable,
+        layout: Layout,
+        choice: EngineChoice,
+        slots: int = 1,
+        limits: Limits | None = None,
+        idle_s: float = 120.0,
+        entry: Callable[..., None] | None = None,
+        keep: Keep | None = None,
+        reserve_bytes: int | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.table = table
+        self.layout = layout
+        self.cache = Keeper(layout.cache, cache_bytes)
+        self.choice = replace(choice, cache_root=layout.cache) if cache_bytes else choice
+        self.slots = slots  # jobs running at once
+        self.devices = 1  # see Ready; each has a worker, though one job has it all
+        self.limits = limits or Limits()
+        self.idle_s = idle_s
+        self.entry = entry or run_worker
+        self.reserve_bytes = reserve_bytes  # see Stage
+        self.unrecorded: dict[str, tuple[Job, dict[str, Any]]] = {}  # failures that a full disk kept out
+        self.metrics = Metrics()
+        self.rates = Rates(table)
+        self.retention = Retention(table, layout, keep or Keep())
+        self.workers: dict[int, WorkerSlot] = {}  # by slot
+        self.runs: dict[str, Run] = {}  # by job id
+        self.untidy: set[str] = set()  # jobs that ended, until no worker holds a task of them
+        self.careless_deaths: dict[str, int] = {}  # by job id, see CARELESS_DEATHS
+        self.not_before_s = 0.0  # no new worker before this moment: one could not start
+        self.boot_failures = 0  # in a row
+        self.paused_s: float | None = None  # monotonic, since when the queue stands still
+        self.probed: Probed | None = None
+        self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # what is outside jobs, by key
+        self._lock = threading.Lock()  # of _asked
+        self._stopping = threading.Event()
+        self._woken = threading.Event()
+        self._wake_r, self._wake_w = multiprocessing.Pipe(duplex=False)
+        self._thread = threading.Thread(target=self._loop, name="dispatcher", daemon=True)
+
+    # -- for other threads
+    def start(self) -> None:
+        """Start the thread; recover() must have run."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the workers and the thread; running jobs go back to PENDING."""
+        self._stopping.set()
+        self.wake()
+        if self._thread.is_alive():
+            self._thread.join(10)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop() was called."""
+        return self._stopping.is_set()
+
+    def wake(self) -> None:
+        """The table changed; look at it."""
+        if not self._woken.is_set():
+            self._woken.set()
+            with contextlib.suppress(OSError):
+                self._wake_w.send_bytes(b"!")
+
+    def ask(self, key: str, task: Probe | Preview | Survey | ComputePage) -> Future[Any]:
+        """Have a worker answer a Probe, Preview or Survey, or compute a page outside any job; one question a
+        key at a time."""
+        with self._lock:
+            if key not in self._asked:
+                self._asked[key] = (task, Future())
+            future = self._asked[key][1]
+        self.wake()
+        return future
+
+    def wait_released(self, job_id: str, timeout_s: float) -> bool:
+        """Wait until no worker holds a task of this job any more, nor will get one."""
+        deadline_s = time.monotonic() + timeout_s
+        while job_id in self.runs or job_id in self.untidy or self._is_held(job_id):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _is_held(self, job_id: str) -> bool:
+        """Whether a worker has a task of this job, of any attempt."""
+        return any(key[0] == job_id for slot in self.holders() for key in list(slot.tasks))
+
+    def holders(self) -> list[Slot]:
+        """Whoever may hold a task."""
+        return list(self.workers.values())
+
+    # -- the thread
+    def _loop(self) -> None:
+        for folder in (self.layout.artifacts, self.layout.incoming, self.layout.previews):
+            try:
+                storage.sweep_temporaries(folder)
+            except OSError as error:  # of a read-only folder, say: no reason to do no work at all
+                log.warning("unfinished files in %s can't be removed: %s", folder.name, error)
+        try:
+            self.cache.load()
+        except OSError as error:
+            log.warning("the cache of pages can't be read: %s", storage.reason_of(error))
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+            # Around an attempt: one job's bad luck must not stop the others' work.
+            except Exception:
+                log.exception("the dispatcher stumbled; it goes on")
+                time.sleep(0.5)
+        for slot in self.workers.values():
+            slot.stop(wait_s=slot.stop_s)
+        for run in self.runs.values():
+            with contextlib.suppress(JobError):
+                lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+        with self._lock:
+            asked = list(self._asked.values())
+        for _, future in asked:  # outside the lock: whoever is told of it may be asking just now
+            future.cancel()
+
+    def _turn(self) -> None:
+        self._drop_ended_runs()
+        self._tidy()
+        self._record_failures()
+        self.retention.turn()
+        self._see_pause()
+        self._claim()
+        self._deal()
+        self._wait()
+        self._check_deadlines()
+
+    def _wait(self) -> None:
+        """Sleep until an event, a death, a wake-up, or the next deadline."""
+        waiting: list[Any] = [self._wake_r]
+        for slot in self.workers.values():
+            waiting += [slot.conn, slot.process.sentinel]
+        ready = multiprocessing.connection.wait(waiting, timeout=0.25 if self.workers else 5.0)
+        if self._wake_r in ready:
+            self._woken.clear()
+            self._wake_r.recv_bytes()
+        for slot in list(self.workers.values()):
+            if slot.conn in ready:
+                self._receive(slot)
+            if slot.process.sentinel in ready:
+                self._receive(slot)  # what it said before it died still counts
+                self._bury(slot)
+
+    def _receive(self, slot: WorkerSlot) -> None:
+        try:
+            while slot.conn.poll():
+                event = slot.conn.recv()
+                self._handle(slot, event)
+        except (EOFError, OSError):
+            pass  # dead: its sentinel follows
+
+    def _handle(self, slot: Slot, event: Any) -> None:
+        slot.heard_s = time.monotonic()
+        try:
+            if not self._is_answer(slot, event):
+                self._on_event(slot, event)
+        except sqlite3.OperationalError as error:
+            run = self._run_of(event) if hasattr(event, "attempt") else None
+            if run is None:
+                raise
+            detail = f"the job table can't be written ({error}); make room and resume the job"
+            self._fail(run, "DISK", detail)
+
+    def _claim(self) -> None:
+        while len(self.runs) < self.slots and time.monotonic() >= self.not_before_s:
+            job = claim(self.table, self.table.clock())
+            if job is None:
+                return
+            try:
+                outputs = self.layout.output_dir(job.title, job.volume, job.id)
+            except storage.StorageError as error:
+                advance(self.table, job, "fail", self.table.clock(), **_failure(error.code, error.detail))
+                self._count_failure(error.code)
+                continue
+            self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
+
+    def _see_pause(self) -> None:
+        """While the queue is paused nothing is claimed, and no task of a job dealt; what is under way
+        ends, and then the workers, which give the device's memory back after their idle time."""
+        now_s = time.monotonic()
+        paused = self.table.is_paused
+        if paused and self.paused_s is None:
+            self.paused_s = now_s
+            log.info("the queue is paused; %d running jobs are held", len(self.runs))
+            for run in self.runs.values():  # nobody knows when they will be done
+                run.held = True
+                self.table.change(run.job, RUNNING, eta_s=None)
+        elif not paused and self.paused_s is not None:
+            for run in self.runs.values():
+                if run.started_s:  # no page's rate is to blame for the pause
+                    run.started_s += now_s - max(self.paused_s, run.started_s)
+            self.paused_s = None
+            log.info("the queue goes on")
+
+    def _drop_ended_runs(self) -> None:
+        """Stop working on jobs that were cancelled (or otherwise moved) behind our back."""
+        for run in list(self.runs.values()):
+            try:
+                job = self.table.get(run.job.id)
+                ended = (job.state, job.attempt) != (RUNNING, run.job.attempt)
+            except UnknownJob:  # cancelled and deleted between two turns
+                ended = True
+            if ended:
+                self._abandon(run)
+
+    def _abandon(self, run: Run) -> None:
+        self.untidy.add(run.job.id)
+        self.runs.pop(run.job.id, None)
+        for slot in self.holders():
+            for key in list(slot.tasks):
+                if key[:2] == (run.job.id, run.job.attempt) and not isinstance(key, str):
+                    slot.cancel(key, time.monotonic())
+
+    def _tidy(self) -> None:
+        """Remove what jobs that are over leave, once no worker can add to it any more."""
+        for job_id in [one for one in self.untidy if not self._is_held(one)]:
+            try:
+                job = self.table.get(job_id)
+            except UnknownJob:
+                self.careless_deaths.pop(job_id, None)
+                storage.remove_tree(self.layout.staging / job_id)
+            else:
+                if job.is_over or job_id in self.unrecorded:  # its working copy may be what fills the disk
+                    self._tidy_job(job)
+            self.untidy.discard(job_id)
+
+    def _tidy_job(self, job: Job) -> None:
+        self.careless_deaths.pop(job.id, None)
+        storage.remove_tree(self.layout.staging / job.id)
+        if job.state != SUCCESS:  # packed at the very moment of the cancel, or killed amid it
+            artifact = artifact_of(job, self.layout)
+            with contextlib.suppress(OSError, storage.NameTaken):
+                storage.remove_file(artifact)
+                storage.remove_file(storage.own_temporary(artifact))
+                storage.sweep_temporaries(self.layout.output_dir(job.title, job.volume, job.id))
+
+    # -- dealing
+    def _deal(self) -> None:
+        self._deal_asked()
+        while self.paused_s is None:
+            # The job with the fewest pages under way comes first: several share fairly.
+            for run in sorted(self.runs.values(), key=lambda run: len(run.in_flight)):
+                if self._deal_one(run):
+                    break
+            else:
+                return
+
+    def _deal_asked(self) -> None:
+        with self._lock:
+            asked = list(self._asked.items())
+        for key, (task, _) in asked:
+            if any(key in slot.tasks for slot in self.holders()):
+                continue
+            if isinstance(task, ComputePage):
+                slot = self._for_single()
+            else:
+                slot = next((slot for slot in self._file_slots() if not slot.doom), None) or self._hire()
+            if slot:
+                slot.give(key, task)
+
+    # cluster.py computes elsewhere than it stages and packs.
+    def _page_slots(self, run: Run | None) -> Sequence[Slot]:
+        """Who may compute this run's pages, or one outside any job (None)."""
+        return self.holders()
+
+    def _file_slots(self) -> Sequence[Slot]:
+        """Who may stage, pack, take pages over as they are, and answer questions."""
+        return self.holders()
+
+    def _want_page_slot(self) -> None:
+        """Nobody has room for a page: see to it that somebody will."""
+        self._want_file_slot()
+
+    def _want_file_slot(self) -> None:
+        if not any(slot.capacity == 0 for slot in self._file_slots()):  # booting
+            self._hire()
+
+    def _for_single(self) -> Slot | None:
+        """A worker for a page outside any job: beyond its room, for somebody waits for that page, but a
+        few only, and none where a suspect page is alone or about to be."""
+        able = [slot for slot in self._page_slots(None) if slot.is_open() and slot.singles() < SINGLES]
+        if able:
+            return min(able, key=lambda slot: len(slot.tasks))
+        self._want_page_slot()
+        return None
+
+    def _deal_one(self, run: Run) -> bool:
+        """Give one task of this run to a worker, if there is one to give and one to take it."""
+        if run.file_task is not None:
+            return self._deal_file_task(run)
+        if run.carry:
+            slot = self._for_files()
+            if slot:
+                self._send_page(run, slot, *run.carry.popleft())
+                return True
+        if run.todo:
+            slot = self._for_pages(run)
+            if slot:
+                self._send_page(run, slot, run.todo.popleft(), None)
+            return slot is not None
+        if run.alone and not run.in_flight and not run.carry:
+            slot = self._emptied(run)
+            if slot:
+                slot.exclusive, slot.kept_for = True, None
+                self._send_page(run, slot, run.alone.popleft(), None)
+            return slot is not None
+        return False
+
+    def _emptied(self, run: Run) -> Slot | None:
+        """A worker without tasks, for a page that must be alone. While there is none, the
+        least busy one gets nothing new: other jobs must not keep it busy for ever."""
+        able = [slot for slot in self._page_slots(run) if slot.capacity and not slot.doom]
+        kept = [slot for slot in able if slot.kept_for == run.job.id]
+        for slot in kept or [slot for slot in able if slot.room() > 0]:
+            if not slot.tasks:
+                return slot
+        if able and not kept:
+            min(able, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
+        return None if able else self._for_pages(run)
+
+    def _for_pages(self, run: Run) -> Slot | None:
+        """The worker with the most room; without one, another is started where there may be more."""
+        slot = self._idlest(self._page_slots(run))
+        if slot is None:
+            self._want_page_slot()
+        return slot
+
+    def _for_files(self) -> Slot | None:
+        """As _for_pages, for what needs the service's own disk."""
+        slot = self._idlest(self._file_slots())
+        if slot is None:
+            self._want_file_slot()
+        return slot
+
+    def _idlest(self, slots: Sequence[Slot]) -> Slot | None:
+        for slot in slots:
+            if slot.kept_for not in self.runs:
+                slot.kept_for = None  # that job is over
+        return max((slot for slot in slots if slot.room() > 0), key=Slot.room, default=None)
+
+    def _hire(self) -> WorkerSlot | None:
+        """Start a worker in a free slot, unless workers can't start at present."""
+        workers = max(self.slots, self.devices)
+        free = next((i for i in range(workers) if i not in self.workers), None)
+        if free is None or time.monotonic() < self.not_before_s:
+            return None
+        self.workers[free] = WorkerSlot(free, self.entry, self.choice)
+        return self.workers[free]
+
+    def _send_page(self, run: Run, slot: Slot, n: int, carry: str | None) -> None:
+        page, job = run.pages[n], run.job
+        assert job.plan is not None
+        run.in_flight.add(n)
+        run.started_s = run.started_s or time.monotonic()
+        task = ComputePage(
+            job.id,
+            job.attempt,
+            n,
+            run.staging / page.staged,
+            run.outputs / page.stem,
+            job.params,
+            job.plan,
+            self.limits,
+            carry,
+            run.share_of(n),
+        )
+        slot.give(run.key(n), task)
+
+    def _deal_file_task(self, run: Run) -> bool:
+        if run.file_task == "stage" and self._is_held(run.job.id):
+            return False  # an attempt that ended may still write where this one will
+        slot = self._for_files()
+        if slot is None:
+            return False
+        job = run.job
+        source = self.layout.incoming / job.input_path
+        try:
+            moved = inputs.resolve_incoming(self.layout, "incoming/" + job.input_path) != source
+        except storage.OutsideIncoming:
+            moved = True
+        if moved:  # since the submit a folder on the way became a link
+            self._fail(run, "INPUT_UNUSABLE", f"{job.input_path} now leads elsewhere through a link")
+            return True
+        if run.file_task == "stage":
+            task: Task = Stage(
+                job.id,
+                job.attempt,
+                source,
+                run.staging,
+                run.outputs,
+                job.params,
+                job.plan,
+                tuple(_known(page) for page in self.table.pages(job.id)),
+                parsed(job.manifest),
+                self.limits,
+                run.settled,
+                self.reserve_bytes,
+            )
+        else:
+            report = to_report(job, self.table.pages(job.id), self.layout)
+            artifact = artifact_of(job, self.layout)
+            task = Pack(job.id, job.attempt, run.outputs, artifact, report)
+        run.file_task = None
+        run.in_flight.add(0)
+        slot.give(run.key(0), task)
+        return True
+
+    # -- events
+    def _is_answer(self, slot: Slot, event: object) -> bool:
+        """Whether it ends a page outside any job, whose key stands for a job's id."""
+        key = getattr(event, "job_id", None)
+        if key is None or key not in slot.tasks:
+            return False
+        slot.free(key)
+        self._answer(key, event)
+        return True
+
+    def _on_event(self, slot: Slot, event: object) -> None:
+        match event:
+            case Beat(busy_s, limit_s, card):
+                slot.card = card
+                if busy_s > limit_s:
+                    slot.kill(f"a step took longer than {limit_s:.0f} s")
+            case Ready(capacity, devices):
+                slot.capacity, self.devices, self.boot_failures = capacity, devices, 0
+                log.info("%s is ready", slot)
+                slot.used_s = time.monotonic()  # booting was no idleness
+            case BootFailed(detail):
+                slot.doom = detail
+            case Probed():
+                slot.free("probe")
+                self.probed = event
+                self._answer("probe", event)
+            case Previewed(key) | Surveyed(key):
+                slot.free(key)
+                self._answer(key, event)
+            case StagedPage(job_id):
+                run = self._run_of(event)
+                if run:
+                    run.found.append(event)
+            case Dropped(job_id, attempt, n):
+                slot.free((job_id, attempt, n))
+            case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n):
+                self._on_page(event, slot.free((job_id, attempt, n)))
+            case Staged(job_id, attempt) | Packed(job_id, attempt) | TaskFailed(job_id, attempt):
+                slot.free((job_id, attempt, event.n if isinstance(event, TaskFailed) else 0))
+                run = self._run_of(event)
+                if run:
+                    run.in_flight.discard(0)
+                    self._on_file_task(run, event)
+
+    def _run_of(self, event: Any) -> Run | None:
+        """The run an event belongs to, unless that attempt is over."""
+        run = self.runs.get(event.job_id)
+        return run if run and run.job.attempt == event.attempt else None
+
+    def _answer(self, key: str, event: object) -> None:
+        with self._lock:
+            _, future = self._asked.pop(key, (None, None))
+        if future and not future.cancelled():
+            future.set_result(event)
+
+    def _on_page(self, event: PageDone | PageFailed, task: Task | None) -> None:
+        if isinstance(event, PageDone) and event.cache_key:
+            self.cache.used(event.cache_key)
+        run = self._run_of(event)
+        if run is None:
+            return
+        run.in_flight.discard(event.n)
+        page = run.pages[event.n]
+        if isinstance(event, PageFailed) and isinstance(task, ComputePage) and task.carry is not None:
+            self._fail(run, "PAGE_LOST", f"{page.name} can't be taken over as it is either: {event.error}")
+            return
+        if isinstance(event, PageFailed):
+            about = logs.of(event.job_id, event.n)
+            log.warning("%s failed (try %d): %s", page.name, page.tries + 1, event.error, extra=about)
+            run.pages[event.n] = replace(page, tries=page.tries + 1)
+            self.table.change_page(event.job_id, event.n, tries=page.tries + 1)
+            if page.tries == 0:
+                run.alone.append(event.n)  # once more, at the end, by itself
+            else:
+                run.give_up(event.n, event.step, event.error)
+            return
+        self._count_page(run, event)
+        what = "carried" if event.carried else "taken from the cache" if event.cached else "upscaled"
+        what = f"kept as it is: {event.error}" if event.error else what
+        log.info("%s %s in %.2f s", page.name, what, event.seconds, extra=logs.of(event.job_id, event.n))
+        run.finished += not event.cached  # which tells nothing of how long the others take
+        if event.cached:
+            run.cached.add(event.n)
+        else:
+            run.cached.discard(event.n)  # damaged since, and computed after all
+        run.left -= 1
+        run.pages[event.n] = replace(page, status="upscaled")
+        underway = min(run.in_flight, default=None)
+        with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: the next turn drops the run
+            finish_page(
+                self.table,
+                run.job,
+                event,
+                page,
+                current_page=run.pages[underway].name if underway else None,
+                eta_s=run.eta_s(time.monotonic()) if self.paused_s is None else None,
+            )
+            self._maybe_pack(run)
+
+    def _count_page(self, run: Run, event: PageDone) -> None:
+        self.metrics.pages.add(1, "carried" if event.carried else "cached" if event.cached else "upscaled")
+        self.metrics.page_bytes.add(event.size_bytes)
+        if event.error:
+            self.metrics.page_failures.add(1, run.blamed[event.n])
+        elif not (event.carried or event.cached):
+            self.metrics.page_seconds.observe(event.seconds, event.model or "")
+
+    def _on_file_task(self, run: Run, event: Staged | Packed | TaskFailed) -> None:
+        with contextlib.suppress(StaleAttempt):
+            if isinstance(event, Staged):
+                with self.table.transaction():
+                    staged = record_stage(self.table, run.job, event, run.found)
+                    run.job = self.rates.begin(staged, event.workload)
+                self._begin_pages(run)
+            elif isinstance(event, Packed):
+                self._finish(run, event)
+            elif event.page is not None and run.pack_tries < PACK_TRIES:
+                self._redo_damaged(run, event)
+            elif event.code == storage.NoRoom.code and self.cache.clear():
+                run.file_task = "stage"  # look again: what nobody asked to keep goes first
+            else:
+                if event.trace:
+                    log.error("%s: %s", event.code, event.trace, extra=logs.of(run.job.id))
+                self._fail(run, event.code, event.detail)
+
+    def _begin_pages(self, run: Run) -> None:
+        run.found = []
+        for page in self.table.pages(run.job.id):
+            run.pages[page.n] = page
+            if page.status != "pending":
+                continue
+            run.left += 1
+            if page.source_error:
+                run.give_up(page.n, "input", page.source_error)
+            elif page.deaths >= PAGE_DEATHS:
+                run.give_up(page.n, "worker_died", DIED_TWICE)
+            elif page.alone or page.tries:
+                run.alone.append(page.n)
+            else:
+                run.todo.append(page.n)
+        self._maybe_pack(run)
+
+    def _maybe_pack(self, run: Run) -> None:
+        if run.in_flight or run.todo or run.alone or run.carry:
+            return
+        pages = self.table.pages(run.job.id)
+        if all(page.failed for page in pages):
+            detail = f"none of the {len(pages)} pages could be upscaled; {pages[0].name}: {pages[0].error}"
+            self._fail(run, "ALL_PAGES_FAILED", detail)
+            return
+        if self.table.change(run.job, RUNNING, phase="packing", current_page=None, eta_s=None):
+            run.job = self.table.get(run.job.id)
+            run.file_task = "pack"
+
+    def _redo_damaged(self, run: Run, event: TaskFailed) -> None:
+        """A finished page is no longer on disk as it was written: compute it again."""
+        assert event.page is not None
+        log.warning("%s; computing that page again", event.detail, extra=logs.of(run.job.id, event.page))
+        run.pack_tries += 1
+        page = run.pages[event.page]
+        reopen_page(self.table, run.job, page.n)
+        run.left += 1
+        run.pages[page.n] = replace(page, status="pending")
+        run.todo.append(page.n)
+
+    def _finish(self, run: Run, event: Packed) -> None:
+        pages = self.table.pages(run.job.id)
+        advance(
+            self.table,
+            run.job,
+            "finish",
+            self.table.clock(),
+            artifact_hash=event.sha256,
+            artifact_bytes=event.size_bytes,
+            message=closing_message(run.job, pages, event.size_bytes),
+            **self.rates.end(run.job, pages, event.size_bytes, run.cached, run.held),
+        )
+        self.metrics.jobs.add(1, SUCCESS)
+        self.metrics.artifact_bytes.add(event.size_bytes)
+        self.untidy.add(run.job.id)
+        self.runs.pop(run.job.id)
+
+    def _fail(self, run: Run, code: str, detail: str) -> None:
+        self._abandon(run)
+        if code == storage.DiskRefused.code:
+            self.cache.clear()  # most often it is full, and a resume needs the room
+        log.error("failed: %s: %s", code, detail, extra=logs.of(run.job.id))
+        self.unrecorded[run.job.id] = (run.job, _failure(code, detail))
+        self._record_failures()
+
+    def _record_failures(self) -> None:
+        """Write failures into the table; on a full disk that is tried again every turn."""
+        for job_id, (job, values) in list(self.unrecorded.items()):
+            try:
+                advance(self.table, job, "fail", self.table.clock(), **values)
+                self._count_failure(values["error_code"])
+            except StaleAttempt:  # cancelled meanwhile: that stands
+                pass
+            except sqlite3.OperationalError as error:
+                log.warning("failed, and the table can't say so yet: %s", error, extra=logs.of(job_id))
+                continue
+            del self.unrecorded[job_id]
+
+    def _count_failure(self, code: str) -> None:
+        self.metrics.jobs.add(1, FAILED)
+        self.metrics.job_failures.add(1, code)
+
+    # -- deaths and deadlines
+    def _check_deadlines(self) -> None:
+        now_s = time.monotonic()
+        for slot in self.holders():
+            limit_s = BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
+            if now_s - slot.heard_s > limit_s and not slot.doom:
+                slot.kill(f"it gave no sign of life for {limit_s:.0f} s")
+            elif any(deadline_s < now_s for deadline_s in slot.obey_by_s.values()) and not slot.doom:
+                slot.kill("cancel")
+            elif not isinstance(slot, WorkerSlot):
+                continue
+            elif not slot.tasks and slot.capacity and now_s - slot.used_s > self.idle_s:
+                log.info("worker %d was idle for %.0f s: stopped", slot.index, self.idle_s)
+                del self.workers[slot.index]
+                slot.stop(wait_s=max(2.0, slot.stop_s))
+
+    def _bury(self, slot: WorkerSlot) -> None:
+        """A worker died: blame the page it had alone, suspect those it had together."""
+        del self.workers[slot.index]
+        slot.process.join()
+        slot.conn.close()
+        why = slot.doom or exit_reason(slot.process.exitcode)
+        log.error("worker %d ended: %s", slot.index, why)
+        self.metrics.worker_deaths.add(1, _kind_of_death(slot))
+        if slot.capacity == 0:
+            self._on_boot_failure(why)
+        hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
+        for key in slot.tasks:
+            if isinstance(key, str):
+                self._disappoint(key, why)
+        for job_id in hurt:
+            run = self.runs.get(job_id)
+            if run:
+                self._lose(run, slot, why)
+
+    def _disappoint(self, key: str, why: str) -> None:
+        with self._lock:
+            _, future = self._asked.pop(key, (None, None))
+        if future and not future.cancelled():
+            future.set_exception(JobError(f"the worker ended: {why}"))
+
+    def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
+        """One attempt is spent. The next finds on disk and in the table where to go on."""
+        blamed = [key[2] for key in slot.tasks if not isinstance(key, str) and key[:2] == run.key(0)[:2]]
+        # Killed for a cancelled neighbour's sake: nobody here is to blame.
+        if slot.doom != "cancel":
+            for n in filter(None, blamed):
+                deaths = run.pages[n].deaths + slot.exclusive
+                self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
+            if 0 in blamed and not slot.singles():  # a reader's page is likelier to have done it
+                count = self.careless_deaths.get(run.job.id, 0) + 1
+                self.careless_deaths[run.job.id] = count
+                if count >= CARELESS_DEATHS:
+                    self._fail(run, "WORKER_DIED", f"the worker process died {count} times: {why}")
+                    return
+        self._abandon(run)
+        with contextlib.suppress(JobError):
+            lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+
+    def _on_boot_failure(self, why: str) -> None:
+        """Workers can't start: say so in the jobs, and don't try again at once."""
+        self.boot_failures += 1
+        self.not_before_s = time.monotonic() + min(60.0, 2.0**self.boot_failures)
+        if self.boot_failures < CARELESS_DEATHS:
+            return
+        for run in list(self.runs.values()):
+            self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
+        with self._lock:
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            if not future.cancelled():
+                future.set_exception(JobError(f"the worker process can't start: {why}"))
+
+
+def _failure(code: str, detail: str) -> dict[str, Any]:
+    return {"last_error": detail, "message": detail, "error_code": code}
+
+
+def _known(page: Page) -> KnownPage:
+    source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
+    return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)
+
+
+def _kind_of_death(slot: WorkerSlot) -> str:
+    if slot.capacity == 0:
+        return "boot"
+    if slot.doom:
+        return "cancel" if slot.doom == "cancel" else "hung"
+    return "signal" if (slot.process.exitcode or 0) < 0 else "exit"
+
+
+def exit_reason(code: int | None) -> str:
+    """Of a worker process, in words."""
+    if code is not None and code < 0:
+        likely = ": probably out of memory, or killed by hand" if code == -9 else ""
+        return f"the worker process was ended by signal {-code}{likely}"
+    return f"the worker process ended with status {code}"
+
+
+# ---------------------------------------------------------------- the child's side
+def end_with_parent() -> None:
+    """The pipe's end tells of the parent's death too, but nobody reads it during seconds of imports."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(0)
+
+
+def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
+    """Entry point of the worker process. infer is imported here, in the child: naming its
+    function as the target would load torch in the parent, which pickles it by name."""
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
+    logs.setup(choice.log, f"worker-{slot}")
+    try:
+        import infer
+    except BaseException as error:
+        conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
+        raise SystemExit(3) from error  # told: the log gets it once
+    infer.worker_main(conn, choice, slot)
