@@ -59,8 +59,10 @@ from messages import (
     Settled,
     TaskFailed,
 )
-from work import dispatch
-from work.dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher, Run, Slot, WorkerSlot
+from work import workers
+from work.dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher
+from work.runs import Run
+from work.workers import Slot, WorkerSlot
 
 log = logging.getLogger("cluster")
 
@@ -72,7 +74,7 @@ BATCH_BYTES = 32 << 20  # of pages in one call
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", *(
+CODE = ("cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", "work.workers", *(
     # and upscaling.PIPELINE
     "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
     "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling",
@@ -329,7 +331,7 @@ class ClusterDispatcher(Dispatcher):
         for key in node.tasks:
             if isinstance(key, str):
                 if blame:
-                    self._disappoint(key, node.doom or why)
+                    self.questions.disappoint(key, f"the worker ended: {node.doom or why}")
                 continue  # else it is still asked for, and given to another
             run = self.runs.get(key[0])
             if run and run.job.attempt == key[1] and key[2]:
@@ -713,7 +715,7 @@ def run_bridge(
 ) -> None:
     """Entry point of the bridge process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=dispatch.end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=workers.end_with_parent, name="parent", daemon=True).start()
     with contextlib.suppress(OSError):
         os.dup2(2, 1)
     logs.setup(choice.log, "cluster")
@@ -889,7 +891,7 @@ class Node:
             if worker.process.sentinel in ready:
                 worker.process.join()
                 shutil.rmtree(self.spool, ignore_errors=True)
-                self._put(Lost(0, dispatch.exit_reason(worker.process.exitcode), blame=True))
+                self._put(Lost(0, workers.exit_reason(worker.process.exitcode), blame=True))
                 return
 
     def _on_event(self, event: Any) -> None:

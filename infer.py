@@ -36,11 +36,11 @@ import torch
 
 import logs
 import storage
-from engine import budgets, devices, pages, sandbox, spreads, survey, upscaling, windows
+from engine import budgets, devices, pages, spreads, survey, upscaling, windows
 from engine.lanes import Lanes
 from engine.models import load_model
 from engine.pages import PageError
-from files import containers, inputs, weightfiles
+from files import containers, inputs, sandbox, weightfiles
 from files.cache import Entry, PageCache
 from messages import (
     Beat,

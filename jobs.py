@@ -1,7 +1,7 @@
 """Job lifecycle: which moves are legal, and who may make them.
 
-Map: states and errors - MOVES - Job, Page - JobTable (all SQL) - opening, checking, reading a
-     damaged one - moves (advance, claim, cancel, finish_page, ...)
+Map: states and errors - MOVES - Job, Page - JobTable (all SQL but what reads a damaged file,
+     see rebuild.py) - opening, checking - moves (advance, claim, cancel, finish_page, ...)
 Rule: a job's state changes only through advance() and claim().
 Runs in: http-* threads (requests), the dispatcher thread (everything that follows from
 work). The worker process never opens the database.
@@ -17,9 +17,7 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sqlite3
-import tempfile
 import threading
 import time
 import zlib
@@ -287,7 +285,8 @@ NOT_DAMAGE = frozenset(
 )  # fmt: skip
 
 
-def _job_from_row(row: sqlite3.Row) -> Job:
+def job_from_row(row: sqlite3.Row) -> Job:
+    """A row of jobs. Raises DatabaseUnusable, ValueError, TypeError where it is not one."""
     values = {column: row[column] for column in JOB_COLUMNS}
     if values["state"] not in STATES:
         raise DatabaseUnusable(f"job {values['id']} has the unknown state {values['state']!r}")
@@ -303,7 +302,8 @@ def parsed(text: str | None) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
-def _page_from_row(row: sqlite3.Row) -> Page:
+def page_from_row(row: sqlite3.Row) -> Page:
+    """A row of pages."""
     values = {column: row[column] for column in PAGE_COLUMNS}
     return Page(**values | {"alone": bool(values["alone"])})
 
@@ -316,7 +316,7 @@ def _to_column(value: Any) -> Any:
 
 # ---------------------------------------------------------------- the table
 class JobTable:
-    """The one connection to the one database; all SQL of the project.
+    """The one connection to the one database.
 
     Every change of a job gives it a new seq from one rising counter, commits, and is then
     told to the listeners, in order. Listeners must not block.
@@ -372,7 +372,7 @@ class JobTable:
             row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         if row is None:
             raise UnknownJob(job_id)
-        return _job_from_row(row)
+        return job_from_row(row)
 
     def by_key(self, key: str) -> list[Job]:
         """What was submitted with this Idempotency-Key: a job, or one a volume, whose keys have a
@@ -383,7 +383,7 @@ class JobTable:
                 " OR (idempotency_key > ? AND idempotency_key < ?) ORDER BY number",
                 (key, f"{key}\n", f"{key}\v"),
             ).fetchall()
-        return [_job_from_row(row) for row in rows]
+        return [job_from_row(row) for row in rows]
 
     def newest_submission(self, input_paths: Sequence[str], inside: str | None = None) -> float | None:
         """When a job of one of these inputs, or of what lies inside one, was last submitted, if ever."""
@@ -406,13 +406,13 @@ class JobTable:
                 " ORDER BY number DESC LIMIT ?",
                 (state, state, before, before, like, like, limit),
             ).fetchall()
-        return [_job_from_row(row) for row in rows]
+        return [job_from_row(row) for row in rows]
 
     def in_state(self, state: str) -> list[Job]:
         """All jobs in a state, oldest first."""
         with self._lock:
             rows = self._db.execute("SELECT * FROM jobs WHERE state = ? ORDER BY number", (state,)).fetchall()
-        return [_job_from_row(row) for row in rows]
+        return [job_from_row(row) for row in rows]
 
     def changed_since(self, seq: int, batch: int = 500) -> Iterator[Job]:
         """Jobs with a later seq, oldest change first. The table is free between batches; what
@@ -422,7 +422,7 @@ class JobTable:
                 rows = self._db.execute(
                     "SELECT * FROM jobs WHERE seq > ? ORDER BY seq LIMIT ?", (seq, batch)
                 ).fetchall()
-            yield from map(_job_from_row, rows)
+            yield from map(job_from_row, rows)
             if len(rows) < batch:
                 return
             seq = rows[-1]["seq"]
@@ -464,13 +464,13 @@ class JobTable:
         """A job's pages in order; none before it was staged."""
         with self._lock:
             rows = self._db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job_id,)).fetchall()
-        return [_page_from_row(row) for row in rows]
+        return [page_from_row(row) for row in rows]
 
     def page(self, job_id: str, n: int) -> Page | None:
         """One page, if there is one of this number."""
         with self._lock:
             row = self._db.execute("SELECT * FROM pages WHERE job_id = ? AND n = ?", (job_id, n)).fetchone()
-        return _page_from_row(row) if row else None
+        return page_from_row(row) if row else None
 
     # -- writing
     def insert(self, values: dict[str, Any]) -> None:
@@ -547,7 +547,7 @@ class JobTable:
             if row is None:
                 return None
             self._changed.add(row["id"])
-            return _job_from_row(row)
+            return job_from_row(row)
 
     def replace_pages(self, job_id: str, pages: Iterable[Page]) -> None:
         """A job's whole list of pages."""
@@ -600,7 +600,8 @@ def _values_of(columns: Iterable[str]) -> str:
     return f"({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
 
 
-def _seal(*values: Any) -> int:
+def checksum(*values: Any) -> int:
+    """The checksum of a row's values, as the database computes it too."""
     return zlib.crc32("\0".join(map(str, values)).encode())
 
 
@@ -623,7 +624,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         db.row_factory = sqlite3.Row
-        db.create_function("seal", -1, _seal, deterministic=True)
+        db.create_function("seal", -1, checksum, deterministic=True)
         version = _version_of(db, path.name)  # before anything is written: it may not be ours
         db.execute("PRAGMA journal_mode = WAL")
         # WAL with NORMAL may lose the last commits in a power cut: a 202 would be a lie.
@@ -659,10 +660,14 @@ def _version_of(db: sqlite3.Connection, name: str) -> int:
     )
 
 
+# UnicodeDecodeError, a ValueError: also of SQLite's message, where it quotes a damaged schema.
+UNREADABLE = (sqlite3.Error, ValueError, TypeError, LookupError, DatabaseUnusable)
+
+
 def _holds_our_rows(db: sqlite3.Connection) -> bool:
     try:
         return bool(db.execute(f"SELECT 1 FROM jobs WHERE seal = {SEALS['jobs']} LIMIT 1").fetchone())
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
 
 
@@ -678,76 +683,6 @@ def _check(db: sqlite3.Connection) -> None:
     found = db.execute(f"SELECT {rising}, schema_seal IS {SCHEMA_SEAL} FROM counter").fetchall()
     if list(map(tuple, found)) != [(1, 1)]:
         raise sqlite3.DatabaseError("its schema or its counter of changes is not as it was written")
-
-
-def read_damaged(path: Path) -> list[tuple[Job, list[Page]]]:
-    """What can still be read of a damaged database: jobs whose row and, if there were any, pages
-    are all as written. Of one that is not over the row alone counts: it comes without pages
-    then, and starts over. Works on a copy: SQLite writes to what it opens."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "copy")
-        for suffix in ("", "-wal"):
-            if path.with_name(path.name + suffix).exists():
-                shutil.copyfile(path.with_name(path.name + suffix), Path(folder, "copy" + suffix))
-        found = _read_jobs(copy)
-        if not found:
-            _renew_first_page(copy)
-            found = _read_jobs(copy)
-        return found
-
-
-def _renew_first_page(path: Path) -> None:
-    """Put today's first page, which holds the schema, in place of a damaged one. Where the tables
-    lay elsewhere than they do today, no row's checksum will be right."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(SCHEMA)
-        page_bytes = db.execute("PRAGMA page_size").fetchone()[0]
-        first = bytearray(db.serialize()[:page_bytes])
-    first[28:32] = (path.stat().st_size // page_bytes).to_bytes(4, "big")  # the file's size in pages
-    with open(path, "r+b") as file:
-        file.write(first)
-
-
-def _read_jobs(path: Path) -> list[tuple[Job, list[Page]]]:
-    numbers: set[int] = set()
-    found = []
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.row_factory = sqlite3.Row
-        for order in ("ASC", "DESC"):  # from both sides of a page that can't be read
-            query = f"SELECT number FROM jobs ORDER BY number {order}"
-            with contextlib.suppress(*_UNREADABLE):
-                numbers.update(row[0] for row in db.execute(query))
-        for number in sorted(numbers):
-            with contextlib.suppress(*_UNREADABLE):
-                found.append(_read_sealed(db, number))
-    return [item for item in found if item]
-
-
-# UnicodeDecodeError, a ValueError: also of SQLite's message, where it quotes a damaged schema.
-_UNREADABLE = (sqlite3.Error, ValueError, TypeError, LookupError, DatabaseUnusable)
-
-
-def _read_sealed(db: sqlite3.Connection, number: int) -> tuple[Job, list[Page]] | None:
-    row = db.execute("SELECT * FROM jobs WHERE number = ?", (number,)).fetchone()
-    if row is None or not _is_sealed(row, "jobs"):
-        return None
-    job, pages = _job_from_row(row), []
-    with contextlib.suppress(*_UNREADABLE):
-        rows = db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job.id,)).fetchall()
-        pages = [_page_from_row(row) for row in rows if _is_sealed(row, "pages")]
-    if [page.n for page in pages] == [*range(1, job.total + 1)]:
-        return job, pages
-    if job.state == SUCCESS:
-        return None  # its artifact tells more
-    note = "the job table was damaged: this job's pages are computed again"
-    message = f"{job.message}. {note}" if job.message else note
-    return replace(job, total=0, processed=0, failed_pages=0, message=message), []
-
-
-def _is_sealed(row: sqlite3.Row, table: str) -> bool:
-    # Not in SQL: "WHERE job_id = ?" would have it seal what was asked for, not what is there.
-    values = (row[column] for column in SEALED[table])
-    return bool(row["seal"] == _seal(SCHEMA_VERSION, *values))
 
 
 # ---------------------------------------------------------------- moves

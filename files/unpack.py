@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from engine import sandbox
+from files import sandbox
 
 CHUNK_BYTES = 1 << 20
 MEMORY_BYTES = 4 << 30  # of addresses: the largest window of 7-Zip's own settings is 1.5 GiB

@@ -68,10 +68,10 @@ def full_disk(conn: Any, choice: Any, slot: int) -> None:
 
 def cannot_boot(conn: Any, choice: Any, slot: int) -> None:
     """A worker whose imports fail."""
-    from work import dispatch
+    from messages import BootFailed
 
     note("boots")
-    conn.send(dispatch.BootFailed("ImportError: no torch here (injected)"))
+    conn.send(BootFailed("ImportError: no torch here (injected)"))
     raise SystemExit(3)
 
 

@@ -279,7 +279,7 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
 HARMLESS = {
     "storage", "files.artifacts", "files.cache", "files.containers", "files.inputs",  # bytes as they are
     "files.weightfiles",  # a plan has their hashes
-    "logs", "engine.lanes", "engine.sandbox",  # words, order of work, rights
+    "logs", "engine.lanes", "files.sandbox",  # words, order of work, rights
     "engine.survey",  # counts, for predictions
 }  # fmt: skip
 

@@ -483,7 +483,7 @@ def test_requests_leave_nothing_behind_while_no_worker_answers(service, client):
     for _ in range(20):
         assert client.call("GET", "/models").json()["probed"] is False
         assert client.call("GET", "/devices").json() == {"devices": [], "probed": False}
-    ((_, question),) = service.dispatcher._asked.values()
+    ((_, question),) = service.dispatcher.questions._open.values()
     assert len(question._done_callbacks) == 1
 
 

@@ -35,7 +35,7 @@ import settings
 from commands import verify
 from engine import upscaling
 from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
-from work.dispatch import run_worker
+from work.workers import run_worker
 
 HERE = Path(__file__).parent
 SETTINGS = {

@@ -14,8 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import finished, queued, still
 
 from messages import Beat
-from web import metrics
-from work import dispatch
+from work import metrics, workers
 
 # Prometheus, "Metric and label naming": base units at the end of a name, "_total" on what only rises.
 NAME = re.compile(r"(reichan|process)(_[a-z]+)+")
@@ -95,7 +94,7 @@ def test_a_beat_brings_the_card_s_memory_to_its_worker(service):
 def test_deaths_are_told_apart(capacity, doom, exitcode, reason):
     process = SimpleNamespace(exitcode=exitcode)
     slot = SimpleNamespace(capacity=capacity, doom=doom, process=process)
-    assert dispatch._kind_of_death(slot) == reason
+    assert workers.kind_of_death(slot) == reason
     assert reason in dict.fromkeys(key for key, in values_of(metrics.Metrics().worker_deaths))
 
 

@@ -19,7 +19,7 @@ from serving import png, volume
 
 import server
 import settings
-from engine import sandbox
+from files import sandbox
 
 HERE = Path(server.__file__).parent
 LINUX = sys.platform.startswith("linux") and platform.machine() in sandbox.MACHINES
@@ -27,7 +27,7 @@ LINUX = sys.platform.startswith("linux") and platform.machine() in sandbox.MACHI
 # Runs in a child: what each attempt gives, as a name of errno or "ok".
 ATTEMPTS = """
 import ctypes, errno, json, os, platform, resource, socket, subprocess, sys, threading
-from engine import sandbox
+from files import sandbox
 libc = ctypes.CDLL(None, use_errno=True)
 def opened(family, kind=socket.SOCK_STREAM):
     try:

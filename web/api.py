@@ -1,7 +1,8 @@
-"""The REST layer: each request to its answer, each error to its one.
+"""The REST layer: each request to its answer.
 
-Map: errors to answers - Api (checks, jobs, pages, artifact, uploads, readers, previews, about the service,
-    WebSocket upgrades) - reading bodies and queries - JSON of pages and models
+Map: Api (each request, jobs, pages, artifact, uploads, readers, previews, about the service, WebSocket
+    upgrades) - JSON of pages and models
+Under it: gate.py (who may ask), bodies.py (what a request carries), refusals.py (errors to answers)
 Rule: it decides nothing about jobs: it reads the request, calls one function, and words the answer.
 Runs in: http-N threads, one a connection.
 """
@@ -9,17 +10,13 @@ Runs in: http-N threads, one a connection.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import errno
 import hashlib
-import hmac
 import itertools
-import json
 import logging
 import os
 import re
-import sqlite3
 import time
 import unicodedata
 import urllib.error
@@ -42,70 +39,18 @@ from files import containers, inputs, weightfiles
 from jobs import Job, JobTable
 from messages import Params, Preview, Probe, Probed, setting_name
 from web import openapi, preview, reader, routes, webpage, wire
+from web.bodies import digest_of, json_body, json_object, whole_number
+from web.gate import NO_COOKIE, Gate, cors, preflight
 from web.live import MESSAGE_BYTES, Live, Watcher
-from web.metrics import Family, expose, gauge, gauges, processor_seconds
-from web.openapi import COOKIE
+from web.refusals import refusal_of
 from web.wire import Answer, Refused, Request, json_answer, json_list_answer
 from work import dispatch, rebuild, submissions, volumes
+from work.metrics import Family, expose, gauge, gauges, processor_seconds
 
 log = logging.getLogger("api")
 
 VERSION = "0.1.0"
-BODY_BYTES = 32 << 20  # of a JSON request; a manifest of 100,000 pages has 10 MB
-JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
-
-
-# ---------------------------------------------------------------- errors to answers
-STATUS_OF: dict[type[Exception], int] = {
-    jobs.UnknownJob: 404,
-    jobs.InvalidFields: 422,
-    jobs.KeyReused: 409,
-    jobs.JobIsRunning: 409,
-    jobs.IllegalMove: 409,
-    jobs.StaleAttempt: 409,
-    jobs.ShuttingDown: 503,
-    storage.OutsideIncoming: 422,
-    storage.InputMissing: 422,
-    storage.InputUnusable: 422,
-    storage.NameTaken: 409,
-    storage.NoRoom: 507,
-}
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-
-def refusal_of(error: Exception) -> Refused:
-    """The one place where errors become answers."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, (jobs.JobError, storage.StorageError)):
-        status = next((STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF), 500)
-        errors = error.errors if isinstance(error, jobs.InvalidFields) else None
-        return Refused(status, error.code, error.detail, errors=errors)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return Refused(507, "DISK_FULL", "the service's disk is full; make room and try again", close=True)
-    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-        detail = f"the service's disk can't be written: {storage.reason_of(error)}"
-        return Refused(507, storage.DiskRefused.code, detail, close=True)
-    if isinstance(error, sqlite3.DatabaseError):
-        return _refusal_of_table(error)
-    number = os.urandom(4).hex()
-    log.error("request failed, number %s", number, exc_info=error)
-    return Refused(500, "INTERNAL", f"an unexpected error; the log has it under {number}", close=True)
-
-
-def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
-    if not isinstance(error, sqlite3.OperationalError):
-        log.error("the job table is damaged: %s", error)
-        detail = "the job table is damaged; restart the service, which sets it aside and rebuilds it"
-        return Refused(503, jobs.DatabaseDamaged.code, detail)
-    full = "full" in str(error)
-    detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
-    return Refused(507 if full else 503, "DATABASE", detail)
 
 
 # ---------------------------------------------------------------- api
@@ -122,6 +67,7 @@ class Api:
     ) -> None:
         self.config = config
         self.layout = config.layout
+        self.gate = Gate(config)
         self.table = table
         self.dispatcher = dispatcher
         self.live = live
@@ -141,8 +87,8 @@ class Api:
         """Check, route, answer; None for a socket that went to the WebSocket loop."""
         origin = None
         try:
-            self._check_host(request)
-            origin = self._check_origin(request)
+            self.gate.check_host(request)
+            origin = self.gate.check_origin(request)
             answer = self._route(handler, request, origin)
         except EOFError:
             raise
@@ -155,12 +101,12 @@ class Api:
                 request.keep_alive = False
         self.count.requests.add(1, str(answer.status if answer else 101))
         if answer is not None:
-            answer.headers |= {"X-Content-Type-Options": "nosniff"} | self._cors(origin)
+            answer.headers |= {"X-Content-Type-Options": "nosniff"} | cors(origin)
         return answer
 
     def _route(self, handler: wire.Handler, request: Request, origin: str | None) -> Answer | None:
         if request.method == "OPTIONS" and request.headers.all("access-control-request-method"):
-            return self._preflight(origin)
+            return preflight(origin)
         method = "GET" if request.method == "HEAD" else request.method
         allowed = []
         for route in routes.ROUTES:
@@ -170,7 +116,7 @@ class Api:
             allowed.append(route.method)
             if route.method == method:
                 if not route.open:
-                    self._check_token(request)
+                    self.gate.check_token(request)
                 if route.handler.startswith("watch"):
                     return self._upgrade(handler, request, values)
                 return getattr(self, route.handler)(request, **values)  # type: ignore[no-any-return]
@@ -183,73 +129,12 @@ class Api:
             return Answer(204, allow)
         raise Refused(405, "METHOD", f"{request.method[:20]} is not possible here", allow)
 
-    def _check_host(self, request: Request) -> None:
-        """On loopback: a foreign name in Host means a web page reached us by rebinding DNS."""
-        name = re.sub(r":[0-9]+$", "", request.host).lower()
-        bound = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        known = (*settings.LOOPBACK_HOSTS, bound, *map(str.lower, self.config.allowed_hosts))
-        if self.config.is_loopback and request.host and not {name, request.host.lower()} & {*known}:
-            raise Refused(421, "HOST", f"this service is not {request.host[:100]!a} (REICHAN_ALLOWED_HOSTS)")
-
-    def _check_origin(self, request: Request) -> str | None:
-        """The request's origin if it is welcome. Raises Refused where a foreign one could do harm."""
-        origin = request.headers.one("origin")
-        harmful = request.method not in ("GET", "HEAD", "OPTIONS") or request.headers.all("upgrade")
-        if origin is None:
-            if harmful and request.headers.one("sec-fetch-site") == "cross-site":
-                raise Refused(403, "ORIGIN", "a request from another web site")
-            return None
-        own = {f"http://{request.host}", f"https://{request.host}"}
-        if origin in own or origin in settings.TAURI_ORIGINS or origin in self.config.allowed_origins:
-            return origin
-        if harmful:
-            raise Refused(403, "ORIGIN", f"origin {origin[:100]!a} is not welcome (REICHAN_ALLOWED_ORIGINS)")
-        return None
-
-    def _cors(self, origin: str | None) -> dict[str, str]:
-        headers = {"Vary": "Origin"}
-        if origin:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Allow-Credentials"] = "true"
-            headers["Access-Control-Expose-Headers"] = (
-                "Accept-Ranges, Content-Disposition, Content-Range, ETag, Location, Repr-Digest, Retry-After"
-            )
-        return headers
-
-    def _preflight(self, origin: str | None) -> Answer:
-        headers = {
-            "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, If-Match, "
-            "If-None-Match, If-Range, Range, Repr-Digest, X-Reichan-Title, X-Reichan-Volume",
-            "Access-Control-Max-Age": "600",
-        }
-        return Answer(204, headers if origin else {})
-
-    def _session_value(self) -> str:
-        """What the cookie holds: proves the token without being it."""
-        key = (self.config.token or "").encode()
-        return hmac.new(key, b"reichan session", hashlib.sha256).hexdigest()
-
-    def _check_token(self, request: Request) -> None:
-        if not self.config.token:
-            return
-        given = request.headers.one("authorization") or ""
-        scheme, _, token = given.partition(" ")
-        if scheme.lower() == "bearer" and _same(token.strip(), self.config.token):
-            return
-        for part in "; ".join(request.headers.all("cookie")).split(";"):
-            name, _, value = part.strip().partition("=")
-            if name == COOKIE and _same(value, self._session_value()):
-                return
-        scheme_wanted = {"WWW-Authenticate": 'Bearer realm="reichan"'}
-        raise Refused(401, "TOKEN", "the access token is missing or wrong", scheme_wanted)
-
     # -- jobs
     def submit(self, request: Request) -> Answer:
         """POST /jobs."""
         if self.dispatcher.stopping:
             raise jobs.ShuttingDown("the service is shutting down; submit again after its restart")
-        body = _json_body(request)
+        body = json_body(request)
         key = request.headers.one("idempotency-key")
         if key is not None and not 1 <= len(key) <= 255:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
@@ -271,8 +156,8 @@ class Api:
         state = request.query.get("status")
         if state is not None and state not in jobs.STATES:
             raise jobs.InvalidFields([("status", f"must be one of {', '.join(jobs.STATES)}")])
-        limit = _whole_number(request.query, "limit", 1, 500) or 100
-        before = _whole_number(request.query, "cursor", 0, 2**62)
+        limit = whole_number(request.query, "limit", 1, 500) or 100
+        before = whole_number(request.query, "cursor", 0, 2**62)
         found = self.table.page_of_jobs(state, request.query.get("q", ""), limit + 1, before)
         cursor = str(found[limit - 1].number) if len(found) > limit else None
         states = [submissions.to_state(job, self.layout) for job in found[:limit]]
@@ -299,7 +184,7 @@ class Api:
         if self.dispatcher.stopping:
             raise jobs.ShuttingDown("the service is shutting down; resume after its restart")
         self.table.get(id)
-        body = _json_body(request, optional=True)
+        body = json_body(request, optional=True)
         path, kind = submissions.pick(body, "input_path"), submissions.pick(body, "input_type")
         given = None
         if path is not None or kind is not None:
@@ -321,7 +206,7 @@ class Api:
     def prioritize(self, request: Request, id: str) -> Answer:
         """POST /jobs/{id}/priority."""
         self.table.get(id)
-        body, errors = _json_body(request), list[tuple[str, str]]()
+        body, errors = json_body(request), list[tuple[str, str]]()
         priority = submissions.parse_priority(body, errors)
         if errors:
             raise jobs.InvalidFields(errors)
@@ -364,7 +249,7 @@ class Api:
     def before(self, request: Request, id: str, n: str) -> Answer:
         """GET /jobs/{id}/pages/{n}/before."""
         job, page = self._page(id, n)
-        width = _whole_number(request.query, "w", 16, 4096)
+        width = whole_number(request.query, "w", 16, 4096)
         path = self.layout.staging / job.id / page.staged
         preview = self._preview_path(page, "before", page.source_sha256, width)
         if preview and preview.is_file():
@@ -392,7 +277,7 @@ class Api:
     def after(self, request: Request, id: str, n: str) -> Answer:
         """GET /jobs/{id}/pages/{n}/after."""
         job, page = self._page(id, n)
-        width = _whole_number(request.query, "w", 16, 4096)
+        width = whole_number(request.query, "w", 16, 4096)
         if page.output is None or page.sha256 is None:
             raise Refused(409, "NOT_THERE_YET", f"page {n} is not finished")
         preview = self._preview_path(page, "after", page.sha256, width)
@@ -487,7 +372,7 @@ class Api:
             raise Refused(422, "UNSAFE_NAME", "a name that some file systems can't hold, or a hidden one")
         if target.is_dir() or any(parent.is_file() for parent in target.parents):
             raise storage.NameTaken(f"{path!r} is a folder, or lies below a file")
-        wanted = _digest_of(request)
+        wanted = digest_of(request)
         limit = self.config.upload_bytes, setting_name("upload_bytes")
         request.body.refuse_over(*limit)
         self._check_room(request.body.length or 0)
@@ -551,7 +436,7 @@ class Api:
         names = weightfiles.model_names(self.layout.models)
         media = request.headers.one("content-type") or ""
         if media.partition(";")[0].strip().lower() == "application/json":
-            wanted = preview.parse(_json_body(request), names, has_image=False)
+            wanted = preview.parse(json_body(request), names, has_image=False)
             with _blaming("input.path"):
                 source = preview.source_of(self.layout, wanted, self.config.limits)
             return json_answer(self.previews.of_input(source, wanted))
@@ -560,7 +445,7 @@ class Api:
             page = self.previews.keep(reader.image_of(media, body))
             asked = preview.request_field(media, body)
         if asked or "form-data" in media.lower():
-            wanted = preview.parse(_json_object(asked or b"{}"), names, has_image=True)
+            wanted = preview.parse(json_object(asked or b"{}"), names, has_image=True)
         else:
             wanted = preview.Wanted((reader.params_of(request.query, names, Params().model),))
         return json_answer(self.previews.of_image(page, wanted))
@@ -616,12 +501,11 @@ class Api:
 
     def open_session(self, _request: Request) -> Answer:
         """POST /session; the token was checked on the way here."""
-        cookie = f"{COOKIE}={self._session_value()}; HttpOnly; SameSite=Strict; Path=/"
-        return Answer(204, {"Set-Cookie": cookie})
+        return Answer(204, {"Set-Cookie": self.gate.cookie()})
 
     def close_session(self, _request: Request) -> Answer:
         """DELETE /session."""
-        return Answer(204, {"Set-Cookie": f"{COOKIE}=; HttpOnly; SameSite=Strict; Path=/; Max-Age=0"})
+        return Answer(204, {"Set-Cookie": NO_COOKIE})
 
     def health(self, _request: Request) -> Answer:
         """GET /health. No paths, no names: it needs no token."""
@@ -700,7 +584,7 @@ class Api:
     # -- websocket
     def _upgrade(self, handler: wire.Handler, request: Request, values: dict[str, str]) -> Answer | None:
         """Shake hands here; frames are the loop's."""
-        after = _whole_number(request.query, "after", 0, 2**62)
+        after = whole_number(request.query, "after", 0, 2**62)
         if request.method != "GET" or not request.headers.all("upgrade"):
             upgrade = {"Upgrade": "websocket", "Connection": "close"}
             raise Refused(426, "UPGRADE", "this is a WebSocket; connect with one", upgrade)
@@ -750,51 +634,6 @@ def _remedy(job: Job) -> str:
     return "submit the volume again" if whole else "resume the job"
 
 
-def _same(given: str, expected: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
-
-
-def _json_body(request: Request, optional: bool = False) -> dict[str, Any]:
-    """The body as a JSON object. Raises Refused 400, 413, 415."""
-    has_body = request.body.chunked or bool(request.body.length)
-    media = (request.headers.one("content-type") or "").partition(";")[0].strip().lower()
-    # A web page can send text/plain anywhere without asking; application/json it can't.
-    if ((has_body or not optional) and media not in ("application/json", "")) or (has_body and not media):
-        raise Refused(415, "MEDIA_TYPE", "send the body as Content-Type: application/json")
-    data = request.body.read(BODY_BYTES)
-    return {} if optional and not data else _json_object(data)
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    """Raises Refused 400, 422."""
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
-        # Half a surrogate pair and 1e999 pass as JSON, but nothing can store or send them.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "NOT_JSON", f"the body is not JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise Refused(422, "INVALID_FIELDS", "the body must be a JSON object")
-    if _depth(value) > JSON_DEPTH:
-        raise Refused(400, "NOT_JSON", f"the body is nested over {JSON_DEPTH} levels deep")
-    return value
-
-
-def _depth(value: dict[str, Any]) -> int:
-    """Levels of a JSON object: what is parsed in a shallow stack must be readable in a deep one."""
-    level: list[Any] = [value]  # the objects and arrays of one level
-    depth = 0
-    while level:
-        depth += 1
-        inner = [item.values() if isinstance(item, dict) else item for item in level]
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
-    return depth
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
 @contextlib.contextmanager
 def _blaming(name: str) -> Iterator[None]:
     """A path that can't be an input is the fault of the field that named it."""
@@ -807,27 +646,6 @@ def _blaming(name: str) -> Iterator[None]:
             raise
         detail = "a name in the path is longer than file systems allow"
         raise Refused(422, storage.InputMissing.code, detail, errors=[(name, detail)]) from error
-
-
-def _whole_number(query: dict[str, str], name: str, least: int, most: int) -> int | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise jobs.InvalidFields([(name, f"must be a whole number from {least} to {most}")])
-    return int(text)
-
-
-def _digest_of(request: Request) -> bytes | None:
-    """The sha-256 of Repr-Digest, if there is one (RFC 9530)."""
-    value = request.headers.one("repr-digest")
-    if value is None:
-        return None
-    match = re.search(r"(?:^|,)\s*sha-256=(?::([^:]*):)?", value)
-    try:
-        return base64.b64decode(match[1] or "?", validate=True) if match else None
-    except (binascii.Error, ValueError):
-        raise Refused(400, "DIGEST", "Repr-Digest is not sha-256=:base64:") from None
 
 
 def content_disposition(name: str) -> str:

@@ -1,8 +1,9 @@
 """Who does the work: workers, what is dealt to them, and what becomes of their deaths.
 
-Map: Run, Slot - Dispatcher (asking, dealing, events, deaths) - run_worker
+Map: Dispatcher (for other threads, its turns, dealing, events, deaths and deadlines)
 Rule: a page counts only after its row; a dead worker costs an attempt, never a page.
-Runs in: the dispatcher thread; run_worker in the child. cluster.py can stand in for it.
+Runs in: the dispatcher thread. What it knows of an attempt is runs.py's, of a worker
+workers.py's; cluster.py can stand in for it.
 
     JobTable <--claim, advance, finish_page-- dispatcher ==tasks==> worker-0 (slot 0)
                                                   ^------events---- worker-1 (slot 1)
@@ -14,23 +15,16 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-import os
-import queue
 import sqlite3
 import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import logs
 import storage
-from engine import budgets
 from files import inputs
 from files.cache import Keeper
 from jobs import (
@@ -52,10 +46,8 @@ from jobs import (
     reopen_page,
 )
 from messages import (
-    CONTAINER_FORMATS,
     Beat,
     BootFailed,
-    Cancel,
     ComputePage,
     Dropped,
     EngineChoice,
@@ -65,201 +57,36 @@ from messages import (
     Packed,
     PageDone,
     PageFailed,
-    Plan,
-    Preview,
     Previewed,
-    Probe,
     Probed,
     Ready,
     SourcePage,
     Stage,
     Staged,
     StagedPage,
-    Survey,
     Surveyed,
     Task,
     TaskFailed,
 )
 from storage import Layout
-from web.metrics import Metrics
+from work.metrics import Metrics
 from work.predict import Rates
+from work.questions import Question, Questions
 from work.retention import Keep, Retention
+from work.runs import Run
 from work.submissions import artifact_of, closing_message, to_report
+from work.workers import Slot, WorkerSlot, exit_reason, kind_of_death, run_worker
 
 log = logging.getLogger("dispatch")
 
 BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
 BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
-OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
+
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
 DIED_TWICE = "the worker process died twice while computing this page"
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
-
-
-# ---------------------------------------------------------------- runs and workers
-TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
-
-
-@dataclass(slots=True)
-class Run:
-    """One attempt in progress, in the dispatcher's memory only."""
-
-    job: Job
-    staging: Path
-    outputs: Path
-    found: list[StagedPage] = field(default_factory=list)
-    pages: dict[int, Page] = field(default_factory=dict)
-    todo: deque[int] = field(default_factory=deque)
-    alone: deque[int] = field(default_factory=deque)  # to be computed without company
-    carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
-    blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
-    in_flight: set[int] = field(default_factory=set)
-    settled: Plan | None = None  # see Stage
-    shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
-    file_task: str | None = "stage"  # the stage or pack task that is due
-    pack_tries: int = 0
-    started_s: float = 0.0  # monotonic, when the first page was dealt
-    finished: int = 0  # pages that this attempt computed, or took over
-    left: int = 0  # pages that are not finished
-    cached: set[int] = field(default_factory=set)  # pages that came from the cache
-    held: bool = False  # by a pause of the queue
-
-    def key(self, n: int) -> TaskKey:
-        """The key of this attempt's page n, or of its stage or pack (0)."""
-        return (self.job.id, self.job.attempt, n)
-
-    def share_of(self, n: int) -> int | None:
-        """How many bytes page n may have, so that the artifact is no larger than was asked."""
-        most = self.job.params.max_artifact_bytes
-        if most is None:
-            return None
-        if not self.shares:
-            numbers = sorted(self.pages)
-            held = [self.pages[number] for number in numbers]
-            is_book = self.job.params.container in CONTAINER_FORMATS
-            sources = [(page.source_bytes, len((page.name + page.stem).encode())) for page in held]
-            self.shares = dict(zip(numbers, budgets.shares(most, sources, is_book), strict=True))
-        return self.shares[n]
-
-    def give_up(self, n: int, step: str, why: str) -> None:
-        """Page n will be taken over as it is."""
-        self.carry.append((n, why))
-        self.blamed[n] = step
-
-    def eta_s(self, now_s: float) -> float | None:
-        """Seconds until the last page, from this attempt's own rate."""
-        if not self.finished or not self.left:
-            return None
-        return round((now_s - self.started_s) / self.finished * self.left, 1)
-
-
-class Slot:
-    """What the dispatcher knows of one worker, wherever it runs."""
-
-    obey_s = OBEY_S
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.capacity = 0  # until it says Ready
-        self.tasks: dict[TaskKey | str, Task] = {}
-        self.exclusive = False  # a suspect page has it for itself
-        self.kept_for: str | None = None  # job whose page waits to have it for itself
-        self.heard_s = time.monotonic()  # last event
-        self.used_s = time.monotonic()  # last time it had a task
-        self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
-        self.doom: str | None = None  # why we killed it
-        self.card: tuple[str, int, int] | None = None  # see Beat
-
-    def post(self, item: Any) -> None:
-        """Send it this, without waiting."""
-        raise NotImplementedError
-
-    def kill(self, why: str) -> None:
-        """End it now; the dispatcher will hear of it."""
-        raise NotImplementedError
-
-    def give(self, key: TaskKey | str, task: Task) -> None:
-        """Send a task; it is in flight until its closing event."""
-        self.tasks[key] = task
-        self.post(task)
-
-    def cancel(self, key: TaskKey, now_s: float) -> None:
-        """Ask for a task to be dropped; the dispatcher kills the worker if it isn't."""
-        self.obey_by_s[key] = now_s + self.obey_s
-        self.post(Cancel(key[0], key[1]))
-
-    def free(self, key: TaskKey | str) -> Task | None:
-        """A closing event came for this task."""
-        task = self.tasks.pop(key, None)
-        self.obey_by_s.pop(key, None)  # type: ignore[arg-type]
-        self.used_s = time.monotonic()
-        if not self.tasks:
-            self.exclusive = False
-        return task
-
-    def is_open(self) -> bool:
-        """Whether it is up, and no page has it, or waits to have it, for itself."""
-        return bool(self.capacity) and not (self.exclusive or self.kept_for or self.doom)
-
-    def room(self) -> int:
-        """How many more pages it takes now."""
-        return self.capacity - len(self.tasks) if self.is_open() else 0
-
-    def singles(self) -> int:
-        """How many pages outside any job it has."""
-        return sum(isinstance(key, str) and isinstance(task, ComputePage) for key, task in self.tasks.items())
-
-
-class WorkerSlot(Slot):
-    """The parent's end of one worker process."""
-
-    stop_s = 1.0  # for its end, before it is killed
-
-    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
-        super().__init__(index)
-        context = multiprocessing.get_context("spawn")
-        self.conn, theirs = context.Pipe()
-        self.process = context.Process(
-            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
-        )
-        self.process.start()
-        theirs.close()  # else its end would stay open here, and its death go unnoticed
-        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
-        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
-
-    def __str__(self) -> str:
-        return f"worker {self.index} (process {self.process.pid})"
-
-    def _send_all(self) -> None:
-        while True:
-            item = self._outbox.get()
-            try:
-                self.conn.send(item)
-            except OSError:
-                return  # it died: the dispatcher learns of it from the sentinel
-            if item is None:
-                return
-
-    def post(self, item: Any) -> None:
-        """See Slot."""
-        self._outbox.put(item)
-
-    def kill(self, why: str) -> None:
-        """See Slot; its sentinel wakes the dispatcher."""
-        self.doom = self.doom or why
-        self.process.kill()
-
-    def stop(self, wait_s: float) -> None:
-        """Ask it to end, then see to it."""
-        self._outbox.put(None)
-        self.process.join(wait_s)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.conn.close()
 
 
 # ---------------------------------------------------------------- the dispatcher
@@ -305,8 +132,7 @@ class Dispatcher:
         self.boot_failures = 0  # in a row
         self.paused_s: float | None = None  # monotonic, since when the queue stands still
         self.probed: Probed | None = None
-        self._asked: dict[str, tuple[Task, Future[Any]]] = {}  # what is outside jobs, by key
-        self._lock = threading.Lock()  # of _asked
+        self.questions = Questions()
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._wake_r, self._wake_w = multiprocessing.Pipe(duplex=False)
@@ -336,13 +162,9 @@ class Dispatcher:
             with contextlib.suppress(OSError):
                 self._wake_w.send_bytes(b"!")
 
-    def ask(self, key: str, task: Probe | Preview | Survey | ComputePage) -> Future[Any]:
-        """Have a worker answer a Probe, Preview or Survey, or compute a page outside any job; one question a
-        key at a time."""
-        with self._lock:
-            if key not in self._asked:
-                self._asked[key] = (task, Future())
-            future = self._asked[key][1]
+    def ask(self, key: str, question: Question) -> Future[Any]:
+        """Have a worker answer this, or compute a page outside any job; see Questions."""
+        future = self.questions.ask(key, question)
         self.wake()
         return future
 
@@ -386,10 +208,7 @@ class Dispatcher:
         for run in self.runs.values():
             with contextlib.suppress(JobError):
                 lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
-        with self._lock:
-            asked = list(self._asked.values())
-        for _, future in asked:  # outside the lock: whoever is told of it may be asking just now
-            future.cancel()
+        self.questions.cancel_all()
 
     def _turn(self) -> None:
         self._drop_ended_runs()
@@ -523,9 +342,7 @@ class Dispatcher:
                 return
 
     def _deal_asked(self) -> None:
-        with self._lock:
-            asked = list(self._asked.items())
-        for key, (task, _) in asked:
+        for key, task in self.questions.unanswered():
             if any(key in slot.tasks for slot in self.holders()):
                 continue
             if isinstance(task, ComputePage):
@@ -689,7 +506,7 @@ class Dispatcher:
         if key is None or key not in slot.tasks:
             return False
         slot.free(key)
-        self._answer(key, event)
+        self.questions.answer(key, event)
         return True
 
     def _on_event(self, slot: Slot, event: object) -> None:
@@ -707,10 +524,10 @@ class Dispatcher:
             case Probed():
                 slot.free("probe")
                 self.probed = event
-                self._answer("probe", event)
+                self.questions.answer("probe", event)
             case Previewed(key) | Surveyed(key):
                 slot.free(key)
-                self._answer(key, event)
+                self.questions.answer(key, event)
             case StagedPage(job_id):
                 run = self._run_of(event)
                 if run:
@@ -730,12 +547,6 @@ class Dispatcher:
         """The run an event belongs to, unless that attempt is over."""
         run = self.runs.get(event.job_id)
         return run if run and run.job.attempt == event.attempt else None
-
-    def _answer(self, key: str, event: object) -> None:
-        with self._lock:
-            _, future = self._asked.pop(key, (None, None))
-        if future and not future.cancelled():
-            future.set_result(event)
 
     def _on_page(self, event: PageDone | PageFailed, task: Task | None) -> None:
         if isinstance(event, PageDone) and event.cache_key:
@@ -912,23 +723,17 @@ class Dispatcher:
         slot.conn.close()
         why = slot.doom or exit_reason(slot.process.exitcode)
         log.error("worker %d ended: %s", slot.index, why)
-        self.metrics.worker_deaths.add(1, _kind_of_death(slot))
+        self.metrics.worker_deaths.add(1, kind_of_death(slot))
         if slot.capacity == 0:
             self._on_boot_failure(why)
         hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
         for key in slot.tasks:
             if isinstance(key, str):
-                self._disappoint(key, why)
+                self.questions.disappoint(key, f"the worker ended: {why}")
         for job_id in hurt:
             run = self.runs.get(job_id)
             if run:
                 self._lose(run, slot, why)
-
-    def _disappoint(self, key: str, why: str) -> None:
-        with self._lock:
-            _, future = self._asked.pop(key, (None, None))
-        if future and not future.cancelled():
-            future.set_exception(JobError(f"the worker ended: {why}"))
 
     def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
         """One attempt is spent. The next finds on disk and in the table where to go on."""
@@ -956,11 +761,7 @@ class Dispatcher:
             return
         for run in list(self.runs.values()):
             self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
-        with self._lock:
-            asked, self._asked = self._asked, {}
-        for _, future in asked.values():
-            if not future.cancelled():
-                future.set_exception(JobError(f"the worker process can't start: {why}"))
+        self.questions.disappoint_all(f"the worker process can't start: {why}")
 
 
 def _failure(code: str, detail: str) -> dict[str, Any]:
@@ -970,43 +771,3 @@ def _failure(code: str, detail: str) -> dict[str, Any]:
 def _known(page: Page) -> KnownPage:
     source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
     return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)
-
-
-def _kind_of_death(slot: WorkerSlot) -> str:
-    if slot.capacity == 0:
-        return "boot"
-    if slot.doom:
-        return "cancel" if slot.doom == "cancel" else "hung"
-    return "signal" if (slot.process.exitcode or 0) < 0 else "exit"
-
-
-def exit_reason(code: int | None) -> str:
-    """Of a worker process, in words."""
-    if code is not None and code < 0:
-        likely = ": probably out of memory, or killed by hand" if code == -9 else ""
-        return f"the worker process was ended by signal {-code}{likely}"
-    return f"the worker process ended with status {code}"
-
-
-# ---------------------------------------------------------------- the child's side
-def end_with_parent() -> None:
-    """The pipe's end tells of the parent's death too, but nobody reads it during seconds of imports."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(0)
-
-
-def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
-    """Entry point of the worker process. infer is imported here, in the child: naming its
-    function as the target would load torch in the parent, which pickles it by name."""
-    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
-    logs.setup(choice.log, f"worker-{slot}")
-    try:
-        import infer
-    except BaseException as error:
-        conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
-        raise SystemExit(3) from error  # told: the log gets it once
-    infer.worker_main(conn, choice, slot)

@@ -1,6 +1,7 @@
 """A job table that was damaged or lost: what can be read of it still, and what artifacts give back.
 
-Map: open_table (set aside, salvage) - Rebuild (artifacts that no job claims) - a job from a report
+Map: open_table (set aside, salvage) - reading a damaged file - Rebuild (artifacts that no job claims) -
+     a job from a report
 Rule: nothing is deleted, and a job comes back only as it was: by rows whose checksums are
 right, or by an artifact of which every hash is.
 Runs in: main, before all else (open_table); the rebuild thread, beside a service that is ready.
@@ -14,11 +15,14 @@ killed goes on, and a storage root that lost its table altogether is found again
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -82,11 +86,78 @@ def _salvage(damaged: Path, table: JobTable) -> int:
     salvaged = 0
     try:
         with table.transaction():
-            for job, pages in jobs.read_damaged(damaged):
+            for job, pages in read_damaged(damaged):
                 salvaged += table.restore(job, pages)
     except sqlite3.OperationalError as error:
         raise jobs.DatabaseUnusable(f"the new job table can't be written: {error}") from error
     return salvaged
+
+
+# ---------------------------------------------------------------- what can be read of it
+def read_damaged(path: Path) -> list[tuple[Job, list[Page]]]:
+    """What can still be read of a damaged database: jobs whose row and, if there were any, pages
+    are all as written. Of one that is not over the row alone counts: it comes without pages
+    then, and starts over. Works on a copy: SQLite writes to what it opens."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        for suffix in ("", "-wal"):
+            if path.with_name(path.name + suffix).exists():
+                shutil.copyfile(path.with_name(path.name + suffix), Path(folder, "copy" + suffix))
+        found = _read_jobs(copy)
+        if not found:
+            _renew_first_page(copy)
+            found = _read_jobs(copy)
+        return found
+
+
+def _renew_first_page(path: Path) -> None:
+    """Put today's first page, which holds the schema, in place of a damaged one. Where the tables
+    lay elsewhere than they do today, no row's checksum will be right."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(jobs.SCHEMA)
+        page_bytes = db.execute("PRAGMA page_size").fetchone()[0]
+        first = bytearray(db.serialize()[:page_bytes])
+    first[28:32] = (path.stat().st_size // page_bytes).to_bytes(4, "big")  # the file's size in pages
+    with open(path, "r+b") as file:
+        file.write(first)
+
+
+def _read_jobs(path: Path) -> list[tuple[Job, list[Page]]]:
+    numbers: set[int] = set()
+    found = []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.row_factory = sqlite3.Row
+        for order in ("ASC", "DESC"):  # from both sides of a page that can't be read
+            query = f"SELECT number FROM jobs ORDER BY number {order}"
+            with contextlib.suppress(*jobs.UNREADABLE):
+                numbers.update(row[0] for row in db.execute(query))
+        for number in sorted(numbers):
+            with contextlib.suppress(*jobs.UNREADABLE):
+                found.append(_read_sealed(db, number))
+    return [item for item in found if item]
+
+
+def _read_sealed(db: sqlite3.Connection, number: int) -> tuple[Job, list[Page]] | None:
+    row = db.execute("SELECT * FROM jobs WHERE number = ?", (number,)).fetchone()
+    if row is None or not _is_sealed(row, "jobs"):
+        return None
+    job, pages = jobs.job_from_row(row), []
+    with contextlib.suppress(*jobs.UNREADABLE):
+        rows = db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job.id,)).fetchall()
+        pages = [jobs.page_from_row(row) for row in rows if _is_sealed(row, "pages")]
+    if [page.n for page in pages] == [*range(1, job.total + 1)]:
+        return job, pages
+    if job.state == SUCCESS:
+        return None  # its artifact tells more
+    note = "the job table was damaged: this job's pages are computed again"
+    message = f"{job.message}. {note}" if job.message else note
+    return replace(job, total=0, processed=0, failed_pages=0, message=message), []
+
+
+def _is_sealed(row: sqlite3.Row, table: str) -> bool:
+    # Not in SQL: "WHERE job_id = ?" would have it seal what was asked for, not what is there.
+    values = (row[column] for column in jobs.SEALED[table])
+    return bool(row["seal"] == jobs.checksum(jobs.SCHEMA_VERSION, *values))
 
 
 # ---------------------------------------------------------------- artifacts

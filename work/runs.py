@@ -1,0 +1,70 @@
+"""One attempt of a job in progress, as the dispatcher knows it: what is to be done, what is under way.
+
+Map: Run
+Rule: only in memory. What must outlive the process is in the job table.
+Runs in: the dispatcher thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine import budgets
+from jobs import Job, Page
+from messages import CONTAINER_FORMATS, Plan, StagedPage
+from work.workers import TaskKey
+
+
+@dataclass(slots=True)
+class Run:
+    """One attempt in progress, in the dispatcher's memory only."""
+
+    job: Job
+    staging: Path
+    outputs: Path
+    found: list[StagedPage] = field(default_factory=list)
+    pages: dict[int, Page] = field(default_factory=dict)
+    todo: deque[int] = field(default_factory=deque)
+    alone: deque[int] = field(default_factory=deque)  # to be computed without company
+    carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
+    blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
+    in_flight: set[int] = field(default_factory=set)
+    settled: Plan | None = None  # see Stage
+    shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
+    file_task: str | None = "stage"  # the stage or pack task that is due
+    pack_tries: int = 0
+    started_s: float = 0.0  # monotonic, when the first page was dealt
+    finished: int = 0  # pages that this attempt computed, or took over
+    left: int = 0  # pages that are not finished
+    cached: set[int] = field(default_factory=set)  # pages that came from the cache
+    held: bool = False  # by a pause of the queue
+
+    def key(self, n: int) -> TaskKey:
+        """The key of this attempt's page n, or of its stage or pack (0)."""
+        return (self.job.id, self.job.attempt, n)
+
+    def share_of(self, n: int) -> int | None:
+        """How many bytes page n may have, so that the artifact is no larger than was asked."""
+        most = self.job.params.max_artifact_bytes
+        if most is None:
+            return None
+        if not self.shares:
+            numbers = sorted(self.pages)
+            held = [self.pages[number] for number in numbers]
+            is_book = self.job.params.container in CONTAINER_FORMATS
+            sources = [(page.source_bytes, len((page.name + page.stem).encode())) for page in held]
+            self.shares = dict(zip(numbers, budgets.shares(most, sources, is_book), strict=True))
+        return self.shares[n]
+
+    def give_up(self, n: int, step: str, why: str) -> None:
+        """Page n will be taken over as it is."""
+        self.carry.append((n, why))
+        self.blamed[n] = step
+
+    def eta_s(self, now_s: float) -> float | None:
+        """Seconds until the last page, from this attempt's own rate."""
+        if not self.finished or not self.left:
+            return None
+        return round((now_s - self.started_s) / self.finished * self.left, 1)

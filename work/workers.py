@@ -1,0 +1,177 @@
+"""The dispatcher's end of a worker, and what runs at the other end.
+
+Map: Slot - WorkerSlot - deaths in words - run_worker
+Rule: nothing here waits for a worker: one that stopped must not hold up the others.
+Runs in: the dispatcher thread, a send-N thread a worker; run_worker in the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import logs
+from messages import BootFailed, Cancel, ComputePage, EngineChoice, Task
+
+OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
+
+TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
+
+
+# ---------------------------------------------------------------- the dispatcher's end
+class Slot:
+    """What the dispatcher knows of one worker, wherever it runs."""
+
+    obey_s = OBEY_S
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.capacity = 0  # until it says Ready
+        self.tasks: dict[TaskKey | str, Task] = {}
+        self.exclusive = False  # a suspect page has it for itself
+        self.kept_for: str | None = None  # job whose page waits to have it for itself
+        self.heard_s = time.monotonic()  # last event
+        self.used_s = time.monotonic()  # last time it had a task
+        self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
+        self.doom: str | None = None  # why we killed it
+        self.card: tuple[str, int, int] | None = None  # see Beat
+
+    def post(self, item: Any) -> None:
+        """Send it this, without waiting."""
+        raise NotImplementedError
+
+    def kill(self, why: str) -> None:
+        """End it now; the dispatcher will hear of it."""
+        raise NotImplementedError
+
+    def give(self, key: TaskKey | str, task: Task) -> None:
+        """Send a task; it is in flight until its closing event."""
+        self.tasks[key] = task
+        self.post(task)
+
+    def cancel(self, key: TaskKey, now_s: float) -> None:
+        """Ask for a task to be dropped; the dispatcher kills the worker if it isn't."""
+        self.obey_by_s[key] = now_s + self.obey_s
+        self.post(Cancel(key[0], key[1]))
+
+    def free(self, key: TaskKey | str) -> Task | None:
+        """A closing event came for this task."""
+        task = self.tasks.pop(key, None)
+        self.obey_by_s.pop(key, None)  # type: ignore[arg-type]
+        self.used_s = time.monotonic()
+        if not self.tasks:
+            self.exclusive = False
+        return task
+
+    def is_open(self) -> bool:
+        """Whether it is up, and no page has it, or waits to have it, for itself."""
+        return bool(self.capacity) and not (self.exclusive or self.kept_for or self.doom)
+
+    def room(self) -> int:
+        """How many more pages it takes now."""
+        return self.capacity - len(self.tasks) if self.is_open() else 0
+
+    def singles(self) -> int:
+        """How many pages outside any job it has."""
+        return sum(isinstance(key, str) and isinstance(task, ComputePage) for key, task in self.tasks.items())
+
+
+class WorkerSlot(Slot):
+    """The parent's end of one worker process."""
+
+    stop_s = 1.0  # for its end, before it is killed
+
+    def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
+        super().__init__(index)
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        self.process = context.Process(
+            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
+        )
+        self.process.start()
+        theirs.close()  # else its end would stay open here, and its death go unnoticed
+        # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
+
+    def __str__(self) -> str:
+        return f"worker {self.index} (process {self.process.pid})"
+
+    def _send_all(self) -> None:
+        while True:
+            item = self._outbox.get()
+            try:
+                self.conn.send(item)
+            except OSError:
+                return  # it died: the dispatcher learns of it from the sentinel
+            if item is None:
+                return
+
+    def post(self, item: Any) -> None:
+        """See Slot."""
+        self._outbox.put(item)
+
+    def kill(self, why: str) -> None:
+        """See Slot; its sentinel wakes the dispatcher."""
+        self.doom = self.doom or why
+        self.process.kill()
+
+    def stop(self, wait_s: float) -> None:
+        """Ask it to end, then see to it."""
+        self._outbox.put(None)
+        self.process.join(wait_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.conn.close()
+
+
+# ---------------------------------------------------------------- deaths in words
+def kind_of_death(slot: WorkerSlot) -> str:
+    """Of a worker that ended, for Prometheus: boot, cancel, hung, signal or exit."""
+    if slot.capacity == 0:
+        return "boot"
+    if slot.doom:
+        return "cancel" if slot.doom == "cancel" else "hung"
+    return "signal" if (slot.process.exitcode or 0) < 0 else "exit"
+
+
+def exit_reason(code: int | None) -> str:
+    """Of a worker process, in words."""
+    if code is not None and code < 0:
+        likely = ": probably out of memory, or killed by hand" if code == -9 else ""
+        return f"the worker process was ended by signal {-code}{likely}"
+    return f"the worker process ended with status {code}"
+
+
+# ---------------------------------------------------------------- the child's side
+def end_with_parent() -> None:
+    """The pipe's end tells of the parent's death too, but nobody reads it during seconds of imports."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(0)
+
+
+def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
+    """Entry point of the worker process. infer is imported here, in the child: naming its
+    function as the target would load torch in the parent, which pickles it by name."""
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
+    logs.setup(choice.log, f"worker-{slot}")
+    try:
+        import infer
+    except BaseException as error:
+        conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
+        raise SystemExit(3) from error  # told: the log gets it once
+    infer.worker_main(conn, choice, slot)
