@@ -1,6 +1,6 @@
 """What the person running the service chose: environment variables and flags, read once.
 
-Map: ConfigError - Config - values from text - read_config - bind addresses
+Map: ConfigError - Config - Given (values from text) - read_config and what it reads
 Rule: nobody else reads os.environ; a bad value stops the start with one line that names it.
 Runs in: the main thread, before anything else; then everybody reads the frozen Config.
 """
@@ -11,14 +11,14 @@ import argparse
 import ipaddress
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import cluster
 import logs
-from messages import Limits, setting_name
+from messages import Limits
 from storage import Layout
 from work.retention import Keep
 
@@ -109,22 +109,35 @@ def whole(name: str, text: str, least: int = 1, most: int = 1 << 53) -> int:
     return value
 
 
-def read_limits(setting: Callable[[str, str], str]) -> Limits:
-    """Limits from REICHAN_MAX_*. Raises ConfigError."""
-    given = {name: setting(f"MAX_{name.upper()}", "") for name in LIMIT_SETTINGS}
-    return Limits(**{name: whole(setting_name(name), text) for name, text in given.items() if text})
+class Given:
+    """The environment's REICHAN_*; names are given without that prefix. Raises ConfigError."""
 
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
 
-def read_keep(setting: Callable[[str, str], str]) -> Keep:
-    """Keep from REICHAN_KEEP_*. Raises ConfigError."""
-    given = {item.name: setting(f"KEEP_{item.name.upper()}", "") for item in fields(Keep)}
-    return Keep(
-        **{
-            name: whole(f"REICHAN_KEEP_{name.upper()}", text, most=36_500)
-            for name, text in given.items()
-            if text
-        }
-    )
+    def text(self, name: str, default: str = "") -> str:
+        """A setting as it is."""
+        return self.environ.get(f"REICHAN_{name}", "").strip() or default
+
+    def several(self, name: str) -> tuple[str, ...]:
+        """A list, separated by commas."""
+        return tuple(part.strip().rstrip("/") for part in self.text(name).split(",") if part.strip())
+
+    def choice(self, name: str) -> str:
+        """One of CHOICES, the first where nothing is set."""
+        value = self.text(name.upper(), CHOICES[name][0]).lower()
+        if value not in CHOICES[name]:
+            raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
+        return value
+
+    def whole(self, name: str, default: str, least: int = 1, most: int = 1 << 53) -> int:
+        """A whole number, see whole()."""
+        return whole(f"REICHAN_{name}", self.text(name, default), least, most)
+
+    def set_of(self, kind: type[Any], prefix: str, names: Iterable[str], most: int = 1 << 53) -> Any:
+        """A record of whole numbers; its own defaults where nothing is set."""
+        found = {name: f"{prefix}_{name.upper()}" for name in names}
+        return kind(**{n: self.whole(name, "", most=most) for n, name in found.items() if self.text(name)})
 
 
 def read_watch_params(text: str) -> dict[str, Any]:
@@ -140,60 +153,59 @@ def read_watch_params(text: str) -> dict[str, Any]:
 
 def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config:
     """Config from REICHAN_* and the flags, which override them. Raises ConfigError."""
-
-    def setting(name: str, default: str) -> str:
-        return environ.get(f"REICHAN_{name}", "").strip() or default
-
-    def several(name: str) -> tuple[str, ...]:
-        return tuple(part.strip().rstrip("/") for part in setting(name, "").split(",") if part.strip())
-
-    host, port = split_bind(setting("BIND", "127.0.0.1:8001"))
-    concurrency = setting("MAX_CONCURRENCY", "1")
-    if not concurrency.isdecimal() or not 1 <= int(concurrency) <= 64:
-        raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {concurrency!r}")
-
-    def choice(name: str) -> str:
-        value = setting(name.upper(), CHOICES[name][0]).lower()
-        if value not in CHOICES[name]:
-            raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
-        return value
-
-    token = flags.token or setting("TOKEN", "") or None
-    if token and not re.fullmatch(r"[!-~]{8,512}", token):
-        raise ConfigError("the token must be 8 to 512 printable ASCII characters without spaces")
-    origins = several("ALLOWED_ORIGINS")
-    for origin in origins:
-        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
-            raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
+    given = Given(environ)
+    host, port = split_bind(given.text("BIND", "127.0.0.1:8001"))
     if flags.port is not None and not 0 <= flags.port <= 65535:
         raise ConfigError(f"--port must be a number from 0 to 65535, not {flags.port}")
-    model_root = flags.model_root or setting("MODEL_ROOT", "")
+    model_root = flags.model_root or given.text("MODEL_ROOT")
     return Config(
-        storage_root=Path(flags.storage_root or setting("STORAGE_ROOT", "storage")),
+        storage_root=Path(flags.storage_root or given.text("STORAGE_ROOT", "storage")),
         model_root=Path(model_root) if model_root else None,
         host=flags.host or host,
         port=port if flags.port is None else flags.port,
-        max_concurrency=int(concurrency),
-        cluster=read_cluster(setting("CLUSTER", "")),
-        token=token,
-        allowed_origins=origins,
-        allowed_hosts=several("ALLOWED_HOSTS"),
-        device=choice("device"),
-        precision=choice("precision"),
-        engine=choice("engine"),
-        sandbox=choice("sandbox") == "on",
-        log=choice("log"),
-        limits=read_limits(setting),
-        keep=read_keep(setting),
-        reserve_bytes=whole("REICHAN_RESERVE_BYTES", setting("RESERVE_BYTES", "64M"), least=0),
-        checks_room=choice("check_room") == "on",
-        job_cache_bytes=whole("REICHAN_JOB_CACHE_BYTES", setting("JOB_CACHE_BYTES", "0"), least=0),
-        upload_bytes=whole(setting_name("upload_bytes"), setting("MAX_UPLOAD_BYTES", "16G")),
-        page_wait_s=whole("REICHAN_PAGE_WAIT_S", setting("PAGE_WAIT_S", "25"), most=100),
-        page_cache_bytes=whole("REICHAN_PAGE_CACHE_BYTES", setting("PAGE_CACHE_BYTES", "1G"), least=0),
-        watch_s=whole("REICHAN_WATCH_S", setting("WATCH_S", "0"), least=0, most=86_400) or None,
-        watch_params=read_watch_params(setting("WATCH_PARAMS", "")),
+        max_concurrency=read_concurrency(given.text("MAX_CONCURRENCY", "1")),
+        cluster=read_cluster(given.text("CLUSTER")),
+        token=read_token(flags.token or given.text("TOKEN")),
+        allowed_origins=read_origins(given.several("ALLOWED_ORIGINS")),
+        allowed_hosts=given.several("ALLOWED_HOSTS"),
+        device=given.choice("device"),
+        precision=given.choice("precision"),
+        engine=given.choice("engine"),
+        sandbox=given.choice("sandbox") == "on",
+        log=given.choice("log"),
+        limits=given.set_of(Limits, "MAX", LIMIT_SETTINGS),
+        keep=given.set_of(Keep, "KEEP", (item.name for item in fields(Keep)), most=36_500),
+        reserve_bytes=given.whole("RESERVE_BYTES", "64M", least=0),
+        checks_room=given.choice("check_room") == "on",
+        job_cache_bytes=given.whole("JOB_CACHE_BYTES", "0", least=0),
+        upload_bytes=given.whole("MAX_UPLOAD_BYTES", "16G"),
+        page_wait_s=given.whole("PAGE_WAIT_S", "25", most=100),
+        page_cache_bytes=given.whole("PAGE_CACHE_BYTES", "1G", least=0),
+        watch_s=given.whole("WATCH_S", "0", least=0, most=86_400) or None,
+        watch_params=read_watch_params(given.text("WATCH_PARAMS")),
     )
+
+
+def read_concurrency(text: str) -> int:
+    """REICHAN_MAX_CONCURRENCY. Raises ConfigError."""
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {text!r}")
+    return int(text)
+
+
+def read_token(text: str) -> str | None:
+    """REICHAN_TOKEN. Raises ConfigError."""
+    if text and not re.fullmatch(r"[!-~]{8,512}", text):
+        raise ConfigError("the token must be 8 to 512 printable ASCII characters without spaces")
+    return text or None
+
+
+def read_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """REICHAN_ALLOWED_ORIGINS. Raises ConfigError."""
+    for origin in origins:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+            raise ConfigError(f"REICHAN_ALLOWED_ORIGINS: {origin!r} is not an origin like https://manga.home")
+    return origins
 
 
 def read_cluster(text: str) -> str | None:
