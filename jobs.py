@@ -141,7 +141,7 @@ class DatabaseDamaged(JobError):
     code = "DATABASE_DAMAGED"
 
 
-# ---------------------------------------------------------------- moves
+# ---------------------------------------------------------------- states and rows
 MOVES = {
     (RUNNING, "finish"): SUCCESS,
     (RUNNING, "fail"): FAILED,
@@ -600,6 +600,7 @@ def _values_of(columns: Iterable[str]) -> str:
     return f"({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
 
 
+# ---------------------------------------------------------------- opening and checking
 def checksum(*values: Any) -> int:
     """The checksum of a row's values, as the database computes it too."""
     return zlib.crc32("\0".join(map(str, values)).encode())

@@ -1,7 +1,7 @@
 """The REST layer: each request to its answer.
 
 Map: Api (each request, jobs, pages, artifact, uploads, readers, previews, about the service, WebSocket
-    upgrades) - JSON of pages and models
+    upgrades) - in words and as JSON
 Under it: gate.py (who may ask), bodies.py (what a request carries), refusals.py (errors to answers)
 Rule: it decides nothing about jobs: it reads the request, calls one function, and words the answer.
 Runs in: http-N threads, one a connection.
@@ -53,7 +53,6 @@ VERSION = "0.1.0"
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
 
 
-# ---------------------------------------------------------------- api
 class Api:
     """One method a route; each takes the request and the path's variables."""
 
@@ -628,6 +627,7 @@ class Api:
             watcher.unknown = True
 
 
+# ---------------------------------------------------------------- in words and as JSON
 def _remedy(job: Job) -> str:
     """What brings a job's lost files back: a job without failed pages can't be resumed."""
     whole = job.state == jobs.SUCCESS and not job.failed_pages
