@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from helpers import require
 
+import storage
+
 MAKE_HOSTILE = Path(__file__).parents[2] / "shared/hostile/make_hostile.py"
 
 
@@ -44,6 +46,13 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
     # run_path, since an import would leave a __pycache__ in a folder that is not ours.
     make = SimpleNamespace(**runpy.run_path(str(MAKE_HOSTILE)))
     return Hostile(root, json.loads((root / "index.json").read_text()), make)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> storage.Layout:
+    layout = storage.Layout(tmp_path / "root", tmp_path / "models")
+    layout.create()
+    return layout
 
 
 @pytest.fixture

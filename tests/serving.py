@@ -17,10 +17,12 @@ from typing import Any
 import jobs
 import server
 import settings
-from messages import Plan
+from messages import Params, Plan
 from work import submissions
 
 PLAN = Plan("realesr-animevideov3", "0" * 64, "wheel", "cpu", "fp32", "native", 512, 18, 1)
+PARAMS = Params(model=PLAN.model)
+BOUNDARY = "6c1c3b2e-9f0a-4ce8-8b7e-2d1f0a9d3c11"  # as OkHttp makes them
 
 
 def png(width: int = 32, height: int = 48, shade: int = 0) -> bytes:
@@ -42,6 +44,13 @@ def volume(pages: dict[str, bytes]) -> bytes:
         for name, page in pages.items():
             archive.writestr(name, page)
     return data.getvalue()
+
+
+def form(page: bytes, name: str = "image") -> bytes:
+    """A form as OkHttp's MultipartBody writes Suwayomi's page."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="conversion123.png"\r\n'
+    head += f"Content-Type: image/png\r\nContent-Length: {len(page)}\r\n\r\n"
+    return head.encode() + page + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
 @contextlib.contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -416,22 +414,6 @@ def test_a_slow_disk_holds_back_the_node(tmp_path, monkeypatch):
     link.outbox.put(None)
     assert told[1:] == [cluster.FromNode(7, replace(done, output="1.jpg")), "asked"]
     assert (tmp_path / "1.jpg").read_bytes() == b"x"
-
-
-def flags() -> argparse.Namespace:
-    return argparse.Namespace(storage_root=None, model_root=None, host=None, port=None, token=None)
-
-
-def test_without_ray_the_start_names_the_extra(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(settings.ConfigError, match=r"pip install -e '.\[cluster\]'"):
-        settings.read_config({"REICHAN_CLUSTER": "auto"}, flags())
-
-
-@pytest.mark.parametrize("text", ["here", "host", "host:port", "ray://host:1"])
-def test_a_bad_address_stops_the_start(text):
-    with pytest.raises(settings.ConfigError, match="REICHAN_CLUSTER must be auto or the host:port"):
-        settings.read_config({"REICHAN_CLUSTER": text}, flags())
 
 
 def test_the_service_itself_never_imports_ray(tmp_path):

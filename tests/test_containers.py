@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import faults
 import pytest
 from client import Client
+from ondisk import sha
 from serving import png, volume
 
 import server
@@ -49,10 +49,6 @@ OTHERS = {
 }
 LIMITS = Limits()
 ITEMS = [{"width": 10 * n, "height": 100 * n, "bytes": 1000 * n} for n in (1, 2, 3)]
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def brought_up_to_date(tmp_path: Path, data: bytes, items: list[dict[str, Any]] = ITEMS) -> bytes:

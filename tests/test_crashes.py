@@ -1,7 +1,7 @@
 """Rows of checks.md on crashes (C..), and some on states (S..), that no other file has.
 
 Kills at random moments: test_kills.py. A damaged job table: test_rebuild.py. Deaths that a page
-causes, hangs: test_dispatch.py. A full disk: test_room.py. Out of memory: test_infer.py.
+causes, hangs: test_dispatch.py. A full disk: test_room.py. Out of memory: test_upscaling.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Map: groups of checks.md - Tour (a service, what is on its disk) - archives - fo
 Every input of make_hostile is sent once, in the group of its row in checks.md. After each
 group `Tour.untouched` looks at what must hold whatever came in: the same worker is alive, the
 files of another job are as they were, nothing lies outside its place, a good job succeeds.
-What storage and pages make of the same inputs, byte for byte: test_storage.py, test_pages.py.
+What inputs and pages make of the same inputs, byte for byte: test_inputs.py, test_pages.py.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def decoded(data: bytes) -> Any:
 @pytest.mark.parametrize("group", ARCHIVE_GROUPS)
 def test_archives_end_as_their_index_says(hostile, tour, after, group):
     known = entries(hostile, "archive")
-    light = [name for name, entry in known.items() if not entry.get("heavy")]  # test_storage stages that one
+    light = [name for name, entry in known.items() if not entry.get("heavy")]  # test_inputs stages that one
     names = grouped(ARCHIVE_GROUPS, light)[group]
     assert names
     sent = {name: tour.submit(tour.send(hostile.root / "archives" / name)) for name in names}

@@ -1,16 +1,14 @@
-"""Limits and their settings: from the environment, through the service, to the reason a client reads."""
+"""Limits: through the service, to the reason a client reads. Their settings: test_settings.py."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,37 +17,7 @@ from serving import png, until, volume
 
 import server
 import settings
-from messages import Limits, setting_name
-
-NO_FLAGS = argparse.Namespace(
-    storage_root=None, model_root=None, host=None, port=None, token=None, demo=False
-)
-
-
-def config(**environ: str) -> settings.Config:
-    return settings.read_config({f"REICHAN_{name}": value for name, value in environ.items()}, NO_FLAGS)
-
-
-def test_every_limit_is_a_setting_of_its_own():
-    for n, name in enumerate(settings.LIMIT_SETTINGS, 7):
-        assert config(**{f"MAX_{name.upper()}": str(n)}).limits == replace(Limits(), **{name: n})
-    assert {*settings.LIMIT_SETTINGS, "ratio_from_bytes"} == {*asdict(Limits())}
-    assert config() == settings.Config()
-    assert config(MAX_UPLOAD_BYTES="3k").upload_bytes == 3072
-    assert config(MAX_ENTRY_BYTES=" 2G ").limits.entry_bytes == 2 << 30
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "1KB", "9" * 17, "9000T0", "\u0663"])
-def test_a_limit_that_is_no_number_stops_the_start_and_is_named(text):
-    with pytest.raises(settings.ConfigError, match="REICHAN_MAX_PAGES must be a whole number"):
-        config(MAX_PAGES=text)
-
-
-def test_the_readme_states_every_limit():
-    text = Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")
-    for name in (*settings.LIMIT_SETTINGS, "upload_bytes"):
-        assert f"`{setting_name(name)}`" in text, name
-
+from messages import Limits
 
 GOOD = {"a/1.png": png(16, 16), "a/2.png": png(16, 16, 5)}
 

@@ -14,7 +14,6 @@ import pytest
 
 import logs
 import server
-import settings
 
 ROOT = Path(server.__file__).parent
 FORMATTERS = (logs.TextLines("worker-0"), logs.JsonLines("worker-0"))
@@ -93,8 +92,3 @@ def test_warnings_and_deaths_are_lines_too():
     assert "UserWarning: old" in warned["message"]
     assert thread["message"] == "thread t died" and "ZeroDivisionError" in thread["trace"]
     assert end["level"] == "CRITICAL" and "KeyError: 'end'" in end["trace"] and done.returncode == 1
-
-
-def test_an_unknown_form_of_log_stops_the_start_with_one_line():
-    with pytest.raises(settings.ConfigError, match="REICHAN_LOG must be one of text, json"):
-        settings.read_config({"REICHAN_LOG": "xml"}, server.parse_flags([]))

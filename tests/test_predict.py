@@ -6,16 +6,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
-from serving import PLAN, finished, png, running, still
+from serving import PARAMS, PLAN, finished, running, still
 
 import jobs
 import server
-from engine import survey
-from messages import PageDone, Params, Workload
+from messages import PageDone, Workload
 from work import predict, submissions
 from work.predict import Measured, Sample
 
-PARAMS = Params(model=PLAN.model)
 # 1 s and 1 MB for a page of a megapixel at scale 2, 2 s for what is done once.
 TEN = Measured(Workload(10, 10_000_000, 40_000_000, 5_000_000), 12.0, 10.0, 10_000_000)
 
@@ -205,22 +203,3 @@ def test_volumes_count_for_more_than_previews_and_previews_are_bounded(service):
 def test_a_job_without_a_forecast_ends_as_before(service):
     job = finished(service)
     assert submissions.to_state(job, service.config.layout)["prediction"] is None
-
-
-# ---------------------------------------------------------------- headers
-def test_a_tally_counts_what_will_be_computed_and_what_stays():
-    tally = survey.Tally(replace(PARAMS, target_width=100))
-    for width in (50, 200):
-        tally.add(png(width, 40)[:64], 1000)
-    tally.add(b"no image", 5)
-    # The third page tells nothing: it counts as one like the others.
-    assert tally.workload(2) == Workload(1, 2000, 100 * 80, 1000, 1000)
-    assert tally.workload(4) == Workload(2, 4000, 16_000, 2000, 2000)
-    assert survey.Tally(PARAMS).workload(3) == Workload()
-
-
-def test_a_tally_counts_a_page_in_the_cache_as_bytes():
-    tally = survey.Tally(PARAMS)
-    assert tally.add_cached(700) and not tally.add_cached(None)
-    tally.add(png(50, 40)[:64], 1000)
-    assert tally.workload(2) == Workload(1, 2000, 8000, 1000, carried_bytes=700, cached=1)

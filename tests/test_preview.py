@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from client import Client, Reply
-from serving import png, still, until, volume
-from test_reader import BOUNDARY, form
+from serving import BOUNDARY, form, png, still, until, volume
 
 import jobs
 import messages

@@ -13,25 +13,15 @@ import faults
 import numpy as np
 import pytest
 from client import Client, Reply
-from serving import png, queued, still, until, volume
+from serving import BOUNDARY, form, png, queued, still, until, volume
 
 import jobs
 import messages
 import server
 import settings
 import storage
-from engine import lanes
-from web import forms, reader
+from web import reader
 from work import dispatch
-
-BOUNDARY = "6c1c3b2e-9f0a-4ce8-8b7e-2d1f0a9d3c11"  # as OkHttp makes them
-
-
-def form(page: bytes, name: str = "image") -> bytes:
-    """A form as OkHttp's MultipartBody writes Suwayomi's page."""
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; filename="conversion123.png"\r\n'
-    head += f"Content-Type: image/png\r\nContent-Length: {len(page)}\r\n\r\n"
-    return head.encode() + page + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
 def post(client: Client, page: bytes, query: str = "") -> Reply:
@@ -269,98 +259,6 @@ def test_other_weights_or_settings_are_another_page(tmp_path):
         (service.config.layout.models / "mine.safetensors").write_bytes(b"x")
         keys.add(key(b"a", params))
     assert len(keys) == 4
-
-
-def test_lanes_take_turns_and_neither_starves():
-    done: list[str] = []
-    begun, gate, ended = threading.Event(), threading.Event(), threading.Event()
-    both = lanes.Lanes(1, "lane")
-    both.submit(lambda: (begun.set(), gate.wait()))
-    assert begun.wait(10)
-    for n in range(4):
-        both.submit(done.append, f"rest{n}")
-    for n in range(3):
-        both.submit(done.append, f"first{n}", first=True)
-    both.submit(ended.set)
-    gate.set()
-    assert ended.wait(10)
-    assert done == ["first0", "rest0", "first1", "rest1", "first2", "rest2", "rest3"]
-
-
-def test_a_step_that_raises_ends_no_lane(caplog):
-    ended = threading.Event()
-    both = lanes.Lanes(1, "lane")
-    both.submit({}.__getitem__, 1)
-    both.submit(ended.set)
-    assert ended.wait(10) and "KeyError" in caplog.text
-
-
-# ---------------------------------------------------------------- forms
-def part(disposition: str, content: bytes = b"x", more: str = "") -> bytes:
-    return f"--b\r\nContent-Disposition: {disposition}\r\n{more}\r\n".encode() + content + b"\r\n"
-
-
-IMAGE = part('form-data; name="image"', b"PAGE")
-OTHER = part("form-data; name=other", b"--b is no boundary within a line")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        IMAGE + b"--b--",
-        IMAGE + b"--b--\r\n",
-        OTHER + IMAGE + OTHER + b"--b--\r\n",
-        part('FORM-DATA; filename="a;name=\\"x\\".png"; Name=image', b"PAGE") + b"--b--",
-        part("form-data; name=image; filename*=UTF-8''%e4%bd%9c", b"PAGE") + b"--b--",
-    ],
-)
-def test_forms_that_libraries_write_are_read(body):
-    assert bytes(forms.field(body, b"b", "image")) == b"PAGE"
-
-
-def test_a_page_may_hold_anything_but_the_boundary_line():
-    content = b"\r\n--\r\n\r\n--a\r\n--\r\nb\r\n"
-    assert bytes(forms.field(part("form-data; name=image", content) + b"--b--", b"b", "image")) == content
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"--b--",
-        IMAGE,
-        IMAGE + b"--b",
-        IMAGE[:-7] + b"--b--",
-        b"preamble\r\n" + IMAGE + b"--b--",
-        IMAGE + b"--b--\r\nepilogue",
-        IMAGE + IMAGE + b"--b--",
-        OTHER + b"--b--",
-        OTHER * 17 + IMAGE + b"--b--",
-        IMAGE.replace(b"\r\n", b"\n") + b"--b--",
-        b"--b\r\n\r\nPAGE\r\n--b--",
-        b"--b \r\n" + IMAGE[5:] + b"--b--",
-        part("form-data") + b"--b--",
-        part("attachment; name=image") + b"--b--",
-        part('form-data; name="image') + b"--b--",
-        part("form-data; name=image; name=other") + b"--b--",
-        part("form-data; name=image", more="Content-Disposition: form-data; name=image\r\n") + b"--b--",
-        part("form-data; name=image", more="Content-Transfer-Encoding: base64\r\n") + b"--b--",
-        part("form-data; name=image", more="no colon\r\n") + b"--b--",
-        part("form-data; name=image", more="X: " + "x" * forms.HEAD_BYTES + "\r\n") + b"--b--",
-    ],
-)
-def test_forms_that_could_be_read_in_two_ways_are_refused(body):
-    with pytest.raises(forms.BadForm):
-        forms.field(body, b"b", "image")
-
-
-def test_the_boundary_is_what_content_type_says():
-    assert forms.boundary_of(f"multipart/form-data; boundary={BOUNDARY}") == BOUNDARY.encode()
-    assert forms.boundary_of('Multipart/Form-Data; charset=utf-8; boundary="a b"') == b"a b"
-    assert forms.boundary_of("image/png") is None
-    for bad in ("", "; boundary=", '; boundary="a "', "; boundary=" + "x" * 71, "; boundary=a; boundary=b"):
-        with pytest.raises(forms.BadForm):
-            forms.boundary_of("multipart/form-data" + bad)
 
 
 def test_params_of_a_query_are_those_of_a_job():

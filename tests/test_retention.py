@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,6 @@ import settings
 from work import retention, submissions
 from work.retention import DAY_S, LOOK_S, Keep, Retention
 
-NO_FLAGS = argparse.Namespace(
-    storage_root=None, model_root=None, host=None, port=None, token=None, demo=False
-)
 ENDED_S = 2000.0  # when serving.finished() ends its jobs
 ALL = Keep(1, 1, 1)
 
@@ -237,14 +233,3 @@ def test_a_real_job_is_swept_by_the_service_and_computed_again_on_resume(tmp_pat
         again, _ = client.watch(job)
     assert (again[-1].status, again[-1].processed) == ("SUCCESS", 2)
     assert again[-1].artifact_hash == first[-1].artifact_hash
-
-
-@pytest.mark.parametrize("name", ["outputs_days", "artifacts_days", "jobs_days"])
-def test_each_age_is_a_setting_and_a_bad_one_stops_the_start(name):
-    variable = f"REICHAN_KEEP_{name.upper()}"
-    assert settings.read_config({variable: "30"}, NO_FLAGS).keep == Keep(**{name: 30})
-    assert settings.read_config({}, NO_FLAGS).keep == Keep()
-    for text in ("0", "-1", "1.5", "forever", "40000"):
-        with pytest.raises(settings.ConfigError, match=variable):
-            settings.read_config({variable: text}, NO_FLAGS)
-    assert f"`{variable}`" in Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")

@@ -5,14 +5,12 @@ The client below is written from the contract alone, as strictly as the real one
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import io
 import json
 import os
 import signal
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -29,7 +27,6 @@ import pytest
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
-import jobs
 import server
 import settings
 from web import routes
@@ -223,32 +220,6 @@ def test_a_grey_page_saved_in_colour_comes_out_grey_and_the_report_says_how_grey
     grey_item, ivory = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)["items"]
     assert grey_item["mode"] == "L" and grey_item["colorSpread"] <= 1
     assert ivory["mode"] == "RGB" and 6 <= ivory["colorSpread"] <= 8
-
-
-def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
-    table = jobs.JobTable(tmp_path / "jobs.db")
-    values = {"title": "t", "volume": "1", "input_type": "zip", "input_path": "v", "params": jobs.Params()}
-    table.insert({"id": "job", **values})
-    table.replace_pages("job", [jobs.Page("job", 1, "1.png", "1.png", "0" * 64, 1, None, "1")])
-    table.close()
-    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
-        for column in ("color_spread", "model"):
-            db.execute(f"ALTER TABLE pages DROP COLUMN {column}")
-        for column in ("outputs_removed_s", "artifact_removed_s", "forecast"):
-            db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
-        for name in ("jobs", "pages"):
-            db.execute(f"ALTER TABLE {name} DROP COLUMN seal")
-        db.execute("DROP INDEX jobs_waiting")
-        db.execute("ALTER TABLE jobs DROP COLUMN priority")
-        for column in ("schema_seal", "paused"):
-            db.execute(f"ALTER TABLE counter DROP COLUMN {column}")
-        db.execute("PRAGMA user_version = 1")
-    table = jobs.JobTable(tmp_path / "jobs.db")
-    try:
-        assert table.get("job").title == "t" and [page.name for page in table.pages("job")] == ["1.png"]
-    finally:
-        table.close()
-    jobs.JobTable(tmp_path / "jobs.db").close()  # its rows have got checksums
 
 
 def test_a_folder_is_an_input_and_a_manifest_is_reconciled(client, service):
@@ -496,32 +467,3 @@ def test_the_demo_prints_an_artifact_and_its_hash(tmp_path):
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.mark.parametrize(
-    "environ, flags",
-    [
-        ({"REICHAN_MAX_CONCURRENCY": "0"}, []),
-        ({"REICHAN_BIND": "nonsense"}, []),
-        ({"REICHAN_PRECISION": "fp8"}, []),
-        ({"REICHAN_ALLOWED_ORIGINS": "*"}, []),
-        ({}, ["--token", "short"]),
-    ],
-)
-def test_a_bad_setting_stops_the_start_with_one_line(tmp_path, environ, flags):
-    command = [
-        sys.executable,
-        str(ROOT / "server.py"),
-        "--port",
-        "0",
-        "--storage-root",
-        str(tmp_path / "s"),
-        *flags,
-    ]
-    done = subprocess.run(
-        command, env=os.environ | environ, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert (
-        done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("server.py: ")
-    )
-    assert not (tmp_path / "s").exists()

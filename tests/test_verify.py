@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ondisk import sha
 from serving import png, volume
 
 from commands import verify
@@ -21,10 +21,6 @@ from files import artifacts
 ROOT = Path(__file__).parents[1]
 SOURCES = {"1.png": png(shade=1), "v/2.png": png(shade=2), "v/10.png": png(shade=3)}
 OTHERS = {"notes.txt": b"notes", "old.json": b"{}"}
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def facts(name: str, data: bytes) -> dict[str, object]:

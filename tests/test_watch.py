@@ -271,24 +271,3 @@ def test_settings_are_checked_at_the_start(tmp_path):
             config(**bad)
     with pytest.raises(settings.ConfigError, match=r"params\.scale"):
         server.Service(config(WATCH_S="30", WATCH_PARAMS='{"scale": 9}'))
-
-
-@pytest.mark.parametrize(
-    ("path", "kind", "title", "number"),
-    [
-        ("作品名/01.zip", "zip", "作品名", "01"),
-        ("作品名 第01巻.cbz", "zip", "作品名", "01"),
-        ("Title v02", "folder", "Title", "02"),
-        ("Title - Vol. 3.zip", "zip", "Title", "3"),
-        ("Title vol.10.5.zip", "zip", "Title", "10.5"),
-        ("Love 2000 v1.zip", "zip", "Love 2000", "1"),
-        ("Title/Title v02.cbz", "zip", "Title", "02"),
-        ("T/Vol 01/ch1", "folder", "T", "Vol 01 ch1"),
-        ("T/extra.zip", "zip", "T", "extra"),
-        ("Title.zip", "zip", "Title", "1"),
-        ("01.zip", "zip", "01", "01"),
-        (f"{'漫' * 400}/1.zip", "zip", "漫" * 300, "1"),
-    ],
-)
-def test_title_and_volume_come_from_the_path(path, kind, title, number):
-    assert uploads.title_and_volume(path, kind) == (title, number)

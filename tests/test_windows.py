@@ -1,4 +1,4 @@
-"""What a card does to pixels, beside what OpenCV does to them on the processor."""
+"""windows.py: tiles; what a card does to pixels, beside what OpenCV does to them on the processor."""
 
 from __future__ import annotations
 
@@ -22,6 +22,36 @@ def test_lanczos_on_a_device_is_opencvs_to_the_last_bit(scale, outscale, height,
         wanted = windows.reduce_to(noise, windows.Box(0, 0, height, width), outscale)
         ours = windows.reduce_on_device(torch.from_numpy(noise)[None].float(), 255, scale, outscale)[0]
         assert np.array_equal(ours.numpy(), wanted)
+
+
+@pytest.mark.parametrize(
+    "height, width, tile, halo, multiple",
+    [
+        (1, 1, 32, 18, 1),
+        (100, 100, 100, 18, 1),
+        (101, 203, 50, 7, 1),
+        (7, 1000, 64, 48, 1),
+        (64, 60, 30, 5, 4),
+        (200, 4, 32, 0, 2),
+    ],
+)
+def test_cores_cover_the_page_once_and_windows_lie_inside(height, width, tile, halo, multiple):
+    seen, shapes = np.zeros((height, width), int), set()
+    for core, window in windows.tiles(height, width, tile, halo, multiple):
+        core.of(seen)[...] += 1
+        assert 0 <= window.y0 <= core.y0 and core.y1 <= window.y1 <= height
+        assert 0 <= window.x0 <= core.x0 and core.x1 <= window.x1 <= width
+        assert core.y0 == 0 or core.y0 - window.y0 >= halo
+        assert core.x1 == width or window.x1 - core.x1 >= min(halo, width - core.x1)
+        assert not any(edge % multiple for edge in (window.y0, window.x0, window.y1, window.x1))
+        shapes.add((window.y1 - window.y0, window.x1 - window.x0))
+    assert (seen == 1).all() and len(shapes) == 1
+
+
+@pytest.mark.parametrize("tile, halo", [(0, 1), (-3, 1), (32, -1)])
+def test_impossible_tiles_are_refused(tile, halo):
+    with pytest.raises(ValueError, match="tile"):
+        list(windows.tiles(10, 10, tile, halo))
 
 
 @pytest.mark.parametrize("height, width, tile, halo", [(1, 1, 32, 32), (100, 203, 64, 10), (65, 200, 40, 0)])

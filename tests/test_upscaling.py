@@ -1,4 +1,4 @@
-"""Tiles, plans, and what the engine does when memory or numbers run out."""
+"""upscaling.py: plans, engines, and what becomes of a page when memory or numbers run out."""
 
 from __future__ import annotations
 
@@ -26,36 +26,6 @@ CARD_PIXELS = {0: 10_000}  # of all windows in a batch
 def engines() -> upscaling.Engines:
     """The engines of a worker that never ticks."""
     return upscaling.Engines(CHOICE, slot=0, tick=lambda: None)
-
-
-@pytest.mark.parametrize(
-    "height, width, tile, halo, multiple",
-    [
-        (1, 1, 32, 18, 1),
-        (100, 100, 100, 18, 1),
-        (101, 203, 50, 7, 1),
-        (7, 1000, 64, 48, 1),
-        (64, 60, 30, 5, 4),
-        (200, 4, 32, 0, 2),
-    ],
-)
-def test_cores_cover_the_page_once_and_windows_lie_inside(height, width, tile, halo, multiple):
-    seen, shapes = np.zeros((height, width), int), set()
-    for core, window in windows.tiles(height, width, tile, halo, multiple):
-        core.of(seen)[...] += 1
-        assert 0 <= window.y0 <= core.y0 and core.y1 <= window.y1 <= height
-        assert 0 <= window.x0 <= core.x0 and core.x1 <= window.x1 <= width
-        assert core.y0 == 0 or core.y0 - window.y0 >= halo
-        assert core.x1 == width or window.x1 - core.x1 >= min(halo, width - core.x1)
-        assert not any(edge % multiple for edge in (window.y0, window.x0, window.y1, window.x1))
-        shapes.add((window.y1 - window.y0, window.x1 - window.x0))
-    assert (seen == 1).all() and len(shapes) == 1
-
-
-@pytest.mark.parametrize("tile, halo", [(0, 1), (-3, 1), (32, -1)])
-def test_impossible_tiles_are_refused(tile, halo):
-    with pytest.raises(ValueError, match="tile"):
-        list(windows.tiles(10, 10, tile, halo))
 
 
 def test_noise_falls_from_low_over_medium_to_high():

@@ -1,0 +1,34 @@
+"""jobs.py: a table of an earlier version. Any sequence of calls and crashes: test_machine.py."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+
+import jobs
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):
+    table = jobs.JobTable(tmp_path / "jobs.db")
+    values = {"title": "t", "volume": "1", "input_type": "zip", "input_path": "v", "params": jobs.Params()}
+    table.insert({"id": "job", **values})
+    table.replace_pages("job", [jobs.Page("job", 1, "1.png", "1.png", "0" * 64, 1, None, "1")])
+    table.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as db:
+        for column in ("color_spread", "model"):
+            db.execute(f"ALTER TABLE pages DROP COLUMN {column}")
+        for column in ("outputs_removed_s", "artifact_removed_s", "forecast"):
+            db.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+        for name in ("jobs", "pages"):
+            db.execute(f"ALTER TABLE {name} DROP COLUMN seal")
+        db.execute("DROP INDEX jobs_waiting")
+        db.execute("ALTER TABLE jobs DROP COLUMN priority")
+        for column in ("schema_seal", "paused"):
+            db.execute(f"ALTER TABLE counter DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    table = jobs.JobTable(tmp_path / "jobs.db")
+    try:
+        assert table.get("job").title == "t" and [page.name for page in table.pages("job")] == ["1.png"]
+    finally:
+        table.close()
+    jobs.JobTable(tmp_path / "jobs.db").close()  # its rows have got checksums
