@@ -518,6 +518,140 @@ def test_those_who_take_nothing_of_a_file_keep_it_from_nobody(tmp_path):
         assert len(one(exchange(http.server_port, GET + CLOSE + b"\r\n"))[2]) == size
 
 
+# ---------------------------------------------------------------- answers before files
+def entering(turns: wire.Turns) -> threading.Event:
+    """Set once a thread that wants a turn has it."""
+    entered = threading.Event()
+
+    def enter() -> None:
+        with turns:
+            entered.set()
+
+    threading.Thread(target=enter, daemon=True).start()
+    return entered
+
+
+def test_a_file_waits_until_every_request_that_goes_before_it_is_over(monkeypatch):
+    monkeypatch.setattr(wire, "GIVE_WAY_S", 3600.0)
+    turns = wire.Turns()
+    turns.begin(1)
+    turns.begin(2)
+    entered = entering(turns)
+    turns.end(1)
+    assert not entered.wait(0.1)
+    turns.end(2)
+    assert entered.wait(10)
+
+
+def test_a_request_goes_before_files_for_its_time_only(monkeypatch):
+    monkeypatch.setattr(wire, "GIVE_WAY_S", 3600.0)
+    now_s = 0.0
+    turns = wire.Turns(lambda: now_s)
+    turns.begin(1)
+    now_s = 3600.0
+    assert entering(turns).wait(10)
+    turns.begin(2)
+    entered = entering(turns)
+    assert not entered.wait(0.1)
+    turns.end(2)  # while the first still has no answer
+    assert entered.wait(10)
+
+
+def test_no_more_than_so_many_send_at_once():
+    turns = wire.Turns()
+    with contextlib.ExitStack() as held:
+        for _ in range(wire.SENDERS):
+            held.enter_context(turns)
+        entered = entering(turns)
+        assert not entered.wait(0.1)
+    assert entered.wait(10)
+
+
+@pytest.fixture
+def slow_answer(tmp_path: Path) -> Iterator[tuple[wire.HttpServer, threading.Event]]:
+    """A server that answers /slow once the event is set, any other GET with a file of 11 bytes;
+    it reads the body of a POST, and takes over what asks for /socket."""
+    (tmp_path / "file").write_bytes(b"hello world")
+    goes_on = threading.Event()
+
+    def handle(handler: wire.Handler, request: wire.Request) -> wire.Answer | None:
+        if request.segments == ["slow"]:
+            assert goes_on.wait(30)
+        if request.segments == ["socket"]:
+            handler.hand_over()[0].close()
+            return None
+        if request.method == "POST" or request.segments == ["slow"]:
+            return echo(handler, request)
+        return wire.file_answer(request, open(tmp_path / "file", "rb"), "A", 0, {})
+
+    with serving(handle) as http:
+        yield http, goes_on
+        goes_on.set()
+
+
+def test_a_request_is_answered_before_the_files_of_others_are_sent(slow_answer, monkeypatch):
+    monkeypatch.setattr(wire, "GIVE_WAY_S", 3600.0)
+    http, goes_on = slow_answer
+    with dial(http.server_port) as asker, dial(http.server_port) as reader:
+        asker.sendall(b"GET /slow HTTP/1.1\r\n" + HOST + CLOSE + b"\r\n")
+        until(lambda: [peer.phase for peer in http.peers.values()].count("answer"))
+        reader.sendall(GET + CLOSE + b"\r\n")
+        with pytest.raises(TimeoutError):
+            drain(reader, 0.3)
+        goes_on.set()
+        assert one(drain(asker))[0] == 200
+        assert drain(reader).endswith(b"hello world")
+
+
+OVER = {
+    "closed without a word": b"",
+    "half a head": GET,
+    "malformed": b"GET\r\n\r\n",
+    "HEAD": b"HEAD / HTTP/1.1\r\n" + HOST + CLOSE + b"\r\n",
+    "half a body": POST + b"Content-Length: 9\r\n\r\nhalf",
+    "handed over": b"GET /socket HTTP/1.1\r\n" + HOST + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", OVER.values(), ids=OVER)
+def test_a_request_that_is_over_or_gone_keeps_no_file_back(slow_answer, monkeypatch, sent):
+    monkeypatch.setattr(wire, "GIVE_WAY_S", 3600.0)
+    http, _ = slow_answer
+    with dial(http.server_port) as line:
+        line.sendall(sent)
+        line.shutdown(socket.SHUT_WR)
+        drain(line)
+    assert exchange(http.server_port, GET + CLOSE + b"\r\n").endswith(b"hello world")
+
+
+def test_a_kept_connection_goes_first_again_only_with_its_next_request(slow_answer, monkeypatch):
+    monkeypatch.setattr(wire, "GIVE_WAY_S", 3600.0)
+    http, _ = slow_answer
+    with dial(http.server_port) as kept, dial(http.server_port) as reader:
+        kept.sendall(POST + b"Content-Length: 0\r\n\r\n")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+        reader.sendall(GET + b"\r\n")
+        until(lambda: reader.recv(1000).endswith(b"hello world"))
+        kept.sendall(GET[:9])
+        until(lambda: [peer.phase for peer in http.peers.values()].count("head"))
+        reader.sendall(GET + CLOSE + b"\r\n")
+        with pytest.raises(TimeoutError):
+            drain(reader, 0.3)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", GET, POST + b"Content-Length: 9\r\n\r\nhalf", b"GET /slow HTTP/1.1\r\n" + HOST + b"\r\n"],
+    ids=["silent", "half a head", "half a body", "an answer that takes its time"],
+)
+def test_whoever_is_slow_keeps_no_file_back(slow_answer, sent):
+    http, _ = slow_answer
+    with dial(http.server_port) as line:
+        line.sendall(sent)
+        until(lambda: http.peers)
+        assert exchange(http.server_port, GET + CLOSE + b"\r\n").endswith(b"hello world")
+
+
 # ---------------------------------------------------------------- deadlines
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """HTTP/1.1 as bytes: strict heads, bounded bodies, deadlines, ranges. Knows nothing of jobs.
 
 Map: limits - Refused - Headers, Request, Answer - parsing a head - Body - conditions and
-     ranges - Peer, HttpServer (threads, cap, reaper) - Handler (one connection)
+     ranges - Turns (answers before files) - Peer, HttpServer (threads, cap, reaper) - Handler
+     (one connection)
 Rule: what is not exactly HTTP/1.1 is refused, and a refused connection is closed: two
 readers must never disagree on where a request ends.
 Runs in: http-accept, http-N (one a connection), http-reaper.
@@ -38,9 +39,8 @@ LINE_BYTES = 8 << 10
 HEAD_BYTES = 64 << 10
 FIELDS = 100
 CHUNK_BYTES = 256 << 10
-# Threads that copy a file to a socket at once. A hundred of them that can run would keep whoever asks
-# for a state from the processor for a third of a second.
-SENDERS = 4
+SENDERS = 4  # threads that copy a file to a socket at once
+GIVE_WAY_S = 0.02  # for so long a request goes before them; most are answered in a few milliseconds
 HEAD_S = 10.0  # for the whole head, however slowly it trickles
 IDLE_S = 60.0  # between requests of a kept connection
 STALL_S = 30.0  # grace of a body or an answer, in addition to its bytes at SLOWEST
@@ -460,6 +460,50 @@ def file_answer(
 
 
 # ---------------------------------------------------------------- server
+class Turns:
+    """Whose turn it is to send a piece of a file: SENDERS threads at a time, requests before them.
+
+    Files that are sent as fast as the processor can copy leave nothing of it to the requests that
+    came meanwhile: among a hundred downloads at once, a state would wait for half a second. No
+    request goes first for longer than GIVE_WAY_S: neither a slow client nor one whose answer takes
+    its time stops a download, and many requests only slow it down.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._places = threading.Semaphore(SENDERS)
+        self._ended = threading.Condition()
+        self._begun: dict[int, float] = {}  # connection -> until when it goes first
+
+    def begin(self, number: int) -> None:
+        """This connection has a request, or is new and about to send one."""
+        with self._ended:
+            self._begun[number] = self.clock() + GIVE_WAY_S
+
+    def end(self, number: int) -> None:
+        """It is answered, but for the file, or gone."""
+        with self._ended:
+            self._begun.pop(number, None)
+            if not self._begun:
+                self._ended.notify_all()
+
+    def __enter__(self) -> None:
+        """A turn; to be short, and never to wait for a client."""
+        self._places.acquire()
+        if self._begun:  # with a place taken: no more than SENDERS threads wake up to look
+            self._give_way()
+
+    def __exit__(self, *_: object) -> None:
+        self._places.release()
+
+    def _give_way(self) -> None:
+        with self._ended:
+            now_s = self.clock()
+            self._begun = {number: until_s for number, until_s in self._begun.items() if until_s > now_s}
+            latest_s = max(self._begun.values(), default=now_s)
+            self._ended.wait_for(lambda: not self._begun, latest_s - now_s)
+
+
 @dataclass(slots=True)
 class Peer:
     """One connection, as the reaper sees it."""
@@ -495,7 +539,7 @@ class HttpServer(ThreadingHTTPServer):
         self.cap = cap
         self.peers: dict[int, Peer] = {}
         self.peers_lock = threading.Lock()
-        self.senders = threading.Semaphore(SENDERS)
+        self.turns = Turns()
         self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()  # until when open
         self._numbers = itertools.count(1)
         self._closing = threading.Event()
@@ -545,6 +589,7 @@ class HttpServer(ThreadingHTTPServer):
             return
         if oldest:
             _shut(oldest.sock)
+        self.turns.begin(peer.number)
         threading.Thread(
             target=self._serve, args=(request, client_address, peer), name=f"http-{peer.number}", daemon=True
         ).start()
@@ -569,6 +614,7 @@ class HttpServer(ThreadingHTTPServer):
         except OSError:
             pass  # the peer went away: nobody is left to tell
         finally:
+            self.turns.end(peer.number)
             with self.peers_lock:
                 self.peers.pop(peer.number, None)
             self.shutdown_request(request)
@@ -624,6 +670,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if not self.rfile.peek(1):
                 return False
+            self.server.turns.begin(self.peer.number)
             self.peer.enter("head", HEAD_S)
             line = read_request_line(self.rfile)
             request = parse_head(line, read_fields(self.rfile), self.rfile)
@@ -680,18 +727,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _send(self, answer: Answer, head_only: bool, close: bool) -> None:
-        head = head_bytes(answer, close)
+        head, body = head_bytes(answer, close), answer.body
         self.peer.enter("answer", STALL_S)
         try:
-            if isinstance(answer.body, bytes):
-                self.wfile.write(head if head_only else head + answer.body)
-            else:
-                self.wfile.write(head)
-                if not head_only:
-                    self._send_file(answer.body, answer.offset, answer.size_bytes())
+            self.wfile.write(head + body if isinstance(body, bytes) and not head_only else head)
+            self.server.turns.end(self.peer.number)
+            if not isinstance(body, bytes) and not head_only:
+                self._send_file(body, answer.offset, answer.size_bytes())
         finally:
-            if not isinstance(answer.body, bytes):
-                answer.body.close()
+            if not isinstance(body, bytes):
+                body.close()
 
     def _send_file(self, file: BinaryIO, offset: int, size: int) -> None:
         # Where there is sendfile the kernel copies: no buffer a client, and no other thread waits.
@@ -712,13 +757,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _copy(self, file: BinaryIO, offset: int, size: int) -> int:
         """Send some bytes of a file; how many."""
-        file.seek(offset)
-        return self.wfile.write(file.read(size))
+        with self.server.turns:
+            file.seek(offset)
+            piece = file.read(size)
+        return self.wfile.write(piece)
 
     def _sendfile(self, file: BinaryIO, offset: int, size: int) -> int:
         """As _copy(). While the peer takes nothing, another connection has the turn."""
         while True:
-            with self.server.senders, contextlib.suppress(BlockingIOError):
+            with self.server.turns, contextlib.suppress(BlockingIOError):
                 return os.sendfile(self.connection.fileno(), file.fileno(), offset, size)
             writable = select.poll()
             writable.register(self.connection, select.POLLOUT)
