@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,17 @@ def test_what_is_loaded_late_is_not_loaded_at_the_top():
         for other in imported(ast.parse(path.read_text(encoding="utf-8")))
     }
     assert everywhere >= LOADED_LATE
+
+
+def test_all_of_it_is_installed():
+    given = tomllib.loads((storage.PROGRAM / "pyproject.toml").read_text(encoding="utf-8"))
+    parts = given["tool"]["setuptools"]
+    assert {*parts["packages"]} == {*FOLDERS}
+    assert {*parts["py-modules"]} == {name for name in MODULES if "." not in name}
+    data = {
+        path.relative_to(storage.PROGRAM).as_posix()
+        for folder in FOLDERS
+        for path in (storage.PROGRAM / folder).iterdir()
+        if path.is_file() and path.suffix != ".py"
+    }
+    assert data == {f"{folder}/{name}" for folder, names in parts["package-data"].items() for name in names}
