@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from test_service import Client, png, volume
+from serving import volume
+from test_service import Client, png
 
 import jobs
 import server

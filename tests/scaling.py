@@ -65,7 +65,8 @@ def simulate(
 
 def volume_of(pages: int, width: int, height: int) -> bytes:
     """A zip of drawn pages."""
-    from test_service import png, volume
+    from serving import volume
+    from test_service import png
 
     return volume({f"{n:04}.png": png(n, width, height) for n in range(pages)})
 

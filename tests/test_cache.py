@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from serving import PLAN, still
-from test_service import MODEL, Client, check_artifact, png, volume
+from serving import PLAN, still, volume
+from test_service import MODEL, Client, check_artifact, png
 
 import jobs
 import server

@@ -23,9 +23,9 @@ from typing import Any
 import faults
 import pytest
 from helpers import require
-from serving import still, until
+from serving import still, until, volume
 from test_cache import made
-from test_service import Client, check_artifact, png, volume
+from test_service import Client, check_artifact, png
 
 import cluster
 import server

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import faults
 import pytest
-from test_service import Client, check_artifact, png, volume
+from serving import volume
+from test_service import Client, check_artifact, png
 
 import server
 import settings

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import faults
 import pytest
-from serving import queued, running, still, until
-from test_service import Client, check_artifact, png, volume
+from serving import queued, running, still, until, volume
+from test_service import Client, check_artifact, png
 
 import jobs
 import server

@@ -24,6 +24,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from serving import volume
 from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
@@ -118,15 +119,6 @@ def png(n: int, width: int = 32, height: int = 48) -> bytes:
     for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         made += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return made
-
-
-def volume(pages: dict[str, bytes]) -> bytes:
-    """A zip of these pages."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, page in pages.items():
-            archive.writestr(name, page)
-    return data.getvalue()
 
 
 def check_artifact(data: bytes, state: dict[str, Any]) -> dict[str, Any]:
