@@ -30,7 +30,7 @@ from serving import finished, png, queued, running, still, until, volume
 import jobs
 import server
 import settings
-from work import dispatch, retention, submissions
+from work import retention, submissions, workers
 from work.retention import Keep
 
 
@@ -177,7 +177,7 @@ def test_a_cancel_that_the_worker_does_not_obey_costs_it_its_life_and_not_the_ne
     (tmp_path / "notes").mkdir()
     monkeypatch.setenv("FAULTS", str(tmp_path / "notes"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(dispatch, "OBEY_S", 0.2)
+    monkeypatch.setattr(workers.Slot, "obey_s", 0.2)
     with server.Service(settings.Config(storage_root=tmp_path / "s", port=0), faults.by_width) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume({"1.png": png(), "2.png": png(faults.SLEEPER)}))
