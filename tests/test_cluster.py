@@ -151,7 +151,7 @@ def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
     with nodes(ring, 2), serving(tmp_path, ring.address) as (service, client):
         client.call("PUT", "/incoming/v.zip", mixed())
         job = client.submit("v.zip")
-        shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 60)
+        shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 240)
         assert facts(client, client.wait(job)) == alone and shared
         assert json.loads(client.call("GET", "/health")[2])["cluster"]["devices"] == 2
         page = client.call("POST", "/pages?outputFormat=png", png(3), **{"Content-Type": "image/png"})[2]
