@@ -74,11 +74,10 @@ BATCH_BYTES = 32 << 20  # of pages in one call
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = ("cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", "work.workers", *(
-    # and upscaling.PIPELINE
-    "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
-    "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling",
-    "engine.windows"))  # fmt: skip
+CODE = (
+    "cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", "work.workers",
+    *storage.PIPELINE,
+)  # fmt: skip
 
 
 def is_installed() -> bool:
@@ -397,10 +396,7 @@ def places(nodes: list[dict[str, Any]], device: str) -> dict[Place, str]:
 @functools.cache
 def code_hash() -> str:
     """Of the files that decide how a page will look: nodes must have the service's own."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update(storage.source_of(name))
-    return digest.hexdigest()
+    return storage.code_hash(CODE)
 
 
 class Link:

@@ -31,6 +31,11 @@ from typing import IO, Any, BinaryIO
 from messages import Limits, setting_name
 
 PROGRAM = Path(__file__).parent.absolute()  # the service's own files
+# Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
+PIPELINE = (
+    "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
+    "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling", "engine.windows",
+)  # fmt: skip
 PAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 )
@@ -208,9 +213,12 @@ class Layout:
         return path.relative_to(self.root).as_posix()
 
 
-def source_of(module: str) -> bytes:
-    """The program's own source of one module ("storage", "files.inputs")."""
-    return PROGRAM.joinpath(*module.split(".")).with_suffix(".py").read_bytes()
+def code_hash(modules: Iterable[str]) -> str:
+    """Of the program's own source of these modules ("storage", "files.inputs")."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(PROGRAM.joinpath(*module.split(".")).with_suffix(".py").read_bytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- names

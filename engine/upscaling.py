@@ -57,12 +57,6 @@ GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
 LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animevideov3"
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
-
-# Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
-PIPELINE = (
-    "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.imagekinds",
-    "engine.models", "engine.pages", "engine.rolling", "engine.spreads", "engine.upscaling", "engine.windows",
-)  # fmt: skip
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -716,9 +710,6 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
 def program(slot: int) -> str:
     """What computes in this worker: the code of the pipeline, its libraries, the hardware. Pages are
     promised to be alike to the bit where all of it is."""
-    code = hashlib.sha256()
-    for module in PIPELINE:
-        code.update(storage.source_of(module))
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
     for library in ("spandrel", "pillow", "pillow-jxl-plugin"):
@@ -733,4 +724,4 @@ def program(slot: int) -> str:
         for row in describe_devices()
         if row["index"] == slot % DEVICES[row["device"]].count()
     ]
-    return str([code.hexdigest(), versions, processor, torch.get_num_threads(), devices])
+    return str([storage.code_hash(storage.PIPELINE), versions, processor, torch.get_num_threads(), devices])

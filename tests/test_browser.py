@@ -60,7 +60,7 @@ def visit(chromium) -> Iterator[Callable[..., Any]]:
     def open_page(url: str, **options: Any) -> Any:
         context = chromium.new_context(**{"viewport": DESK, "locale": "en-US"} | options)
         stack.callback(context.close)
-        context.set_default_timeout(90_000)  # a service started again loads torch first; machines are busy
+        context.set_default_timeout(20_000)
         page = context.new_page()
         host = urlsplit(url).netloc
         ours = (f"http://{host}/", f"ws://{host}/", f"blob:http://{host}/", "data:")
@@ -476,6 +476,7 @@ def test_a_page_of_a_dropped_zip_is_previewed_before_and_it_is_the_one_that_the_
         page.get_by_label("PNG").check()
         drop(page, tmp_path / "Seen v01.zip")
         button(page, "Preview: Seen v01.zip").press("Enter")
+        page.set_default_timeout(60_000)  # a cold worker loads torch first
         see(page, re.compile(r"realesr-animevideov3, .* The whole volume: about .*, judged by this page"))
         assert (
             page.get_by_label("Page", exact=True).locator("option:checked").inner_text().startswith("2 / 3")

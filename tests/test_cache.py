@@ -275,7 +275,7 @@ def test_a_page_that_deviated_from_its_plan_is_not_kept(tmp_path):
     assert len(entries(tmp_path)) == 1
 
 
-# What infer imports beside upscaling.PIPELINE, and why that decides no byte of a page.
+# What infer imports beside storage.PIPELINE, and why that decides no byte of a page.
 HARMLESS = {
     "storage", "files.artifacts", "files.cache", "files.containers", "files.inputs",  # bytes as they are
     "files.weightfiles",  # a plan has their hashes
@@ -293,4 +293,4 @@ def test_the_program_is_all_code_that_decides_a_page(tmp_path):
         ours |= {f"{package}.{path.stem}" for path in (source / package).glob("*.py")}
     code = f"import infer, sys; print(*(sys.modules.keys() & {ours}))"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=source, encoding="utf-8").split()
-    assert {*loaded} == {*upscaling.PIPELINE} | HARMLESS
+    assert {*loaded} == {*storage.PIPELINE} | HARMLESS

@@ -30,8 +30,8 @@ from test_service import Client, check_artifact, png
 import cluster
 import server
 import settings
+import storage
 from commands import verify
-from engine import upscaling
 from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
 from work.workers import run_worker
 
@@ -149,9 +149,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # ---------------------------------------------------------------- with Ray
 def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
     with nodes(ring, 2), serving(tmp_path, ring.address) as (service, client):
+        # Nodes start with the first page; one could compute a whole volume before the other is up.
+        run(client, volume({"1.png": png(1)}), "first.zip")
+        until(lambda: sum(bool(node.capacity) for node in service.dispatcher.nodes.values()) == 2, 60)
         client.call("PUT", "/incoming/v.zip", mixed())
         job = client.submit("v.zip")
-        shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 240)
+        shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 60)
         assert facts(client, client.wait(job)) == alone and shared
         assert json.loads(client.call("GET", "/health")[2])["cluster"]["devices"] == 2
         page = client.call("POST", "/pages?outputFormat=png", png(3), **{"Content-Type": "image/png"})[2]
@@ -360,7 +363,7 @@ def test_a_node_has_the_weights_that_the_service_has(tmp_path):
 
 
 def test_a_node_with_another_version_of_the_service_is_refused():
-    assert {*upscaling.PIPELINE} < {*cluster.CODE}
+    assert {*storage.PIPELINE} < {*cluster.CODE}
     with pytest.raises(RuntimeError, match="another version"):
         cluster.Node(EngineChoice(), run_worker, "0" * 64)
 

@@ -81,7 +81,6 @@ log = logging.getLogger("dispatch")
 
 BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
 BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
-
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
 DIED_TWICE = "the worker process died twice while computing this page"

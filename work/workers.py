@@ -7,6 +7,7 @@ Runs in: the dispatcher thread, a send-N thread a worker; run_worker in the chil
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -28,7 +29,7 @@ TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
 
 
 # ---------------------------------------------------------------- the dispatcher's end
-class Slot:
+class Slot(abc.ABC):
     """What the dispatcher knows of one worker, wherever it runs."""
 
     obey_s = OBEY_S
@@ -45,13 +46,13 @@ class Slot:
         self.doom: str | None = None  # why we killed it
         self.card: tuple[str, int, int] | None = None  # see Beat
 
+    @abc.abstractmethod
     def post(self, item: Any) -> None:
         """Send it this, without waiting."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def kill(self, why: str) -> None:
         """End it now; the dispatcher will hear of it."""
-        raise NotImplementedError
 
     def give(self, key: TaskKey | str, task: Task) -> None:
         """Send a task; it is in flight until its closing event."""
