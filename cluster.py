@@ -654,6 +654,8 @@ class Bridge:
                 "include_dashboard": False,
                 "object_store_memory": STORE_BYTES,
                 "_node_ip_address": "127.0.0.1",
+                # Ray has 15: pages would stand still while anything else computes on this machine.
+                "_system_config": {"worker_niceness": 0},
             }
         return settings
 

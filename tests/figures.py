@@ -25,6 +25,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kills import workers_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,14 +40,6 @@ def rss_mb(pid: int) -> float:
         return 0.0
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     return int(found[1]) / 1024 if found else 0.0
-
-
-def workers_of(pid: int) -> list[int]:
-    """Processes started by `pid` that hold torch; multiprocessing's tracker is small."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    threads = [Path(p).read_text() for p in Path(f"/proc/{pid}/task").glob("*/children")]
-    pids = {int(word) for part in [text, *threads] for word in part.split()}
-    return [child for child in pids if rss_mb(child) > 60]
 
 
 def start_service(folder: str) -> tuple[subprocess.Popen[str], str, float]:

@@ -42,7 +42,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Client, JobState, loads, parse
-from figures import rss_mb, workers_of
+from figures import rss_mb
+from kills import workers_of
 from serving import dial, finished, png, running, still, volume
 from websockets.exceptions import ConnectionClosed
 

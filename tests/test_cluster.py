@@ -41,6 +41,7 @@ SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: every node on loopback
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
+    "RAY_worker_niceness": "0",  # of its own accord 15: other tests beside these would starve the nodes
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -121,6 +122,16 @@ def serving(
         yield service, Client(service.url)
 
 
+def niceness_of_nodes() -> set[int]:
+    """Of all processes that compute for a cluster."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::Node"):
+                found.add(os.getpriority(os.PRIO_PROCESS, int(path.parent.name)))
+    return found
+
+
 def mixed() -> bytes:
     """A volume of 16 pages of several sizes, and one that no decoder reads."""
     pages = {f"{n:02}.png": png(n, 96 + 16 * (n % 3), 128) for n in range(16)}
@@ -199,8 +210,10 @@ def made_of(path: Path, seed: int) -> None:
 def test_a_cluster_of_its_own_gives_the_same(tmp_path, ring, alone, monkeypatch):
     """auto, where no cluster runs: none is found under another folder of Ray's."""
     monkeypatch.setenv("RAY_TMPDIR", str(ring.place / "own"))
+    monkeypatch.delenv("RAY_worker_niceness")
     with serving(tmp_path, "auto") as (_, client):
         assert run(client, mixed()) == alone
+        assert niceness_of_nodes() == {os.nice(0)}, "as a worker of this machine has it"
 
 
 def test_a_page_that_kills_its_workers_is_carried_and_costs_the_job_no_attempt(tmp_path, ring):
