@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import logs
 import storage
@@ -525,8 +524,12 @@ def keep_freed_memory() -> None:
 
 def settle_torch() -> None:
     """What holds for all that a process computes: the same page, the same bytes."""
+    import torch  # not above: the package engine must be there first
+
     keep_freed_memory()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms(True, warn_only=True), which loads a compiler that we don't use: a
+    # worker was up 1.7 s later for it.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch
 from drawn import colour, grainy, grey, sixteen_bit
 from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
 
+import storage
 from engine import models, pages, rolling, upscaling, windows
 from engine.pages import PageError
 from messages import EngineChoice, Params, Plan
@@ -294,3 +298,26 @@ def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypa
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
     assert upscaling.card_memory(3) is None
+
+
+# ---------------------------------------------------------------- a worker's process
+def in_a_worker(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What Python says of the code, once a worker's libraries are loaded and settled."""
+    command = [sys.executable, "-c", f"import infer; infer.settle_torch(); {code}"]
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | environment
+    return subprocess.run(command, env=env, cwd=storage.PROGRAM, capture_output=True, text=True, check=True)
+
+
+def test_a_worker_computes_the_same_bytes_each_time_and_loads_no_compiler_for_it():
+    said = in_a_worker(
+        "import sys, torch; print(torch.are_deterministic_algorithms_enabled(),"
+        " torch.is_deterministic_algorithms_warn_only_enabled(), 'torch._inductor' in sys.modules)"
+    )
+    assert said.stdout.split() == ["True", "True", "False"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux alone")
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "77"}])
+def test_threads_that_wait_leave_the_processor_to_others_or_do_as_somebody_set(given):
+    said = in_a_worker("pass", OMP_DISPLAY_ENV="verbose", **given)
+    assert f"GOMP_SPINCOUNT = '{given.get('GOMP_SPINCOUNT', 5000)}'" in said.stderr
