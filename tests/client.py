@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import http.client
+import io
 import json
 import re
+import time
 import types
 import typing
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -303,14 +307,39 @@ class Client:
         """As the client sends a volume: chunked, its title as raw UTF-8 in a header."""
         return self.call("PUT", f"/incoming/{name}", iter(pieces), {"X-Reichan-Title": title.encode()})
 
-    def submit(self, path: str, kind: str = "zip", **more: Any) -> str:
-        """Submit an input of the compact model; the new job's id. `more`: keys of the body."""
+    def submit(
+        self, path: str, kind: str = "zip", params: Mapping[str, Any] | None = None, **more: Any
+    ) -> str:
+        """Submit an input, for the small model unless `params` names one; the new job's id.
+
+        `more`: other keys of the body.
+        """
         body = submission(path, kind) | more
+        body["params"] |= params or {}
         accepted: Accepted = self.ask(Accepted, "POST", "/jobs", body, 202)
         return accepted.job_id
 
     def state(self, job: str) -> JobState:
         state: JobState = self.ask(JobState, "GET", f"/jobs/{job}")
+        return state
+
+    def full_state(self, job: str) -> dict[str, Any]:
+        """A job's state with all its keys, those beyond the contract too; strictly read all the same."""
+        full: dict[str, Any] = self.ask(dict, "GET", f"/jobs/{job}")
+        parse(JobState, full)
+        return full
+
+    def wait(
+        self,
+        job: str,
+        until: Callable[[JobState], object] = lambda state: state.is_over,
+        limit_s: float = 300.0,
+    ) -> JobState:
+        """Poll until the job's state is as wanted; that state."""
+        deadline_s = time.monotonic() + limit_s
+        while not until(state := self.state(job)):
+            assert time.monotonic() < deadline_s, state
+            time.sleep(0.05)
         return state
 
     def post(self, job: str, action: str, body: Any = None) -> JobState:
@@ -324,16 +353,21 @@ class Client:
         options = {"proxy": None, "compression": None, "ping_interval": None} | options
         return connect(f"ws://{self.host}{path}", additional_headers=headers, **options)
 
-    def watch(self, job: str, after: int | None = None) -> tuple[list[JobState], int]:
-        """Every frame until the service closes, and the close code."""
+    def frames(self, job: str, after: int | None = None) -> tuple[list[Any], int]:
+        """Every frame until the service closes, as JSON with all its keys, and the close code."""
         query = "" if after is None else f"?after={after}"
-        states: list[JobState] = []
+        frames: list[Any] = []
         with self.socket(f"/ws/jobs/{job}{query}") as line:
             try:
                 while True:
-                    states.append(parse(JobState, loads(line.recv(STALE_S))))
+                    frames.append(loads(line.recv(STALE_S)))
             except ConnectionClosed as closed:
-                return states, closed.rcvd.code if closed.rcvd else 1006
+                return frames, closed.rcvd.code if closed.rcvd else 1006
+
+    def watch(self, job: str, after: int | None = None) -> tuple[list[JobState], int]:
+        """Every frame until the service closes, strictly read, and the close code."""
+        frames, code = self.frames(job, after)
+        return [parse(JobState, frame) for frame in frames], code
 
 
 def submission(path: str, kind: str = "zip") -> dict[str, Any]:
@@ -344,3 +378,19 @@ def submission(path: str, kind: str = "zip") -> dict[str, Any]:
         "input": {"type": kind, "path": path},
         "params": {"model": "realesr-animevideov3"},
     }
+
+
+def check_artifact(data: bytes, state: JobState) -> dict[str, Any]:
+    """Every hash of a job's artifact, and that its report is one; the report, with all its keys."""
+    assert hashlib.sha256(data).hexdigest() == state.artifact_hash, state
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        told: dict[str, Any] = loads(archive.read("artifact-report.json"))
+        report: Report = parse(Report, told)
+        names = ["artifact-report.json", *(item.filename for item in report.items)]
+        assert archive.namelist() == names, archive.namelist()
+        for item in report.items:
+            page = archive.read(item.filename)
+            assert (hashlib.sha256(page).hexdigest(), len(page)) == (item.sha256, item.bytes), item
+    assert report.processed == report.total == len(report.items), report
+    return told
