@@ -16,14 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving import volume
-from test_service import Client, png
+from client import Client
+from serving import png, volume
 
 import jobs
 import server
 import settings
 
-COMPACT, SIX_B = "realesr-animevideov3", "RealESRGAN_x4plus_anime_6B"
+SIX_B = "RealESRGAN_x4plus_anime_6B"
 
 
 class Stopwatch:
@@ -42,16 +42,16 @@ class Stopwatch:
     def start_s(self) -> float:
         """From a submit to its page, on a worker that has the model."""
         began_s = time.perf_counter()
-        job = self.client.submit("small.zip", model=COMPACT)
+        job = self.client.submit("small.zip")
         self.client.wait(job)
         return self.dealt_s[job] - began_s
 
     def cancel_s(self) -> float:
         """From a cancel amid a large page to the page of the job that waits behind it."""
-        large = self.client.submit("large.zip", model=SIX_B)
-        self.client.wait(large, lambda state: state["phase"] == "inferring")
+        large = self.client.submit("large.zip", params={"model": SIX_B})
+        self.client.wait(large, lambda state: state.phase == "inferring")
         time.sleep(2)
-        behind = self.client.submit("small.zip", model=SIX_B)
+        behind = self.client.submit("small.zip", params={"model": SIX_B})
         began_s = time.perf_counter()
         self.client.call("POST", f"/jobs/{large}/cancel")
         self.client.wait(behind)
@@ -69,10 +69,10 @@ def main() -> None:
     ):
         watch = Stopwatch(service)
         client = watch.client
-        client.call("PUT", "/incoming/small.zip", volume({"1.png": png(1)}))
-        client.call("PUT", "/incoming/large.zip", volume({"1.png": png(1, 1200, 1700)}))
+        client.call("PUT", "/incoming/small.zip", volume({"1.png": png()}))
+        client.call("PUT", "/incoming/large.zip", volume({"1.png": png(1200, 1700)}))
         watch.start_s()  # starts the worker, loads the model
-        client.wait(client.submit("small.zip", model=SIX_B))
+        client.wait(client.submit("small.zip", params={"model": SIX_B}))
         print("| what | median ms | worst ms | turns |\n| --- | --- | --- | --- |")
         measures = {"submit to page": watch.start_s, "cancel to next job's page": watch.cancel_s}
         for what, measure in measures.items():

@@ -65,10 +65,9 @@ def simulate(
 
 def volume_of(pages: int, width: int, height: int) -> bytes:
     """A zip of drawn pages."""
-    from serving import volume
-    from test_service import png
+    from serving import png, volume
 
-    return volume({f"{n:04}.png": png(n, width, height) for n in range(pages)})
+    return volume({f"{n:04}.png": png(width, height, n) for n in range(pages)})
 
 
 def processor_s(of: Callable[[set[int]], Iterable[int]]) -> float:
@@ -124,8 +123,8 @@ class Stopwatch:
         before_s = processor_s(self.of)
         state = self.client.wait(self.client.submit(name))
         self.spent_s.append(processor_s(self.of) - before_s)
-        assert (state["status"], state["failedPages"]) == ("SUCCESS", 0), state
-        return self.ended[state["jobId"]] - self.began[state["jobId"]]
+        assert (state.status, state.failed_pages) == ("SUCCESS", 0), state
+        return self.ended[state.job_id] - self.began[state.job_id]
 
 
 def measure_way(source: bytes, result: bytes) -> float:

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from serving import PLAN, still, volume
-from test_service import MODEL, Client, check_artifact, png
+from client import Client, check_artifact
+from engines import COMPACT
+from serving import PLAN, png, still, volume
 
 import jobs
 import server
@@ -37,7 +38,7 @@ OTHERS = {str: "other", int: 7, type(None): 5, tuple: (PLAN,)}  # a value of eac
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
-    """A service with a cache. Its tests have pages of their own each, by the number that png() takes."""
+    """A service with a cache. Its tests have pages of their own each, by their shade."""
     root = tmp_path_factory.mktemp("root")
     config = settings.Config(storage_root=root, model_root=root / "models", port=0, job_cache_bytes=1 << 30)
     with server.Service(replace(config, page_wait_s=100)) as service:
@@ -51,7 +52,7 @@ def client(running: server.Service) -> Client:
 
 def reused(client: Client) -> int:
     """Pages that came from the cache so far, as /metrics tells it."""
-    text = client.call("GET", "/metrics")[2].decode()
+    text = client.call("GET", "/metrics").body.decode()
     return int(re.search(r'reichan_pages_total{status="cached"} (\d+)', text)[1])
 
 
@@ -60,8 +61,8 @@ def made(client: Client, pages: dict[str, bytes], **params: Any) -> tuple[str, d
     is without the names of the job."""
     before = reused(client)
     client.call("PUT", "/incoming/v.zip", volume(pages))
-    state = client.wait(job := client.submit("v.zip", **params))
-    data = client.call("GET", f"/jobs/{job}/artifact")[2]
+    state = client.wait(job := client.submit("v.zip", params=params))
+    data = client.call("GET", f"/jobs/{job}/artifact").body
     report = check_artifact(data, state)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -74,35 +75,35 @@ def entries(root: Path) -> list[Path]:
 
 
 def test_a_repeated_volume_is_taken_from_the_cache_and_is_the_same_to_the_byte(client):
-    pages = {f"{n}.png": png(n) for n in range(3)}
+    pages = {f"{n}.png": png(shade=n) for n in range(3)}
     first, computed, from_cache = made(client, pages)
     assert from_cache == 0
-    assert client.call("DELETE", f"/jobs/{first}")[0] == 204
+    assert client.call("DELETE", f"/jobs/{first}").status == 204
     assert made(client, pages)[1:] == (computed, 3)
 
 
 def test_an_extended_volume_costs_its_new_pages_after_a_restart_too(running, client, tmp_path):
-    made(client, {"1.png": png(11), "2.png": png(12)})
-    extended = {"a/9.png": png(12), "b/3.png": png(13), "1.png": png(11)}
+    made(client, {"1.png": png(shade=11), "2.png": png(shade=12)})
+    extended = {"a/9.png": png(shade=12), "b/3.png": png(shade=13), "1.png": png(shade=11)}
     assert made(client, extended)[2] == 2
     shutil.copytree(running.config.layout.cache, tmp_path / "cache")
     config = replace(running.config, storage_root=tmp_path)
     with server.Service(config) as another:
-        assert made(Client(another.url), extended | {"new.png": png(14)})[2] == 3
+        assert made(Client(another.url), extended | {"new.png": png(shade=14)})[2] == 3
         assert len(another.dispatcher.cache.sizes) == len(entries(tmp_path))
 
 
 @pytest.mark.parametrize(("suffix", "n"), [("page", 21), ("json", 22)])
 def test_a_damaged_entry_is_dropped_and_its_page_computed_anew(running, client, suffix, n):
     before = set(entries(running.config.storage_root))
-    first, expected, _ = made(client, {"1.png": png(n)})
+    first, expected, _ = made(client, {"1.png": png(shade=n)})
     client.call("DELETE", f"/jobs/{first}")  # the entry is a link to its page
     (entry,) = set(entries(running.config.storage_root)) - before
     data = bytearray(entry.with_suffix(f".{suffix}").read_bytes())
     data[len(data) // 2] ^= 1
     entry.with_suffix(f".{suffix}").write_bytes(data)
-    assert made(client, {"1.png": png(n)})[1:] == (expected, 0)
-    assert made(client, {"1.png": png(n)})[1:] == (expected, 1)
+    assert made(client, {"1.png": png(shade=n)})[1:] == (expected, 0)
+    assert made(client, {"1.png": png(shade=n)})[1:] == (expected, 1)
 
 
 def test_a_changed_weight_file_never_hits(running, client):
@@ -111,12 +112,12 @@ def test_a_changed_weight_file_never_hits(running, client):
     torch.manual_seed(0)
     network = models.SRVGGNetCompact(8, 1, 2)
     safetensors.torch.save_file(network.state_dict(), weights)
-    _, before, _ = made(client, {"1.png": png(31)}, model="own", outputFormat="png")
+    _, before, _ = made(client, {"1.png": png(shade=31)}, model="own", outputFormat="png")
     with torch.no_grad():
         network.body[-1].bias.add_(0.1)
     safetensors.torch.save_file(network.state_dict(), weights)
     os.utime(weights, (1, 1))  # as an older file put back; its bytes count
-    _, after, from_cache = made(client, {"1.png": png(31)}, model="own", outputFormat="png")
+    _, after, from_cache = made(client, {"1.png": png(shade=31)}, model="own", outputFormat="png")
     assert from_cache == 0 and before["1.png"] != after["1.png"]
 
 
@@ -207,7 +208,7 @@ def test_a_disk_without_room_is_offered_the_cache_first(tmp_path, monkeypatch):
     with still(tmp_path, job_cache_bytes=1 << 20) as resting:
         resting.dispatcher.cache.load()
         client = Client(resting.url)
-        client.call("PUT", "/incoming/v.zip", volume({"1.png": png(1)}))
+        client.call("PUT", "/incoming/v.zip", volume({"1.png": png()}))
         assert client.submit("v.zip")
         assert not entries(tmp_path) and resting.dispatcher.cache.bytes == 0
 
@@ -217,7 +218,7 @@ def test_an_upload_that_has_no_room_is_offered_it_too(tmp_path, monkeypatch):
     kept_pages(tmp_path / "cache", "a")
     with still(tmp_path, job_cache_bytes=1 << 20) as resting:
         resting.dispatcher.cache.load()
-        assert Client(resting.url).call("PUT", "/incoming/v.zip", b"zip")[0] == 201
+        assert Client(resting.url).call("PUT", "/incoming/v.zip", b"zip").status == 201
         assert not entries(tmp_path)
 
 
@@ -236,13 +237,13 @@ def test_cached_pages_are_no_measure_of_computing(running, client):
         return sum(value for suffix, _, value in samples if suffix == "_count")
 
     before = computed()
-    assert [made(client, {"1.png": png(41), "2.png": png(42)})[2] for _ in range(2)] == [0, 2]
+    assert [made(client, {"1.png": png(shade=41), "2.png": png(shade=42)})[2] for _ in range(2)] == [0, 2]
     assert computed() - before == 2
 
 
 def test_a_volume_is_foretold_and_measured_by_the_pages_that_are_new(running, client):
     for pages, computed, cached in ((range(2), 2, 0), (range(3), 1, 2), (range(3), 0, 3)):
-        job, _, taken = made(client, {f"{n}.png": png(60 + n) for n in pages})
+        job, _, taken = made(client, {f"{n}.png": png(shade=60 + n) for n in pages})
         told = jobs.parsed(running.table.get(job).forecast)
         for workload in (told["workload"], told["measured"]["workload"]):
             assert (workload["pages"], workload["cached"]) == (computed, cached) and taken == cached
@@ -251,15 +252,13 @@ def test_a_volume_is_foretold_and_measured_by_the_pages_that_are_new(running, cl
 
 
 def test_a_readers_page_and_a_previews_go_past_it(running, client):
-    made(client, {"1.png": png(51)})
+    made(client, {"1.png": png(shade=51)})
     before = entries(running.config.storage_root), reused(client)
-    status, headers, _ = client.call("POST", "/pages", png(51), Content_Type="image/png")
-    assert (status, headers["x-reichan-page"]) == (200, "finished")
-    whole = {"input": {"type": "zip", "path": "v.zip"}, "variants": [{"model": MODEL}]}
+    reply = client.call("POST", "/pages", png(shade=51), {"Content-Type": "image/png"})
+    assert (reply.status, reply.headers["x-reichan-page"]) == (200, "finished")
+    whole = {"input": {"type": "zip", "path": "v.zip"}, "variants": [{"model": COMPACT}]}
     part = whole | {"crop": {"x": 0, "y": 0, "width": 16, "height": 16}}
-    made_of = [
-        json.loads(client.call("POST", "/preview", asked)[2])["variants"][0] for asked in (whole, part)
-    ]
+    made_of = [client.call("POST", "/preview", asked).json()["variants"][0] for asked in (whole, part)]
     assert [one["width"] for one in made_of] == [64, 32]
     assert (entries(running.config.storage_root), reused(client)) == before
 

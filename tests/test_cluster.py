@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -22,10 +21,10 @@ from typing import Any
 
 import faults
 import pytest
+from client import Client, JobState, check_artifact
 from helpers import require
-from serving import still, until, volume
+from serving import png, still, until, volume
 from test_cache import made
-from test_service import Client, check_artifact, png
 
 import cluster
 import server
@@ -134,14 +133,14 @@ def niceness_of_nodes() -> set[int]:
 
 def mixed() -> bytes:
     """A volume of 16 pages of several sizes, and one that no decoder reads."""
-    pages = {f"{n:02}.png": png(n, 96 + 16 * (n % 3), 128) for n in range(16)}
+    pages = {f"{n:02}.png": png(96 + 16 * (n % 3), 128, n) for n in range(16)}
     return volume(pages | {"07a.png": b"\x89PNG\r\n\x1a\n broken"})
 
 
-def facts(client: Client, state: dict[str, Any]) -> dict[str, Any]:
+def facts(client: Client, state: JobState) -> dict[str, Any]:
     """A finished job's report, without what differs between two jobs."""
-    assert state["status"] == "SUCCESS", state
-    report = check_artifact(client.call("GET", f"/jobs/{state['jobId']}/artifact")[2], state)
+    assert state.status == "SUCCESS", state
+    report = check_artifact(client.call("GET", f"/jobs/{state.job_id}/artifact").body, state)
     return {key: value for key, value in report.items() if key not in ("jobId", "outputDir")}
 
 
@@ -161,14 +160,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
     with nodes(ring, 2), serving(tmp_path, ring.address) as (service, client):
         # Nodes start with the first page; one could compute a whole volume before the other is up.
-        run(client, volume({"1.png": png(1)}), "first.zip")
+        run(client, volume({"1.png": png()}), "first.zip")
         until(lambda: sum(bool(node.capacity) for node in service.dispatcher.nodes.values()) == 2, 60)
         client.call("PUT", "/incoming/v.zip", mixed())
         job = client.submit("v.zip")
         shared = until(lambda: sum(bool(node.tasks) for node in service.dispatcher.nodes.values()) == 2, 60)
         assert facts(client, client.wait(job)) == alone and shared
-        assert json.loads(client.call("GET", "/health")[2])["cluster"]["devices"] == 2
-        page = client.call("POST", "/pages?outputFormat=png", png(3), **{"Content-Type": "image/png"})[2]
+        assert client.call("GET", "/health").json()["cluster"]["devices"] == 2
+        page = client.call("POST", "/pages?outputFormat=png", png(), {"Content-Type": "image/png"}).body
         assert page[16:24] == struct.pack(">II", 64, 96), "a reader's page is computed there too"
         spools = [path for path in ring.place.glob("reichan-node-*") if any(path.iterdir())]
         assert not spools
@@ -176,7 +175,7 @@ def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
 
 
 def test_own_weights_go_to_the_nodes_and_repeated_pages_do_not(tmp_path, ring):
-    pages = {f"{n}.png": png(n, 96, 128) for n in range(3)}
+    pages = {f"{n}.png": png(96, 128, n) for n in range(3)}
     weights = tmp_path / "models/own.safetensors"
     weights.parent.mkdir()
     with nodes(ring, 1), serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (_, client):
@@ -186,8 +185,8 @@ def test_own_weights_go_to_the_nodes_and_repeated_pages_do_not(tmp_path, ring):
         made_of(weights, seed=2)
         _, other, from_cache = made(client, pages, model="own")
         assert from_cache == 0 and not [name for name in computed if computed[name] == other[name]]
-        state = client.wait(client.submit("v.zip", model="own", container="cbz"))
-        book = client.call("GET", f"/jobs/{state['jobId']}/artifact")[2]
+        state = client.wait(client.submit("v.zip", params={"model": "own", "container": "cbz"}))
+        book = client.call("GET", f"/jobs/{state.job_id}/artifact").body
     (tmp_path / "v.cbz").write_bytes(book)
     with zipfile.ZipFile(tmp_path / "v.cbz") as archive:
         names = [name for name in archive.namelist() if name.endswith(".jpg")]
@@ -217,7 +216,7 @@ def test_a_cluster_of_its_own_gives_the_same(tmp_path, ring, alone, monkeypatch)
 
 
 def test_a_page_that_kills_its_workers_is_carried_and_costs_the_job_no_attempt(tmp_path, ring):
-    pages = {f"{n}.png": png(n, width) for n, width in enumerate((32, faults.KILLER, 33, 34))}
+    pages = {f"{n}.png": png(width, shade=n) for n, width in enumerate((32, faults.KILLER, 33, 34))}
     with nodes(ring, 2), serving(tmp_path, ring.address, faults.by_width) as (service, client):
         client.call("PUT", "/incoming/v.zip", volume(pages))
         state = client.wait(job := client.submit("v.zip"))
@@ -260,14 +259,14 @@ def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path
             keys = [key for node in service.dispatcher.nodes.values() for key in node.tasks]
             return [sum(key[0] == job for key in keys) for job in jobs]
 
-        client.wait(jobs[1], lambda state: state["phase"] == "inferring")
+        client.wait(jobs[1], lambda state: state.phase == "inferring")
         until(lambda: sum(node.capacity > 0 for node in service.dispatcher.nodes.values()) == 2, 60)
         room = sum(node.capacity for node in service.dispatcher.nodes.values())
         until(lambda: sum(held()) == room)
         for n in range(room // 2):  # what these pages leave goes to the job that has fewer
             (ring.place / f"pass{n}").touch()
         until(lambda: held() == [room // 2, room // 2, 0])
-        assert client.state(jobs[2])["status"] == "PENDING"
+        assert client.state(jobs[2]).status == "PENDING"
         for job in jobs[:2]:
             client.call("POST", f"/jobs/{job}/cancel")
         (ring.place / "go").touch()
@@ -291,12 +290,12 @@ def test_the_service_waits_for_a_head_that_restarts_and_goes_on(tmp_path, ring, 
             job = client.submit("v.zip")
             for n in range(5):
                 (ring.place / f"pass{n}").touch()
-            client.wait(job, lambda state: state["processed"] == 5)
+            client.wait(job, lambda state: state.processed == 5)
             own.stop()
-            health = lambda: json.loads(client.call("GET", "/health")[2])["cluster"]  # noqa: E731
+            health = lambda: client.call("GET", "/health").json()["cluster"]  # noqa: E731
             until(lambda: "waiting for it" in (health()["detail"] or ""), 90)
             state = client.state(job)
-            assert (health()["status"], state["status"], state["processed"]) == ("waiting", "RUNNING", 5)
+            assert (health()["status"], state.status, state.processed) == ("waiting", "RUNNING", 5)
             (ring.place / "go").touch()
             own.start()
             own.ray.add_node(**NODE, wait=False)
@@ -340,7 +339,7 @@ def node(tmp_path, monkeypatch) -> Iterator[tuple[cluster.Node, Callable[..., li
     def compute(source: str = "1.png", **changes: Any) -> list[Any]:
         made.worker.post(Settle("job", 1, params, None))
         plan = replace(ended(Settled)[0][0].plan, **changes)
-        made.give([(ComputePage("job", 1, 1, Path(source), Path("1"), params, plan, Limits()), png(1))])
+        made.give([(ComputePage("job", 1, 1, Path(source), Path("1"), params, plan, Limits()), png())])
         return ended(PageDone, cluster.Declined)
 
     yield made, compute

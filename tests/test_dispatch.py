@@ -10,8 +10,8 @@ from pathlib import Path
 
 import faults
 import pytest
-from serving import volume
-from test_service import Client, check_artifact, png
+from client import Client, check_artifact
+from serving import png, volume
 
 import server
 import settings
@@ -41,14 +41,14 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def widths(*pages: int) -> bytes:
     """A volume with a page of each width."""
-    return volume({f"{n}.png": png(n, width) for n, width in enumerate(pages, 1)})
+    return volume({f"{n}.png": png(width, shade=n) for n, width in enumerate(pages, 1)})
 
 
 def test_a_page_that_always_kills_its_worker_is_carried_and_the_rest_goes_on(tmp_path, notes):
     with serving(tmp_path, faults.by_width) as (_, client):
         client.call("PUT", "/incoming/v.zip", widths(32, faults.KILLER, 33, 34))
         state = client.wait(job := client.submit("v.zip"))
-        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
     assert [item["status"] for item in report["items"]] == ["upscaled", "carried", "upscaled", "upscaled"]
     assert "died twice" in report["items"][1]["error"]
     # Once beside others, then twice alone.
@@ -59,8 +59,8 @@ def test_a_page_that_fails_once_is_upscaled_at_the_end(tmp_path, notes):
     with serving(tmp_path, faults.by_width) as (_, client):
         client.call("PUT", "/incoming/v.zip", widths(faults.CLUMSY, 32, 33))
         state = client.wait(job := client.submit("v.zip"))
-        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
-    assert (state["status"], state["failedPages"]) == ("SUCCESS", 0)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
+    assert (state.status, state.failed_pages) == ("SUCCESS", 0)
     assert report["items"][0]["status"] == "upscaled" and (notes / "clumsy").stat().st_size == 2
 
 
@@ -71,7 +71,7 @@ def test_a_worker_that_stops_or_hangs_is_replaced(tmp_path, notes, monkeypatch, 
     with serving(tmp_path, faults.by_width) as (_, client):
         client.call("PUT", "/incoming/v.zip", widths(32, width))
         state = client.wait(client.submit("v.zip"))
-    assert (state["status"], state["failedPages"]) == ("SUCCESS", 0)
+    assert (state.status, state.failed_pages) == ("SUCCESS", 0)
     assert (notes / note).stat().st_size == 2
 
 
@@ -79,63 +79,64 @@ def test_a_full_disk_fails_the_job_and_resume_finishes_it(tmp_path, notes):
     with serving(tmp_path, faults.full_disk) as (_, client):
         client.call("PUT", "/incoming/v.zip", widths(32, 33))
         state = client.wait(job := client.submit("v.zip"))
-        assert (state["status"], state["errorCode"]) == ("FAILED", "DISK")
-        assert "No space left" in state["lastError"]
+        assert (state.status, client.full_state(job)["errorCode"]) == ("FAILED", "DISK")
+        assert "No space left" in state.last_error
         (notes / "room").touch()
-        assert client.call("POST", f"/jobs/{job}/resume")[0] == 200
+        client.post(job, "resume")
         state = client.wait(job)
-        assert state["status"] == "SUCCESS"
-        check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        assert state.status == "SUCCESS"
+        check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
 
 
 def test_workers_that_cannot_start_fail_the_job_with_the_reason(tmp_path, notes):
     with serving(tmp_path, faults.cannot_boot) as (_, client):
         client.call("PUT", "/incoming/v.zip", widths(32))
-        state = client.wait(client.submit("v.zip"))
-    assert (state["status"], state["errorCode"]) == ("FAILED", "WORKER_CANNOT_START")
-    assert "no torch here" in state["lastError"]
+        state = client.wait(job := client.submit("v.zip"))
+        code = client.full_state(job)["errorCode"]
+    assert (state.status, code) == ("FAILED", "WORKER_CANNOT_START")
+    assert "no torch here" in state.last_error
     assert (notes / "boots").stat().st_size == dispatch.CARELESS_DEATHS
 
 
 def test_a_finished_page_that_was_damaged_is_computed_again_before_packing(tmp_path):
     with serving(tmp_path, None) as (service, client):
-        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 160, 200) for n in range(6)}))
+        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(160, 200, n) for n in range(6)}))
         job = client.submit("v.zip")
-        client.wait(job, lambda state: state["processed"] >= 2)
+        client.wait(job, lambda state: state.processed >= 2)
         next(service.config.layout.outputs.glob(f"*/*/{job}/0.jpg")).write_bytes(b"damaged")
         state = client.wait(job)
-        assert (state["status"], state["processed"]) == ("SUCCESS", 6)
-        check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        assert (state.status, state.processed) == ("SUCCESS", 6)
+        check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
 
 
 def test_a_resume_after_the_input_changed_never_mixes_pages(tmp_path):
     with serving(tmp_path, None) as (service, client):
-        pages = {f"{n}.png": png(n, 120, 160) for n in range(8)}
+        pages = {f"{n}.png": png(120, 160, n) for n in range(8)}
         client.call("PUT", "/incoming/v.zip", volume(pages))
         job = client.submit("v.zip")
-        client.wait(job, lambda state: state["processed"] >= 2)
+        client.wait(job, lambda state: state.processed >= 2)
         client.call("POST", f"/jobs/{job}/cancel")
         assert service.dispatcher.wait_released(job, 5)
-        pages["0.png"] = png(99, 120, 160)
+        pages["0.png"] = png(120, 160, 99)
         client.call("PUT", "/incoming/v.zip", volume(pages))
         client.call("POST", f"/jobs/{job}/resume")
         state = client.wait(job)
-        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
         client.call("PUT", "/incoming/w.zip", volume({"0.png": pages["0.png"]}))
         fresh = client.wait(client.submit("w.zip"))
-        other = check_artifact(client.call("GET", f"/jobs/{fresh['jobId']}/artifact")[2], fresh)
+        other = check_artifact(client.call("GET", f"/jobs/{fresh.job_id}/artifact").body, fresh)
     assert report["items"][0]["sha256"] == other["items"][0]["sha256"]
 
 
 def test_two_slots_run_two_jobs_and_share_one(tmp_path):
     with serving(tmp_path, None, max_concurrency=2) as (service, client):
-        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(n, 120, 160) for n in range(12)}))
+        client.call("PUT", "/incoming/v.zip", volume({f"{n}.png": png(120, 160, n) for n in range(12)}))
         first, second = client.submit("v.zip"), client.submit("v.zip")
-        client.wait(second, lambda state: state["status"] == "RUNNING")
-        assert client.state(first)["status"] == "RUNNING"
+        client.wait(second, lambda state: state.status == "RUNNING")
+        assert client.state(first).status == "RUNNING"
         results = [client.wait(job) for job in (first, second)]
         assert len(service.dispatcher.workers) == 2
-    assert [state["status"] for state in results] == ["SUCCESS", "SUCCESS"]
+    assert [state.status for state in results] == ["SUCCESS", "SUCCESS"]
 
 
 def test_one_volume_uses_both_devices_while_the_next_waits(tmp_path, notes):
@@ -143,9 +144,9 @@ def test_one_volume_uses_both_devices_while_the_next_waits(tmp_path, notes):
         client.call("PUT", "/incoming/v.zip", widths(*range(32, 42)))
         first, second = client.submit("v.zip"), client.submit("v.zip")
         client.wait(first, lambda _: all((notes / f"page on {slot}").exists() for slot in (0, 1)))
-        assert client.state(second)["status"] == "PENDING"
+        assert client.state(second).status == "PENDING"
         (notes / "go").touch()
-        assert client.wait(first)["status"] == "SUCCESS"
+        assert client.wait(first).status == "SUCCESS"
 
 
 def test_an_idle_worker_gives_its_memory_back(tmp_path):
@@ -168,12 +169,12 @@ def test_an_input_that_became_a_link_elsewhere_is_not_followed(tmp_path):
         incoming = service.config.layout.incoming
         for folder in (incoming / "a/vol", tmp_path / "secret/vol"):
             folder.mkdir(parents=True)
-            (folder / "1.png").write_bytes(png(1))
-        client.call("PUT", "/incoming/long.zip", volume({f"{n}.png": png(n, 160, 200) for n in range(8)}))
+            (folder / "1.png").write_bytes(png())
+        client.call("PUT", "/incoming/long.zip", volume({f"{n}.png": png(160, 200, n) for n in range(8)}))
         first = client.submit("long.zip")
         job = client.submit("a/vol", "folder")
         (incoming / "a").rename(tmp_path / "moved")
         (incoming / "a").symlink_to(tmp_path / "secret")
         client.call("POST", f"/jobs/{first}/cancel")
-        state = client.wait(job)
-    assert (state["status"], state["errorCode"]) == ("FAILED", "INPUT_UNUSABLE")
+        state, code = client.wait(job), client.full_state(job)["errorCode"]
+    assert (state.status, code) == ("FAILED", "INPUT_UNUSABLE")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import faults
 import pytest
-from serving import queued, running, still, until, volume
-from test_service import Client, check_artifact, png
+from client import Client, check_artifact, submission
+from serving import png, queued, running, still, until, volume
 
 import jobs
 import server
@@ -25,11 +24,8 @@ def resting(tmp_path: Path) -> Iterator[server.Service]:
 
 
 def submitted(client: Client, **fields: object) -> str:
-    client.call("PUT", "/incoming/one.zip", volume({"1.png": png(1)}))
-    body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "one.zip"}, **fields}
-    status, _, text = client.call("POST", "/jobs", body)
-    assert status == 202, text
-    return str(json.loads(text)["jobId"])
+    client.call("PUT", "/incoming/one.zip", volume({"1.png": png()}))
+    return client.submit("one.zip", **fields)
 
 
 def claimed(service: server.Service) -> list[str]:
@@ -50,9 +46,9 @@ def test_a_higher_priority_goes_first_and_equals_go_in_order_of_arrival(resting)
 def test_a_priority_can_be_changed_while_the_job_waits(resting):
     client = Client(resting.url)
     first, second = queued(resting).id, submitted(client)
-    assert client.state(first)["priority"] == 0
-    status, _, text = client.call("POST", f"/jobs/{second}/priority", {"priority": 1})
-    assert (status, json.loads(text)["priority"]) == (200, 1)
+    assert client.full_state(first)["priority"] == 0
+    reply = client.call("POST", f"/jobs/{second}/priority", {"priority": 1})
+    assert (reply.status, reply.json()["priority"]) == (200, 1)
     assert claimed(resting) == [second, first]
 
 
@@ -81,60 +77,59 @@ def test_a_finished_job_takes_a_priority_for_when_it_is_resumed(resting):
 
 def test_the_queue_tells_the_highest_priority_that_waits(resting):
     client = Client(resting.url)
-    assert json.loads(client.call("GET", "/queue")[2])["highestPriority"] is None
+    assert client.call("GET", "/queue").json()["highestPriority"] is None
     submitted(client, priority=None), submitted(client, priority=-3)
-    assert json.loads(client.call("GET", "/queue")[2])["highestPriority"] == 0
+    assert client.call("GET", "/queue").json()["highestPriority"] == 0
     claimed(resting)
-    assert json.loads(client.call("GET", "/queue")[2])["highestPriority"] is None
+    assert client.call("GET", "/queue").json()["highestPriority"] is None
 
 
 @pytest.mark.parametrize("value", [101, -101, 1.5, "1", True])
 def test_a_priority_out_of_range_is_refused_and_named(resting, value):
     client, job = Client(resting.url), queued(resting)
-    status, _, text = client.call("POST", f"/jobs/{job.id}/priority", {"priority": value})
-    assert (status, json.loads(text)["errors"][0]["field"]) == (422, "priority")
-    body = {"title": "t", "volume": "1", "input": {"type": "zip", "path": "one.zip"}, "priority": value}
-    assert client.call("POST", "/jobs", body)[0] == 422
+    reply = client.call("POST", f"/jobs/{job.id}/priority", {"priority": value})
+    assert (reply.status, [*reply.faults()]) == (422, ["priority"])
+    assert client.call("POST", "/jobs", submission("one.zip") | {"priority": value}).status == 422
     assert resting.table.get(job.id).priority == 0
 
 
 def test_an_unknown_job_has_no_priority(resting):
     job = "00000000-0000-4000-8000-000000000000"
-    assert Client(resting.url).call("POST", f"/jobs/{job}/priority", {"priority": 1})[0] == 404
+    assert Client(resting.url).call("POST", f"/jobs/{job}/priority", {"priority": 1}).status == 404
 
 
 def test_a_running_job_holds_at_a_page_border_over_a_restart_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULTS", str(tmp_path))
-    pages = {f"{n:02}.png": png(n, faults.WAITER if n > 1 else 32) for n in range(12)}
+    pages = {f"{n:02}.png": png(faults.WAITER if n > 1 else 32, shade=n) for n in range(12)}
     config = settings.Config(tmp_path / "root", port=0)
     with server.Service(config, worker=faults.with_leave) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(pages))
-        job = client.submit("v.zip", outputFormat="png")
-        client.wait(job, lambda state: state["processed"] > 0)
+        job = client.submit("v.zip", params={"outputFormat": "png"})
+        client.wait(job, lambda state: state.processed > 0)
         waiting = client.submit("v.zip")
-        queue = json.loads(client.call("POST", "/queue/pause")[2])
+        queue = client.call("POST", "/queue/pause").json()
         assert queue == {"paused": True, "waiting": 1, "running": 1, "highestPriority": 0}
         until(lambda: service.dispatcher.paused_s)
         (tmp_path / "go").touch()
         until(lambda: not any(slot.tasks for slot in service.dispatcher.workers.values()))
         held = client.state(job)
-        assert held["status"] == "RUNNING" and held["processed"] < held["total"] == len(pages)
-        assert held["etaSeconds"] is None
-        assert client.state(waiting)["status"] == "PENDING"
-        reader = client.call("POST", "/pages", png(99), Content_Type="image/png")
-        assert reader[1]["x-reichan-page"] == "finished"  # somebody waits for that one
-        assert client.state(job)["processed"] == held["processed"]
+        assert held.status == "RUNNING" and held.processed < held.total == len(pages)
+        assert held.eta_seconds is None
+        assert client.state(waiting).status == "PENDING"
+        reader = client.call("POST", "/pages", png(shade=99), {"Content-Type": "image/png"})
+        assert reader.headers["x-reichan-page"] == "finished"  # somebody waits for that one
+        assert client.state(job).processed == held.processed
     with server.Service(config) as service:
         client = Client(service.url)
-        assert json.loads(client.call("GET", "/health")[2])["paused"] is True
-        assert client.state(job)["status"] == "PENDING" and not service.dispatcher.workers
-        assert client.call("POST", f"/jobs/{waiting}/cancel")[0] == 200
-        assert json.loads(client.call("POST", "/queue/resume")[2])["paused"] is False
+        assert client.call("GET", "/health").json()["paused"] is True
+        assert client.state(job).status == "PENDING" and not service.dispatcher.workers
+        client.post(waiting, "cancel")
+        assert client.call("POST", "/queue/resume").json()["paused"] is False
         state = client.wait(job)
-        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact")[2], state)
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
     assert [item["status"] for item in report["items"]] == ["upscaled"] * len(pages)
-    assert state["processed"] == len(pages) and state["retries"] == 0
+    assert state.processed == len(pages) and state.retries == 0
 
 
 def test_a_held_job_can_be_cancelled_and_the_pause_is_no_time_of_its_pages(tmp_path):
@@ -150,7 +145,7 @@ def test_a_held_job_can_be_cancelled_and_the_pause_is_no_time_of_its_pages(tmp_p
         for run in runs:
             run.started_s -= 1000
         client = Client(resting.url)
-        assert client.call("POST", f"/jobs/{runs[0].job.id}/cancel")[0] == 200
+        client.post(runs[0].job.id, "cancel")
         dispatcher._drop_ended_runs()
         assert [*dispatcher.runs.values()] == runs[1:]
         resting.table.pause(False)
