@@ -159,10 +159,13 @@ def test_a_killed_worker_costs_no_finished_page_and_changes_no_byte(client, serv
     calm = client.wait(client.submit("kill.zip"))
     job = client.submit("kill.zip")
     state = client.wait(job, lambda state: state.processed >= 3)
-    done = {p["n"]: p["sha256"] for p in client.call("GET", f"/jobs/{job}/pages").json()["pages"]}
+    done = [page for page in client.call("GET", f"/jobs/{job}/pages").json()["pages"] if page["sha256"]]
+    folder = next(service.config.layout.outputs.glob(f"*/*/{job}"))
+    before = {page["filename"]: (folder / page["filename"]).stat().st_mtime_ns for page in done}
     os.kill(service.dispatcher.workers[0].process.pid, signal.SIGKILL)
     state = client.wait(job)
-    assert state.status == "SUCCESS" and state.failed_pages == 0 and len(done) == 10
+    assert state.status == "SUCCESS" and state.failed_pages == 0 and len(before) >= 3
+    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     data = client.call("GET", f"/jobs/{job}/artifact").body
     report = check_artifact(data, state)
     undisturbed = check_artifact(client.call("GET", f"/jobs/{calm.job_id}/artifact").body, calm)
@@ -230,18 +233,6 @@ def test_the_service_tells_of_its_models_devices_and_itself(client):
     assert {route.path.replace("...", "") for route in routes.ROUTES} == set(paths)
 
 
-def test_foreign_hosts_and_origins_are_refused(client):
-    assert client.call("GET", "/health", None, {"Host": "evil.example"}).status == 421
-    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
-        reply = client.call("POST", "/jobs", submission("x.zip"), {"Origin": origin})
-        assert reply.status == 403 and "access-control-allow-origin" not in reply.headers
-    for origin in settings.TAURI_ORIGINS:
-        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-        reply = client.call("OPTIONS", "/jobs", None, asked)
-        allowed, vary = reply.headers["access-control-allow-origin"], reply.headers["vary"]
-        assert (reply.status, allowed, vary) == (204, origin, "Origin")
-
-
 def test_a_token_is_asked_for_and_a_cookie_stands_for_it(tmp_path):
     with server.Service(settings.Config(storage_root=tmp_path, port=0, token="secret-token")) as running:
         client = Client(running.url)
@@ -255,16 +246,13 @@ def test_a_token_is_asked_for_and_a_cookie_stands_for_it(tmp_path):
         assert client.call("GET", "/jobs", None, {"Cookie": cookie}).status == 200
 
 
-def test_bound_to_the_network_the_service_makes_a_token(tmp_path):
-    with server.Service(settings.Config(storage_root=tmp_path, host="0.0.0.0", port=0)) as running:
+def test_bound_to_the_network_the_service_makes_a_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings.Config, "is_loopback", False)  # so that no test is heard outside
+    with server.Service(settings.Config(storage_root=tmp_path, port=0)) as running:
         token = (tmp_path / "token").read_text().strip()
         assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
         assert Client(running.url).call("GET", "/jobs").status == 401
         assert Client(running.url, token).call("GET", "/jobs").status == 200
-
-
-def test_an_unknown_job_closes_the_websocket_with_4404(client):
-    assert client.watch("none") == ([], 4404)
 
 
 def start(root: Path) -> tuple[subprocess.Popen[str], Client]:

@@ -103,3 +103,13 @@ def test_a_bad_setting_stops_the_start_with_one_line(tmp_path, environ, flags):
         done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("server.py: ")
     )
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.9.9.9"])
+def test_a_host_that_only_this_machine_can_reach_is_loopback(host):
+    assert config(BIND=f"{host}:8001").is_loopback
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.168.1.2", "books.example"])
+def test_any_other_host_is_the_network(host):
+    assert not config(BIND=f"{host}:8001").is_loopback
