@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch loads libgomp: between two layers its threads then wait for 0.1 ms in a loop, no longer for
-# several. On an idle machine a page takes as long; with both of two cores wanted by another program too it
-# takes 0.7 of the time. Anything that somebody has set stays.
+# Before torch loads libgomp: at the end of a layer its threads then wait for 0.1 ms in a loop, not for
+# several (300000 is its own count). Alone, a page takes as long; where another program wants the cores too,
+# 0.7 of the time (two `python infer.py` side by side on 2 cores). What somebody has set stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
