@@ -434,9 +434,10 @@ class UpstreamEngine:
             from basicsr.archs.rrdbnet_arch import RRDBNet as UpstreamRRDBNet
             from realesrgan import RealESRGANer
             from realesrgan.archs.srvgg_arch import SRVGGNetCompact as UpstreamCompact
-        except ImportError as error:
+        # RuntimeError: of a torchvision that was built for another torch.
+        except (ImportError, RuntimeError) as error:
             raise EngineMissing(
-                f"the reference engine is not installed ({error}): pip install -e '.[upstream]'"
+                f"the reference engine can't be loaded ({error}): pip install -e '.[upstream]'"
             ) from error
         self.scale = model.scale
         self.turn = threading.Lock()  # it keeps the page that it computes in itself

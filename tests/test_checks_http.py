@@ -819,6 +819,12 @@ def test_o03_the_apps_preflight_is_answered_with_its_own_origin(service, origin)
     assert ask(service, *fields[:2])[1]["access-control-allow-origin"] == origin
 
 
+def test_a_page_that_is_not_listed_yet_is_no_unknown_page(service):
+    job, client = queued(service), Client(service.url)
+    for side in ("before", "after"):
+        assert client.call("GET", f"/jobs/{job.id}/pages/1/{side}").problem().code == "NOT_STAGED"
+
+
 def test_o05_every_wrong_token_gets_the_same_401(tmp_path):
     token = "right-token-1234"
     wrong = [None, "", token[:-1], token + "x", token.upper(), f"{token} x", "\xff" * 16, "x" * 8000]

@@ -123,6 +123,48 @@ def test_a_grey_page_with_a_colour_profile_becomes_srgb_in_one_channel(icc, powe
     assert np.abs(decoded.pixels - wanted).max() <= 1
 
 
+def curve_of(kind: int, *parameters: float) -> bytes:
+    """A grey profile whose curve is this function of ICC.1:2022, 10.18."""
+    given = struct.pack(f">{len(parameters)}i", *(round(65_536 * value) for value in parameters))
+    return profile(b"GRAY", (b"kTRC", b"para" + struct.pack(">IHH", 0, kind, 0) + given))
+
+
+TABLE = profile(b"GRAY", (b"kTRC", b"curv" + struct.pack(">II3H", 0, 3, 0, 16_384, 65_535)))
+X = np.arange(256) / 255
+
+
+@pytest.mark.parametrize(
+    "icc, light",
+    [
+        (profile(b"GRAY", (b"kTRC", b"curv" + struct.pack(">II", 0, 0))), X),
+        (TABLE, np.interp(X, [0, 0.5, 1], [0, 0.25, 1])),
+        (curve_of(0, 2.2), X**2.2),
+        (curve_of(1, 2, 1.25, -0.25), np.maximum(1.25 * X - 0.25, 0) ** 2),
+        (curve_of(2, 2, 0.5, 0.25, 0.25), (0.5 * X + 0.25) ** 2 + 0.25),
+        (curve_of(4, 2, 1, 0, 0.5, 0.25, 0.125, 0), np.where(X >= 0.25, X**2 + 0.125, 0.5 * X)),
+    ],
+    ids=["straight", "table", "kind 0", "kind 1", "kind 2", "kind 4"],
+)
+def test_a_profiles_curve_is_read_in_each_form_that_the_standard_has(icc, light):
+    curve = pages.tone_curve(icc)
+    assert curve is not None
+    assert np.abs(curve - pages.to_srgb(np.clip(light, 0, 1))).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "icc",
+    [
+        curve_of(5, 1.0),  # no such kind
+        profile(b"GRAY", (b"kTRC", b"what" + bytes(12))),
+        profile(b"RGB ", *((name, gamma(1.8)) for name in (b"rTRC", b"gTRC")), (b"bTRC", gamma(2.2))),
+        profile(b"RGB ", (b"rTRC", gamma(1.8)), (b"gTRC", gamma(1.8))),
+    ],
+    ids=["kind 5", "another type", "three curves", "two curves"],
+)
+def test_a_profile_without_one_known_curve_has_none(icc):
+    assert pages.tone_curve(icc) is None
+
+
 def test_a_grey_page_whose_profile_can_not_be_told_keeps_its_channels_and_the_profile():
     decoded = read(jpeg(GREY_IN_COLOUR, TABLES_ONLY))
     assert decoded.pixels.ndim == 3 and decoded.profile == TABLES_ONLY

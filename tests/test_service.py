@@ -125,6 +125,8 @@ def test_a_bad_page_is_carried_and_the_volume_goes_on(client):
     report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
     assert [item["status"] for item in report["items"]] == ["upscaled", "carried", "upscaled"]
     assert report["items"][1]["sha256"] == hashlib.sha256(bad).hexdigest()
+    assert client.call("GET", f"/jobs/{job}/pages/2/before?w=16").problem().code == "NO_PREVIEW"
+    assert client.call("GET", f"/jobs/{job}/pages/4/before").problem().code == "UNKNOWN_PAGE"
 
 
 def test_a_volume_of_bad_pages_fails_and_has_no_artifact(client):
@@ -142,6 +144,9 @@ def test_a_cancelled_job_keeps_its_pages_and_resume_computes_the_rest(client, se
     state = client.post(job, "cancel")
     assert (state.status, state.cancelled, state.message) == ("FAILED", True, "Cancelled by user")
     assert service.dispatcher.wait_released(job, 5)
+    assert client.call("GET", f"/jobs/{job}/pages/12/after").problem().code == "NOT_THERE_YET"
+    half = client.call("POST", f"/jobs/{job}/resume", {"inputPath": "long.zip"})
+    assert half.faults().keys() == {"inputPath"}
     done = [page for page in client.call("GET", f"/jobs/{job}/pages").json()["pages"] if page["sha256"]]
     folder = next(service.config.layout.outputs.glob(f"*/*/{job}"))
     before = {page["filename"]: (folder / page["filename"]).stat().st_mtime_ns for page in done}
@@ -183,11 +188,15 @@ def test_refusals_say_what_is_wrong(client):
         ("POST", "/jobs", here | {"params": {"scale": 2.0}}, 422, "INVALID_FIELDS"),
         ("POST", "/jobs", here | {"params": {"model": "none"}}, 422, "INVALID_FIELDS"),
         ("POST", "/jobs", here | {"title": ""}, 422, "INVALID_FIELDS"),
+        ("POST", "/jobs", submission("x" * 300 + ".zip"), 422, "OUTSIDE_INCOMING"),
+        ("POST", "/jobs", json.loads('{"a":' * 70 + "1" + "}" * 70), 400, "NOT_JSON"),
         ("GET", "/jobs/none", None, 404, "UNKNOWN_JOB"),
         ("GET", "/nothing", None, 404, "NO_ROUTE"),
         ("PATCH", "/jobs", None, 405, "METHOD"),
         ("GET", "/jobs?limit=0", None, 422, "INVALID_FIELDS"),
+        ("GET", "/jobs?status=DONE", None, 422, "INVALID_FIELDS"),
         ("PUT", "/incoming/con.zip", b"x", 422, "UNSAFE_NAME"),
+        ("PUT", "/incoming/here.zip/x.zip", b"x", 409, "NAME_TAKEN"),
         ("GET", "/ws/jobs", None, 426, "UPGRADE"),
     ]
     for method, path, body, status, code in table:

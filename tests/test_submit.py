@@ -284,6 +284,15 @@ def test_what_can_t_be_done_is_said_in_one_line(service, tmp_path, monkeypatch, 
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("ftp://books", "not like http://192.168.1.10:8001"), ("http://books:eighty", "eighty")],
+)
+def test_an_address_that_is_none_is_said_in_one_line(url, says):
+    status, _, err = run(url, "--job", "x")
+    assert status == 2 and says in err and err.count("\n") == 1
+
+
 def test_where_no_service_is_it_says_how_to_start_one(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"

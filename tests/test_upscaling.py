@@ -21,7 +21,8 @@ from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, 
 import storage
 from engine import models, pages, rolling, upscaling, windows
 from engine.pages import PageError
-from messages import EngineChoice, Params, Plan
+from files import weightfiles
+from messages import AUTO_MODEL, EngineChoice, Params, Plan
 
 CHOICE = EngineChoice(model_root=NO_FILES)
 CARD_PIXELS = {0: 10_000}  # of all windows in a batch
@@ -298,6 +299,29 @@ def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypa
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
     assert upscaling.card_memory(3) is None
+
+
+# ---------------------------------------------------------------- what is not here
+@pytest.mark.parametrize("fault", ["ImportError", "RuntimeError"])
+def test_where_the_reference_engine_is_missing_or_broken_its_error_says_how(monkeypatch, tmp_path, fault):
+    (tmp_path / "basicsr.py").write_text(f"raise {fault}('operator torchvision::nms does not exist')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "basicsr"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = replace(plan_for(bundled(COMPACT)), engine="upstream")
+    with pytest.raises(upscaling.EngineMissing, match=r"nms does not exist.*pip install -e '\.\[upstream\]'"):
+        engines().engine(plan)
+
+
+def test_auto_without_a_model_to_choose_asks_for_a_name(monkeypatch):
+    monkeypatch.setattr(weightfiles, "find_weights", lambda root: {})
+    with pytest.raises(storage.WeightsRefused, match="name one"):
+        engines().plan(Params(model=AUTO_MODEL))
+
+
+def test_weights_that_changed_while_a_job_ran_compute_none_of_its_pages():
+    with pytest.raises(storage.WeightsRefused, match="changed while the job ran"):
+        engines().engine(replace(plan_for(bundled(COMPACT)), weights_sha256="0" * 64))
 
 
 # ---------------------------------------------------------------- a worker's process

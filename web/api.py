@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import hashlib
 import itertools
 import logging
@@ -641,11 +640,6 @@ def _blaming(name: str) -> Iterator[None]:
         yield
     except (storage.OutsideIncoming, storage.InputMissing, storage.InputUnusable) as error:
         raise Refused(422, error.code, error.detail, errors=[(name, error.detail)]) from error
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        detail = "a name in the path is longer than file systems allow"
-        raise Refused(422, storage.InputMissing.code, detail, errors=[(name, detail)]) from error
 
 
 def content_disposition(name: str) -> str:
