@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from test_models import NETWORKS
-from torch.nn import functional as F
 
-from engine import models, rolling
+from engine import models, rolling, strips, winograd
+from engine.strips import Strip
+from engine.winograd import WinogradStrip
 
 
 def page(height: int, seed: int = 1) -> torch.Tensor:
@@ -18,45 +19,44 @@ def page(height: int, seed: int = 1) -> torch.Tensor:
     return noise.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(autouse=True)
-def sixteen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips as low as those of a wide page."""
-    monkeypatch.setattr(rolling, "STRIP_PIXELS", 16 * 12)
+@pytest.fixture(params=[Strip, WinogradStrip], autouse=True)
+def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Strip]:
+    """Each kind of strip, as low as those of a wide page."""
+    monkeypatch.setattr(winograd, "pays", lambda dtype: request.param is WinogradStrip)
+    monkeypatch.setattr(request.param, "pixels", 16 * 12)
+    return request.param
 
 
 @pytest.mark.parametrize("height", [4, 16, 20, 36, 148])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_rows_in_turn_are_those_of_the_whole_page(kind, height):
+def test_rows_in_turn_are_those_of_the_whole_page(kind, height, strip):
     network = NETWORKS[kind]
     with torch.inference_mode():
         parts = list(rolling.roll(network, page(height)))
         assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
     # The last come with all that waited for them, but never with the rest of the page.
-    at_once = rolling.rows_at_once(12 // network.multiple) * network.multiple
+    at_once = rolling.rows_at_once(strip, 12 // network.multiple) * network.multiple
     assert max(part.shape[2] for part in parts) <= (at_once + 5) * network.scale
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_no_row_is_computed_twice(kind, monkeypatch):
+def test_no_row_is_computed_twice(kind, strip, monkeypatch):
     network, rows = NETWORKS[kind], Counter()
+    convolve = strip.convolve
 
-    def counted(seen, weight, bias):
-        result = conv2d(seen, weight, bias)
-        rows[id(weight)] += result.shape[2] * result.shape[3]
+    def counted(self, seen):
+        result = convolve(self, seen)
+        rows[id(self.conv)] += result.shape[2]
         return result
 
-    conv2d = F.conv2d
-    monkeypatch.setattr(F, "conv2d", counted)
+    monkeypatch.setattr(strip, "convolve", counted)
     with torch.inference_mode():
         list(rolling.roll(network, page(60)))
         rolled = dict(rows)
         rows.clear()
-        monkeypatch.setattr(F, "conv2d", conv2d)
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
-                module.register_forward_hook(
-                    lambda conv, _, y: rows.update({id(conv.weight): y.shape[2] * y.shape[3]})
-                )
+                module.register_forward_hook(lambda conv, _, y: rows.update({id(conv): y.shape[2]}))
         network(page(60))
     for module in network.modules():
         module._forward_hooks.clear()
@@ -76,14 +76,14 @@ def test_pages_that_take_turns_do_not_mix():
 
 def test_memory_depends_on_the_width_only(monkeypatch):
     rooms = []
-    room = rolling.Scratch.room
+    room = strips.Scratch.room
 
-    def noted(self, channels, rows, dtype):
-        held = room(self, channels, rows, dtype)
+    def noted(self, planes, channels, rows, columns, dtype):
+        held = room(self, planes, channels, rows, columns, dtype)
         rooms.append(held.shape[2])
         return held
 
-    monkeypatch.setattr(rolling.Scratch, "room", noted)
+    monkeypatch.setattr(strips.Scratch, "room", noted)
     network = models.RRDBNet(16, 2, 8, 4)
     with torch.inference_mode():
         list(rolling.roll(network, page(112)))
