@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch loads libgomp: at the end of a layer its threads then wait for 0.1 ms in a loop, not for
+# Before torch loads libgomp: at the end of a layer its threads then wait for 0.04 ms in a loop, not for
 # several (300000 is its own count). Alone, a page takes as long; where another program wants the cores too,
-# 0.7 of the time (two `python infer.py` side by side on 2 cores). What somebody has set stays.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# 0.8 of the time that it takes with 5000 (fp32, two `python infer.py` side by side on 2 cores), which had
+# been 0.7 of that with libgomp's own. What somebody has set stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
