@@ -1,6 +1,6 @@
 """A page goes through a network a few rows at a time, as a processor likes it.
 
-Map: Delay - dense blocks - the two networks - roll
+Map: Delay - dense blocks - the two networks - Roller
 Rule: forward()'s arithmetic, nothing computed twice; memory depends on the page's width only.
 Runs in: the worker process only (it loads torch). Knows nothing of pages and processes.
 
@@ -28,9 +28,12 @@ from engine.winograd import WinogradStrip
 TAIL_SHARE = 4  # a row of an RRDBNet's tail is sixteen times as large as one of its trunk
 
 
-def rows_at_once(strip: type[Strip], width: int) -> int:
-    """Input rows of a strip of this width."""
-    return min(64, max(8, strip.pixels // width))
+StripMaker = Callable[[nn.Conv2d, Scratch], Strip]
+
+
+def rows_at_once(pixels: int, width: int) -> int:
+    """Rows of this width in a strip of so many pixels."""
+    return min(64, max(8, pixels // width))
 
 
 class Delay:
@@ -60,7 +63,7 @@ class Delay:
 class RollingCompact:
     """An SRVGGNetCompact that takes its rows in turn."""
 
-    def __init__(self, network: SRVGGNetCompact, strip: type[Strip], scratch: Scratch) -> None:
+    def __init__(self, network: SRVGGNetCompact, strip: StripMaker, scratch: Scratch) -> None:
         self.scale = network.scale
         self.dtype = network.dtype
         layers = list(network.body)
@@ -90,7 +93,7 @@ class RollingCompact:
 class RollingDense:
     """A ResidualDenseBlock that takes its rows in turn."""
 
-    def __init__(self, block: ResidualDenseBlock, strip: type[Strip], scratch: Scratch) -> None:
+    def __init__(self, block: ResidualDenseBlock, strip: StripMaker, scratch: Scratch) -> None:
         self.strips = [strip(conv, scratch) for conv in block.convs()]
         self.source = Delay()
 
@@ -109,7 +112,7 @@ class RollingDense:
 class RollingRRDB:
     """An RRDB that takes its rows in turn."""
 
-    def __init__(self, block: RRDB, strip: type[Strip], scratch: Scratch) -> None:
+    def __init__(self, block: RRDB, strip: StripMaker, scratch: Scratch) -> None:
         self.blocks = [RollingDense(one, strip, scratch) for one in (block.rdb1, block.rdb2, block.rdb3)]
         self.source = Delay()
 
@@ -125,7 +128,7 @@ class RollingRRDB:
 class RollingHead:
     """The first convolution of an RRDBNet; the last one of its trunk adds what `source` holds."""
 
-    def __init__(self, network: RRDBNet, strip: type[Strip], scratch: Scratch) -> None:
+    def __init__(self, network: RRDBNet, strip: StripMaker, scratch: Scratch) -> None:
         self.multiple = network.multiple
         self.dtype = network.dtype
         self.strip = strip(network.conv_first, scratch)
@@ -144,7 +147,7 @@ class RollingHead:
 class RollingBody:
     """The last convolution of an RRDBNet's trunk."""
 
-    def __init__(self, network: RRDBNet, source: Delay, strip: type[Strip], scratch: Scratch) -> None:
+    def __init__(self, network: RRDBNet, source: Delay, strip: StripMaker, scratch: Scratch) -> None:
         self.strip = strip(network.conv_body, scratch)
         self.source = source
 
@@ -159,7 +162,7 @@ class RollingBody:
 class RollingTail:
     """What an RRDBNet does on the way to its output's size."""
 
-    def __init__(self, network: RRDBNet, strip: type[Strip], width: int) -> None:
+    def __init__(self, network: RRDBNet, strip: StripMaker, width: int) -> None:
         half, whole = Scratch(width * 2), Scratch(width * 4)
         self.ups = [strip(network.conv_up1, half), strip(network.conv_up2, whole)]
         self.hr = strip(network.conv_hr, whole)
@@ -188,32 +191,44 @@ class Stage(Protocol):
         ...
 
 
-def stages_of(network: OwnNetwork, width: int) -> list[tuple[Stage, int]]:
-    """A network's stages, each with the rows that it takes at a time."""
-    strip = WinogradStrip if winograd.pays(network.dtype) else Strip
-    scratch, rows = Scratch(width), rows_at_once(strip, width)
-    if isinstance(network, SRVGGNetCompact):
-        return [(RollingCompact(network, strip, scratch), rows)]
-    head = RollingHead(network, strip, scratch)
-    blocks = [RollingRRDB(cast(RRDB, block), strip, scratch) for block in network.body]
-    return [
-        (head, rows * network.multiple),
-        *((block, rows) for block in blocks),
-        (RollingBody(network, head.source, strip, scratch), rows),
-        (RollingTail(network, strip, width), rows // TAIL_SHARE),
-    ]
+class Roller:
+    """A network that takes pages in rows. What is made of its weights is made once, for all pages."""
 
+    def __init__(self, network: OwnNetwork) -> None:
+        self.network = network
+        self.pixels = Strip.pixels
+        self.strip: StripMaker = Strip
+        if winograd.pays(network.dtype):
+            convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+            kernels = {conv: winograd.kernels_of(conv) for conv in convs}
+            self.pixels = WinogradStrip.pixels
+            self.strip = lambda conv, scratch: WinogradStrip(conv, scratch, kernels[conv])
 
-def roll(network: OwnNetwork, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-    """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
+    def roll(self, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
+        """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
 
-    x: channels last, W and H multiples of network.multiple. tick is called before each
-    convolution. A convolution's sums may be ordered otherwise than in forward().
-    """
-    rows: Iterator[tuple[Tensor, bool]] = iter([(x, True)])
-    for stage, at_once in stages_of(network, x.shape[3] // network.multiple):
-        rows = _through(stage, at_once, rows, tick)
-    return (part for part, _ in rows)
+        x: channels last, W and H multiples of network.multiple. tick is called before each
+        convolution. A convolution's sums may be ordered otherwise than in forward().
+        """
+        rows: Iterator[tuple[Tensor, bool]] = iter([(x, True)])
+        for stage, at_once in self._stages(x.shape[3] // self.network.multiple):
+            rows = _through(stage, at_once, rows, tick)
+        return (part for part, _ in rows)
+
+    def _stages(self, width: int) -> list[tuple[Stage, int]]:
+        """The network's stages, each with the rows that it takes at a time."""
+        network, strip = self.network, self.strip
+        scratch, rows = Scratch(width), rows_at_once(self.pixels, width)
+        if isinstance(network, SRVGGNetCompact):
+            return [(RollingCompact(network, strip, scratch), rows)]
+        head = RollingHead(network, strip, scratch)
+        blocks = [RollingRRDB(cast(RRDB, block), strip, scratch) for block in network.body]
+        return [
+            (head, rows * network.multiple),
+            *((block, rows) for block in blocks),
+            (RollingBody(network, head.source, strip, scratch), rows),
+            (RollingTail(network, strip, width), rows // TAIL_SHARE),
+        ]
 
 
 def _through(

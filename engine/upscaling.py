@@ -37,9 +37,9 @@ from torch import nn
 import storage
 from engine import community, pages, windows
 from engine.community import CommunityNetwork
-from engine.models import Model, OwnNetwork, RRDBNet, SRVGGNetCompact, copy_network, load_model
+from engine.models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
 from engine.pages import PageError, Pixels
-from engine.rolling import roll
+from engine.rolling import Roller
 from engine.windows import RESIZE_REACH, Box, probe_page
 from files import weightfiles
 from messages import (
@@ -307,19 +307,22 @@ class NativeEngine:
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
         self.input_dtype = self.network.dtype
+        self.roller = None
         if not isinstance(self.network, CommunityNetwork):
             self.input_dtype = self.network.first.weight.dtype
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if DEVICES[plan.device].rolls:
+                self.roller = Roller(self.network)
         for module in self.network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):  # roll() calls none of them, and ticks itself
+            if isinstance(module, nn.Conv2d | nn.Linear):  # a Roller calls none of them, and ticks itself
                 module.register_forward_pre_hook(lambda _module, _inputs: tick())
 
     @torch.inference_mode()
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine."""
         padded = windows.pad_to_multiple(pixels, self.model.multiple)
-        if DEVICES[self.plan.device].rolls and not isinstance(self.network, CommunityNetwork):
-            return self._by_columns(self.network, padded, pixels.shape[:2], outscale, grain)
+        if self.roller is not None:
+            return self._by_columns(self.roller, padded, pixels.shape[:2], outscale, grain)
         height, width = pixels.shape[:2]
         result = self._by_windows(padded, outscale)[: height * outscale, : width * outscale]
         return np.ascontiguousarray(result) if grain is None else add_grain(result, grain)
@@ -371,12 +374,12 @@ class NativeEngine:
 
     # A processor: each column comes down a few rows at a time.
     def _by_columns(
-        self, network: OwnNetwork, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
+        self, roller: Roller, page: Pixels, size: tuple[int, ...], outscale: int, grain: Pixels | None
     ) -> Pixels:
         """size: the page's own, without what pads it to a multiple."""
         height, width = size
         result = np.empty((height * outscale, width * outscale, *page.shape[2:]), np.uint8)
-        for padded_core, window, computed in self._strips(network, page):
+        for padded_core, window, computed in self._strips(roller, page):
             core = replace(padded_core, y1=min(padded_core.y1, height), x1=min(padded_core.x1, width))
             reduced = windows.reduce_to(computed, window, outscale)
             if grain is not None:
@@ -388,7 +391,7 @@ class NativeEngine:
             core.times(outscale).of(result)[...] = core.within(window).times(outscale).of(reduced)
         return result
 
-    def _strips(self, network: OwnNetwork, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
+    def _strips(self, roller: Roller, page: Pixels) -> Iterator[tuple[Box, Box, Pixels]]:
         """(core, window, the window computed) for strips whose cores cover the page once."""
         height, width = page.shape[:2]
         white, scale = pages.levels(page), self.model.scale
@@ -397,7 +400,7 @@ class NativeEngine:
             column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
             held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
-            for rows in roll(network, column, self.tick):
+            for rows in roller.roll(column, self.tick):
                 if not bool(windows.is_finite(rows)):
                     raise Insane("the result is not finite")
                 levels = windows.to_levels(rows, white, grey=page.ndim == 2)[0]

@@ -1,6 +1,6 @@
 """A 3x3 convolution in fp32 with half the multiplications.
 
-Map: pays - WinogradStrip
+Map: pays, kernels - WinogradStrip
 Rule: a Strip to whoever uses it; results differ from a Strip's by rounding alone.
 Runs in: the worker process only (it loads torch). Knows nothing of networks, pages and processes.
 
@@ -37,11 +37,23 @@ KERNEL_TO_PLANES = {
 ONE = list(KERNEL_TO_PLANES).index("1")
 
 
+Kernels = tuple[Tensor, ...]  # a convolution's, one for each plane: (cout, cin, 3, 1)
+
+
 def pays(dtype: torch.dtype) -> bool:
     """Whether a network of this type gains: fp32 on x86. (Fewer bits would not bear the sums; what
     other processors' kernels make of it was not measured.)"""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return dtype == torch.float32 and x86
+
+
+def kernels_of(conv: nn.Conv2d) -> Kernels:
+    """The kernel as the planes take it, reckoned with twice the digits."""
+    matrix = torch.tensor(list(KERNEL_TO_PLANES.values()), dtype=torch.float64)
+    kernels = torch.einsum("pk,oiyk->poiy", matrix, conv.weight.detach().double())[..., None]
+    return tuple(
+        kernel.to(conv.weight.dtype, memory_format=torch.channels_last) for kernel in kernels.unbind()
+    )
 
 
 class WinogradStrip(Strip):
@@ -56,11 +68,9 @@ class WinogradStrip(Strip):
     pixels = 16_000
     planes = len(KERNEL_TO_PLANES)
 
-    def __init__(self, conv: nn.Conv2d, scratch: Scratch) -> None:
+    def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Kernels) -> None:
         super().__init__(conv, scratch)
-        matrix = torch.tensor(list(KERNEL_TO_PLANES.values()), dtype=torch.float64)
-        kernels = torch.einsum("pk,oiyk->poiy", matrix, conv.weight.double())[..., None]
-        self.kernels = [kernel.to(self.kept.dtype, memory_format=torch.channels_last) for kernel in kernels]
+        self.kernels = kernels
         # Once in each of the four results, as that product is.
         self.biases = [conv.bias if plane == ONE else None for plane in range(self.planes)]
 

@@ -32,10 +32,10 @@ def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ty
 def test_rows_in_turn_are_those_of_the_whole_page(kind, height, strip):
     network = NETWORKS[kind]
     with torch.inference_mode():
-        parts = list(rolling.roll(network, page(height)))
+        parts = list(rolling.Roller(network).roll(page(height)))
         assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
     # The last come with all that waited for them, but never with the rest of the page.
-    at_once = rolling.rows_at_once(strip, 12 // network.multiple) * network.multiple
+    at_once = rolling.rows_at_once(strip.pixels, 12 // network.multiple) * network.multiple
     assert max(part.shape[2] for part in parts) <= (at_once + 5) * network.scale
 
 
@@ -51,7 +51,7 @@ def test_no_row_is_computed_twice(kind, strip, monkeypatch):
 
     monkeypatch.setattr(strip, "convolve", counted)
     with torch.inference_mode():
-        list(rolling.roll(network, page(60)))
+        list(rolling.Roller(network).roll(page(60)))
         rolled = dict(rows)
         rows.clear()
         for module in network.modules():
@@ -63,12 +63,22 @@ def test_no_row_is_computed_twice(kind, strip, monkeypatch):
     assert rolled == rows
 
 
+def test_what_is_made_of_the_weights_is_made_once(strip, monkeypatch):
+    made, kernels_of = [], winograd.kernels_of
+    monkeypatch.setattr(winograd, "kernels_of", lambda conv: made.append(conv) or kernels_of(conv))
+    roller = rolling.Roller(NETWORKS["compact x2"])
+    with torch.inference_mode():
+        for height in (20, 36):
+            list(roller.roll(page(height)))
+    assert len(made) == (5 if strip is WinogradStrip else 0)
+
+
 def test_pages_that_take_turns_do_not_mix():
     network = NETWORKS["rrdb x4"]
     with torch.inference_mode():
-        one = rolling.roll(network, page(64, seed=1))
+        one = rolling.Roller(network).roll(page(64, seed=1))
         begun = [next(one)]
-        other = torch.cat(list(rolling.roll(network, page(64, seed=2))), 2)
+        other = torch.cat(list(rolling.Roller(network).roll(page(64, seed=2))), 2)
         whole = torch.cat([*begun, *one], 2)
         assert torch.allclose(other, network(page(64, seed=2)), atol=1e-5)
         assert torch.allclose(whole, network(page(64, seed=1)), atol=1e-5)
@@ -86,7 +96,7 @@ def test_memory_depends_on_the_width_only(monkeypatch):
     monkeypatch.setattr(strips.Scratch, "room", noted)
     network = models.RRDBNet(16, 2, 8, 4)
     with torch.inference_mode():
-        list(rolling.roll(network, page(112)))
+        list(rolling.Roller(network).roll(page(112)))
         short = max(rooms)
-        list(rolling.roll(network, page(992)))
+        list(rolling.Roller(network).roll(page(992)))
     assert max(rooms) == short

@@ -29,6 +29,10 @@ def exact(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
 
 
+def strip_of(conv: nn.Conv2d, scratch: Scratch) -> WinogradStrip:
+    return WinogradStrip(conv, scratch, winograd.kernels_of(conv))
+
+
 def in_turn(strip: WinogradStrip, x: Tensor, rows: list[int], take: Callable[[Tensor], None]) -> Tensor:
     """A page's rows, so many at a time, through one strip."""
     parts = list(strip.widen(x).split(rows, 2))
@@ -50,7 +54,7 @@ def beside_the_page(phases: Tensor, width: int) -> Tensor:
 @torch.inference_mode()
 def test_a_row_of_any_width_in_any_portions(width, rows):
     conv = nn.Conv2d(5, 7, 3, padding=1)
-    strip, x = WinogradStrip(conv, Scratch(width)), noise(5, HEIGHT, width)
+    strip, x = strip_of(conv, Scratch(width)), noise(5, HEIGHT, width)
     phases = in_turn(strip, x, rows, strip.take)
     assert torch.allclose(strip.narrow(phases).double(), exact(conv, x), atol=2e-6)
     assert not beside_the_page(phases, width).any()
@@ -60,7 +64,7 @@ def test_a_row_of_any_width_in_any_portions(width, rows):
 @torch.inference_mode()
 def test_the_error_is_that_of_fp32(cin, cout):
     conv, width = nn.Conv2d(cin, cout, 3, padding=1), 41
-    strip, x = WinogradStrip(conv, Scratch(width)), noise(cin, HEIGHT, width)
+    strip, x = strip_of(conv, Scratch(width)), noise(cin, HEIGHT, width)
     ours = strip.narrow(in_turn(strip, x, [HEIGHT], strip.take))
     assert (ours - exact(conv, x)).abs().max() < 5e-6 * exact(conv, x).abs().max()
 
@@ -68,9 +72,9 @@ def test_the_error_is_that_of_fp32(cin, cout):
 @torch.inference_mode()
 def test_what_a_row_held_before_is_forgotten():
     conv, scratch = nn.Conv2d(4, 4, 3, padding=1), Scratch(10)
-    spoilt = WinogradStrip(conv, scratch)
+    spoilt = strip_of(conv, scratch)
     in_turn(spoilt, noise(4, HEIGHT, 10).mul_(float("inf")), [HEIGHT], spoilt.take)
-    strip, x = WinogradStrip(conv, scratch), noise(4, HEIGHT, 10, seed=2)
+    strip, x = strip_of(conv, scratch), noise(4, HEIGHT, 10, seed=2)
     assert torch.allclose(
         strip.narrow(in_turn(strip, x, [4, 7], strip.take)).double(), exact(conv, x), atol=2e-6
     )
@@ -79,7 +83,7 @@ def test_what_a_row_held_before_is_forgotten():
 @torch.inference_mode()
 def test_rows_through_leaky_relu():
     conv, x = nn.Conv2d(4, 6, 3, padding=1), noise(4, HEIGHT, 13)
-    strip = WinogradStrip(conv, Scratch(13))
+    strip = strip_of(conv, Scratch(13))
     ours = strip.narrow(in_turn(strip, x, [6, 5], strip.take_leaky))
     assert torch.allclose(ours.double(), exact(conv, F.leaky_relu(x, LEAK)), atol=2e-6)
 
@@ -88,7 +92,7 @@ def test_rows_through_leaky_relu():
 def test_rows_beside_what_another_strip_saw():
     first, second = nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(6, 3, 3, padding=1)
     scratch, x = Scratch(13), noise(4, HEIGHT, 13)
-    one, two = WinogradStrip(first, scratch), WinogradStrip(second, scratch)
+    one, two = strip_of(first, scratch), strip_of(second, scratch)
 
     def both(part: Tensor) -> None:
         one.take(part)
@@ -103,7 +107,7 @@ def test_rows_beside_what_another_strip_saw():
 @torch.inference_mode()
 def test_rows_at_twice_their_size(width):
     conv, x = nn.Conv2d(4, 3, 3, padding=1), noise(4, HEIGHT, width)
-    before, strip = WinogradStrip(conv, Scratch(width)), WinogradStrip(conv, Scratch(2 * width))
+    before, strip = strip_of(conv, Scratch(width)), strip_of(conv, Scratch(2 * width))
     strip.take_enlarged(before.widen(x))
     ours = strip.narrow(strip.run(last=True)[1])
     enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
