@@ -5,8 +5,8 @@ Rule: forward()'s arithmetic, nothing computed twice; memory depends on the page
 Runs in: the worker process only (it loads torch). Knows nothing of pages and processes.
 
 A convolution's result lags its input by a row (strips.py); whatever is added to a result or laid
-beside it has to wait as long. (Fused-layer evaluation: Alwani et al., MICRO 2016.) In fp32 the
-convolutions are winograd.py's.
+beside it has to wait as long. (Fused-layer evaluation: Alwani et al., MICRO 2016.) In fp32, on
+x86, the convolutions are nnpack.py's or winograd.py's.
 """
 
 from __future__ import annotations
@@ -20,20 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import winograd
+from engine import nnpack, winograd
 from engine.models import LEAK, RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
+from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
 
-TAIL_SHARE = 4  # a row of an RRDBNet's tail is sixteen times as large as one of its trunk
-
-
 StripMaker = Callable[[nn.Conv2d, Scratch], Strip]
-
-
-def rows_at_once(pixels: int, width: int) -> int:
-    """Rows of this width in a strip of so many pixels."""
-    return min(64, max(8, pixels // width))
 
 
 class Delay:
@@ -74,15 +67,17 @@ class RollingCompact:
     def run(self, x: Tensor, last: bool, tick: Callable[[], None]) -> Tensor:
         """(1, 3, h, W) -> (1, 3, h' * scale, W * scale)."""
         self.source.push(x)
-        out = self.strips[0].widen(x)
-        for strip, slopes in zip(self.strips, [*self.slopes, None], strict=True):
-            tick()
-            strip.take(out)
-            out = strip.run(last)[1]
+        tick()
+        self.strips[0].take(self.strips[0].widen(x))
+        out = self.strips[0].run(last)[1]
+        for strip, slopes in zip(self.strips[1:], self.slopes, strict=True):
             if not out.shape[2]:
                 return out
-            if slopes is not None:
-                out = F.prelu(out.to(self.dtype), slopes)
+            tick()
+            strip.take_prelu(out.to(self.dtype), slopes)
+            out = strip.run(last)[1]
+        if not out.shape[2]:
+            return out
         out = self.strips[-1].narrow(out)
         # The source under each of its pixel's results: added before the shuffle it takes a fifth of the time.
         source = self.source.pull(out.shape[2]).permute(0, 2, 3, 1)
@@ -191,18 +186,20 @@ class Stage(Protocol):
         ...
 
 
+def kind_of(dtype: torch.dtype) -> type[Strip]:
+    """The fastest kind of Strip for a network of this type."""
+    kinds = ((nnpack.pays, NnpackStrip), (winograd.pays, WinogradStrip))
+    return next((kind for pays, kind in kinds if pays(dtype)), Strip)
+
+
 class Roller:
     """A network that takes pages in rows. What is made of its weights is made once, for all pages."""
 
     def __init__(self, network: OwnNetwork) -> None:
         self.network = network
-        self.pixels = Strip.pixels
-        self.strip: StripMaker = Strip
-        if winograd.pays(network.dtype):
-            convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-            kernels = {conv: winograd.kernels_of(conv) for conv in convs}
-            self.pixels = WinogradStrip.pixels
-            self.strip = lambda conv, scratch: WinogradStrip(conv, scratch, kernels[conv])
+        self.kind = kind_of(network.dtype)
+        convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        self.kernels = {conv: self.kind.kernels_of(conv) for conv in convs}
 
     def roll(self, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
         """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
@@ -217,8 +214,13 @@ class Roller:
 
     def _stages(self, width: int) -> list[tuple[Stage, int]]:
         """The network's stages, each with the rows that it takes at a time."""
-        network, strip = self.network, self.strip
-        scratch, rows = Scratch(width), rows_at_once(self.pixels, width)
+        network, scratch = self.network, Scratch(width)
+        widest = max(conv.in_channels for conv in self.kernels)
+        rows = self.kind.rows_at_once(width, widest)
+
+        def strip(conv: nn.Conv2d, scratch: Scratch) -> Strip:
+            return self.kind(conv, scratch, self.kernels[conv])
+
         if isinstance(network, SRVGGNetCompact):
             return [(RollingCompact(network, strip, scratch), rows)]
         head = RollingHead(network, strip, scratch)
@@ -227,7 +229,7 @@ class Roller:
             (head, rows * network.multiple),
             *((block, rows) for block in blocks),
             (RollingBody(network, head.source, strip, scratch), rows),
-            (RollingTail(network, strip, width), rows // TAIL_SHARE),
+            (RollingTail(network, strip, width), self.kind.tail_rows_at_once(width, widest)),
         ]
 
 

@@ -11,6 +11,8 @@ reads it: the convolutions themselves then take most of the time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +26,7 @@ class Scratch:
     def __init__(self, width: int) -> None:
         self.width = width  # of the rows, in pixels
         self.rooms: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self.flat: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def room(self, planes: int, channels: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """(planes, channels, rows, columns) channels last: what was left there, at first zeros."""
@@ -32,6 +35,14 @@ class Scratch:
         if held is None or held.shape[2] < rows:
             held = self.rooms[key] = zeros(planes, channels, rows, columns, dtype)
         return held[:, :, :rows]
+
+    def channels(self, channels: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """(1, channels, rows, columns), one channel after another: whatever was left there."""
+        values = channels * rows * columns
+        held = self.flat.get((channels, dtype))
+        if held is None or len(held) < values:
+            held = self.flat[channels, dtype] = torch.empty(values, dtype=dtype)
+        return held[:values].view(1, channels, rows, columns)
 
 
 def zeros(planes: int, channels: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -54,9 +65,12 @@ class Strip:
 
     pixels = 32_000  # of input at a time: more gain little (measured: bf16 and fp32, 2 cores)
     planes = 1
+    margin = 1  # zeros on either side of a row
 
-    def __init__(self, conv: nn.Conv2d, scratch: Scratch) -> None:
+    def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Any) -> None:
+        """kernels: what kernels_of makes of conv."""
         self.conv = conv
+        self.kernels = kernels
         self.scratch = scratch
         self.columns = self.columns_of(scratch.width)
         self.kept = zeros(self.planes, conv.in_channels, 2, self.columns, conv.weight.dtype)
@@ -64,30 +78,53 @@ class Strip:
         self.seen = self.kept
 
     @staticmethod
-    def columns_of(width: int) -> int:
-        """Columns of what it sees of rows of this width."""
-        return 1 + width + 1
+    def kernels_of(conv: nn.Conv2d) -> Any:
+        """What a Strip makes of the weights, once for all pages."""
+        return conv.weight
 
-    # Its input, in one of four forms. Until run() another Strip of as many channels must not
+    @classmethod
+    def rows_at_once(cls, width: int, widest: int) -> int:
+        """Rows that are best taken at a time: their width, the most channels that a convolution sees."""
+        return min(64, max(8, cls.pixels // width))
+
+    @classmethod
+    def tail_rows_at_once(cls, width: int, widest: int) -> int:
+        """Rows that an RRDBNet's tail takes at a time, each to become sixteen times as large."""
+        return cls.rows_at_once(width, widest) // 4
+
+    @classmethod
+    def columns_of(cls, width: int) -> int:
+        """Columns of what it sees of rows of this width."""
+        return cls.margin + width + cls.margin
+
+    def inside(self, rows: Tensor) -> Tensor:
+        """Rows without the zeros beside them."""
+        return rows[..., self.margin : self.margin + self.scratch.width]
+
+    # Its input, in one of five forms. Until run() another Strip of as many channels must not
     # ask for its own.
     def take(self, x: Tensor) -> None:
         """The next rows: (1, cin, rows, W)."""
-        self.room(x.shape[2])[..., 1:-1] = x
+        self.inside(self.room(x.shape[2])).copy_(x)
+
+    def take_prelu(self, x: Tensor, slopes: Tensor) -> None:
+        """The next rows: prelu(x), of as many slopes as channels."""
+        self.take(F.prelu(x, slopes))
 
     def take_leaky(self, x: Tensor) -> None:
         """The next rows: leaky_relu(x)."""
-        torch.ops.aten.leaky_relu.out(x, LEAK, out=self.room(x.shape[2])[..., 1:-1])
+        torch.ops.aten.leaky_relu.out(x, LEAK, out=self.inside(self.room(x.shape[2])))
 
     def take_beside(self, centre: Tensor, x: Tensor) -> None:
         """The next rows: what run() of another Strip gives, its result through leaky_relu."""
         room = self.room(x.shape[2])
         inherited = centre.shape[1]
         room[:, :inherited] = centre
-        torch.ops.aten.leaky_relu.out(x, LEAK, out=room[:, inherited:, :, 1:-1])
+        torch.ops.aten.leaky_relu.out(x, LEAK, out=self.inside(room[:, inherited:]))
 
     def take_enlarged(self, x: Tensor) -> None:
         """The next rows: x at twice its size, nearest neighbour."""
-        enlarge_into(self.room(2 * x.shape[2])[..., 1:-1], x)
+        enlarge_into(self.inside(self.room(2 * x.shape[2])), x)
 
     def room(self, rows: int) -> Tensor:
         """Where its next input is to be written: (planes, cin, rows, columns)."""
@@ -103,17 +140,22 @@ class Strip:
         its last; none as long as there are too few. The first is a view, good until a Strip of
         as many channels takes its rows.
         """
-        if last:
-            self.seen[:, :, -1] = 0
-        seen = self.seen if last else self.seen[:, :, :-1]
+        seen = self.rows_seen(last)
         self.held = min(2, seen.shape[2])
         self.kept[:, :, : self.held] = seen[:, :, -2:]
+        self.seen = self.kept  # a Scratch that has grown must not live on here
         centre = seen[:, :, 1:-1]
         return centre, self.convolve(seen) if centre.shape[2] else self.result(0)
 
+    def rows_seen(self, last: bool) -> Tensor:
+        """What room() was asked for and what was kept before; zeros below the page's last rows."""
+        if last:
+            self.seen[:, :, -1] = 0
+        return self.seen if last else self.seen[:, :, :-1]
+
     def convolve(self, seen: Tensor) -> Tensor:
         """(planes, cin, rows + 2, columns) -> (1, cout, rows, W)."""
-        return F.conv2d(seen, self.conv.weight, self.conv.bias)
+        return F.conv2d(seen, self.kernels, self.conv.bias)
 
     def result(self, rows: int) -> Tensor:
         """Room for a result: (1, cout, rows, W)."""

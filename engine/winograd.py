@@ -1,6 +1,6 @@
-"""A 3x3 convolution in fp32 with half the multiplications.
+"""A 3x3 convolution in fp32 with half the multiplications, where torch lacks NNPACK (nnpack.py).
 
-Map: pays, kernels - WinogradStrip
+Map: pays - WinogradStrip
 Rule: a Strip to whoever uses it; results differ from a Strip's by rounding alone.
 Runs in: the worker process only (it loads torch). Knows nothing of networks, pages and processes.
 
@@ -47,15 +47,6 @@ def pays(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and x86
 
 
-def kernels_of(conv: nn.Conv2d) -> Kernels:
-    """The kernel as the planes take it, reckoned with twice the digits."""
-    matrix = torch.tensor(list(KERNEL_TO_PLANES.values()), dtype=torch.float64)
-    kernels = torch.einsum("pk,oiyk->poiy", matrix, conv.weight.detach().double())[..., None]
-    return tuple(
-        kernel.to(conv.weight.dtype, memory_format=torch.channels_last) for kernel in kernels.unbind()
-    )
-
-
 class WinogradStrip(Strip):
     """A Strip that sees its rows as six planes.
 
@@ -69,13 +60,21 @@ class WinogradStrip(Strip):
     planes = len(KERNEL_TO_PLANES)
 
     def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Kernels) -> None:
-        super().__init__(conv, scratch)
-        self.kernels = kernels
+        super().__init__(conv, scratch, kernels)
         # Once in each of the four results, as that product is.
         self.biases = [conv.bias if plane == ONE else None for plane in range(self.planes)]
 
     @staticmethod
-    def columns_of(width: int) -> int:
+    def kernels_of(conv: nn.Conv2d) -> Kernels:
+        """The kernel as the planes take it, reckoned with twice the digits."""
+        matrix = torch.tensor(list(KERNEL_TO_PLANES.values()), dtype=torch.float64)
+        kernels = torch.einsum("pk,oiyk->poiy", matrix, conv.weight.detach().double())[..., None]
+        return tuple(
+            kernel.to(conv.weight.dtype, memory_format=torch.channels_last) for kernel in kernels.unbind()
+        )
+
+    @classmethod
+    def columns_of(cls, width: int) -> int:
         """Groups of four that cover a row."""
         return -(-width // STEP)
 

@@ -6,20 +6,28 @@ import importlib.util
 
 import numpy as np
 import pytest
+import torch
 from drawn import PAGES, colour
 from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_windows
 from helpers import require
 from reference import CASES, Case, compute
 
-from engine import upscaling
+from engine import nnpack, rolling, upscaling
+from engine.nnpack import NnpackStrip
+from engine.strips import Strip
+from engine.winograd import WinogradStrip
 from messages import Params
 
 
-@pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
+@pytest.mark.parametrize("way", [NnpackStrip, WinogradStrip, Strip, "windows"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, rolls, monkeypatch):
-    if not rolls:
+def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, way, monkeypatch):
+    if way is NnpackStrip:
+        require(nnpack.pays(torch.float32), "torch has no NNPACK here")
+    if way == "windows":
         use_windows(monkeypatch)
+    else:
+        monkeypatch.setattr(rolling, "kind_of", lambda dtype: way)
     engine = native(case.model)
     params = Params(scale=case.outscale, output_format="png")
     ours = upscaling.upscale_page(engine, PAGES[case.page](), params)

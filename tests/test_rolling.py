@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import require
 from test_models import NETWORKS
 
-from engine import models, rolling, strips, winograd
-from engine.strips import Strip
+from engine import models, nnpack, rolling
+from engine.nnpack import NnpackStrip
+from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
 
 
@@ -19,10 +21,12 @@ def page(height: int, seed: int = 1) -> torch.Tensor:
     return noise.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=[Strip, WinogradStrip], autouse=True)
+@pytest.fixture(params=[Strip, WinogradStrip, NnpackStrip], autouse=True)
 def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Strip]:
     """Each kind of strip, as low as those of a wide page."""
-    monkeypatch.setattr(winograd, "pays", lambda dtype: request.param is WinogradStrip)
+    if request.param is NnpackStrip:
+        require(nnpack.pays(torch.float32), "torch has no NNPACK here")
+    monkeypatch.setattr(rolling, "kind_of", lambda dtype: request.param)
     monkeypatch.setattr(request.param, "pixels", 16 * 12)
     return request.param
 
@@ -35,7 +39,8 @@ def test_rows_in_turn_are_those_of_the_whole_page(kind, height, strip):
         parts = list(rolling.Roller(network).roll(page(height)))
         assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
     # The last come with all that waited for them, but never with the rest of the page.
-    at_once = rolling.rows_at_once(strip.pixels, 12 // network.multiple) * network.multiple
+    widest = max(conv.in_channels for conv in rolling.Roller(network).kernels)
+    at_once = strip.rows_at_once(12 // network.multiple, widest) * network.multiple
     assert max(part.shape[2] for part in parts) <= (at_once + 5) * network.scale
 
 
@@ -64,13 +69,13 @@ def test_no_row_is_computed_twice(kind, strip, monkeypatch):
 
 
 def test_what_is_made_of_the_weights_is_made_once(strip, monkeypatch):
-    made, kernels_of = [], winograd.kernels_of
-    monkeypatch.setattr(winograd, "kernels_of", lambda conv: made.append(conv) or kernels_of(conv))
+    made, kernels_of = [], strip.kernels_of
+    monkeypatch.setattr(strip, "kernels_of", lambda conv: made.append(conv) or kernels_of(conv))
     roller = rolling.Roller(NETWORKS["compact x2"])
     with torch.inference_mode():
         for height in (20, 36):
             list(roller.roll(page(height)))
-    assert len(made) == (5 if strip is WinogradStrip else 0)
+    assert len(made) == 5
 
 
 def test_pages_that_take_turns_do_not_mix():
@@ -86,17 +91,21 @@ def test_pages_that_take_turns_do_not_mix():
 
 def test_memory_depends_on_the_width_only(monkeypatch):
     rooms = []
-    room = strips.Scratch.room
+    room, channels_of = Scratch.room, Scratch.channels
 
-    def noted(self, planes, channels, rows, columns, dtype):
-        held = room(self, planes, channels, rows, columns, dtype)
-        rooms.append(held.shape[2])
-        return held
+    def noted_room(self, planes, channels, rows, columns, dtype):
+        rooms.append(rows)
+        return room(self, planes, channels, rows, columns, dtype)
 
-    monkeypatch.setattr(strips.Scratch, "room", noted)
+    def noted_channels(self, channels, rows, columns, dtype):
+        rooms.append(rows)
+        return channels_of(self, channels, rows, columns, dtype)
+
+    monkeypatch.setattr(Scratch, "room", noted_room)
+    monkeypatch.setattr(Scratch, "channels", noted_channels)
     network = models.RRDBNet(16, 2, 8, 4)
     with torch.inference_mode():
         list(rolling.Roller(network).roll(page(112)))
-        short = max(rooms)
-        list(rolling.Roller(network).roll(page(992)))
+        short = max(rooms)  # as many rows more as make whole strips of either height, 12 and 16
+        list(rolling.Roller(network).roll(page(1072)))
     assert max(rooms) == short
