@@ -36,9 +36,9 @@ class NnpackStrip(Strip):
     """A Strip whose channels lie one after another; NNPACK imagines the zeros beside the page."""
 
     # Of input at a time. Each call costs 1 to 2 ms at first, for the kernels: measured on two cores,
-    # 32,000 take 1.3 and 64,000 1.15 times as long (compact), 260,000 longer too.
+    # 32,000 take 1.3 and 64,000 1.15 times as long (compact), 260,000 longer too; 40,000 1.1 times (6B).
     pixels = 110_000
-    values = 9_600_000  # of input at a time: a 6B page 2000 wide would need more than 2 GB with twice as many
+    values = 15_000_000  # of input at a time, so that a 6B page 2000 wide needs less than 2 GB
     margin = 0
 
     def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Tensor) -> None:
