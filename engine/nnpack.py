@@ -1,6 +1,6 @@
 """A 3x3 convolution in fp32 with a fifth of the multiplications.
 
-Map: pays - NnpackStrip
+Map: is_ready - NnpackStrip
 Rule: a Strip to whoever uses it; results differ from a Strip's by rounding alone.
 Runs in: the worker process only (it loads torch). Knows nothing of networks, pages and processes.
 
@@ -12,8 +12,6 @@ oneDNN's time (winograd.py: three quarters). It wants a channel's rows together,
 
 from __future__ import annotations
 
-import platform
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,11 +22,8 @@ STEP = 6  # rows and columns of a group of results
 FEW_CHANNELS = 8  # of input: oneDNN is faster (measured: 3; with 12 no longer)
 
 
-def pays(dtype: torch.dtype) -> bool:
-    """Whether a network of this type gains: fp32 on x86, where torch has NNPACK."""
-    if dtype != torch.float32 or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    # The call that answers also makes NNPACK ready.
+def is_ready() -> bool:
+    """Whether torch has NNPACK for this processor. Asked before its first use: that makes it ready."""
     return bool(torch.backends.nnpack.is_available())  # type: ignore[no-untyped-call]
 
 
@@ -69,15 +64,16 @@ class NnpackStrip(Strip):
         return self.seen[:, :, self.held :]
 
     def take_prelu(self, x: Tensor, slopes: Tensor) -> None:
-        """See Strip: without a tensor between, which would be memory new to the process each time."""
+        """See Strip; in one pass, a channel being one piece of memory."""
         inside = self.room(x.shape[2])
         for channel, slope in enumerate(slopes.tolist()):
             torch.ops.aten.leaky_relu.out(x[:, channel], slope, out=inside[:, channel])
 
     def rows_seen(self, last: bool) -> Tensor:
         """See Strip."""
-        below = torch.zeros_like(self.seen[:, :, :1])
-        return torch.cat([self.seen, below], 2) if last else self.seen
+        if not last:
+            return self.seen
+        return torch.cat([self.seen, torch.zeros_like(self.seen[:, :, :1])], 2)
 
     def convolve(self, seen: Tensor) -> Tensor:
         """(1, cin, rows + 2, W) -> (1, cout, rows, W)."""

@@ -1,6 +1,6 @@
 """A 3x3 convolution in fp32 with half the multiplications, where torch lacks NNPACK (nnpack.py).
 
-Map: pays - WinogradStrip
+Map: WinogradStrip
 Rule: a Strip to whoever uses it; results differ from a Strip's by rounding alone.
 Runs in: the worker process only (it loads torch). Knows nothing of networks, pages and processes.
 
@@ -14,8 +14,6 @@ the products; the additions and the memory that they go through then take the ga
 """
 
 from __future__ import annotations
-
-import platform
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +34,7 @@ KERNEL_TO_PLANES = {
 }
 ONE = list(KERNEL_TO_PLANES).index("1")
 
-
 Kernels = tuple[Tensor, ...]  # a convolution's, one for each plane: (cout, cin, 3, 1)
-
-
-def pays(dtype: torch.dtype) -> bool:
-    """Whether a network of this type gains: fp32 on x86. (Fewer bits would not bear the sums; what
-    other processors' kernels make of it was not measured.)"""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return dtype == torch.float32 and x86
 
 
 class WinogradStrip(Strip):

@@ -25,7 +25,7 @@ def page(height: int, seed: int = 1) -> torch.Tensor:
 def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Strip]:
     """Each kind of strip, as low as those of a wide page."""
     if request.param is NnpackStrip:
-        require(nnpack.pays(torch.float32), "torch has no NNPACK here")
+        require(nnpack.is_ready(), "torch has no NNPACK here")
     monkeypatch.setattr(rolling, "kind_of", lambda dtype: request.param)
     monkeypatch.setattr(request.param, "pixels", 16 * 12)
     return request.param

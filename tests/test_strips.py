@@ -10,7 +10,7 @@ from helpers import require
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import nnpack, rolling, winograd
+from engine import nnpack, rolling
 from engine.models import LEAK
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
@@ -24,7 +24,7 @@ ROUNDING = {Strip: 2e-6, WinogradStrip: 5e-6, NnpackStrip: 2e-5}
 @pytest.fixture(params=ROUNDING, autouse=True)
 def kind(request: pytest.FixtureRequest) -> type[Strip]:
     if request.param is NnpackStrip:
-        require(nnpack.pays(torch.float32), "torch has no NNPACK here")
+        require(nnpack.is_ready(), "torch has no NNPACK here")
     kind: type[Strip] = request.param
     return kind
 
@@ -167,4 +167,3 @@ def test_which_is_taken_where(machine, gains, torch_has_nnpack, monkeypatch):
     fewer = NnpackStrip if torch_has_nnpack else WinogradStrip
     assert rolling.kind_of(torch.float32) is (fewer if gains else Strip)
     assert rolling.kind_of(torch.bfloat16) is Strip
-    assert not winograd.pays(torch.bfloat16)
