@@ -17,8 +17,14 @@ from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
 
 HEIGHT = 11
-# What rounding may cost, of the largest result: the fewer products, the larger their sums.
-ROUNDING = {Strip: 2e-6, WinogradStrip: 5e-6, NnpackStrip: 2e-5}
+# What rounding may cost, of the sum of all products' magnitudes (of that, unlike of the result,
+# it is about as much with any weights and any number of channels): the fewer products, the more.
+ROUNDING = {Strip: 5e-7, WinogradStrip: 1e-6, NnpackStrip: 5e-6}
+
+
+@pytest.fixture(autouse=True)
+def the_same_weights_each_time() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=ROUNDING, autouse=True)
@@ -41,11 +47,18 @@ def exact(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
 
 
-def assert_right(strip: Strip, result: Tensor, expected: Tensor) -> None:
-    """What a Strip gave is what was expected, but for rounding."""
-    ours = strip.narrow(result).double()
+def magnitude(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The largest sum, over one result's products and its bias, of their magnitudes."""
+    assert conv.bias is not None
+    weight, bias = conv.weight.double().abs(), conv.bias.double().abs()
+    return F.conv2d(x.double().abs(), weight, bias, padding=1).max()
+
+
+def assert_right(strip: Strip, result: Tensor, conv: nn.Conv2d, x: Tensor) -> None:
+    """What a Strip gave for (1, C, H, W) is the convolution, but for rounding."""
+    ours, expected = strip.narrow(result).double(), exact(conv, x)
     assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() <= ROUNDING[type(strip)] * expected.abs().max()
+    assert (ours - expected).abs().max() <= ROUNDING[type(strip)] * magnitude(conv, x)
 
 
 def strip_of(kind: type[Strip], conv: nn.Conv2d, scratch: Scratch) -> Strip:
@@ -77,7 +90,7 @@ def test_a_row_of_any_width_in_any_portions(kind, width, rows, cin):
     conv = nn.Conv2d(cin, 7, 3, padding=1)
     strip, x = strip_of(kind, conv, Scratch(width)), noise(cin, HEIGHT, width)
     result = in_turn(strip, x, rows, strip.take)
-    assert_right(strip, result, exact(conv, x))
+    assert_right(strip, result, conv, x)
     if kind is WinogradStrip:
         assert not beside_the_page(result, width).any()
 
@@ -87,7 +100,7 @@ def test_a_row_of_any_width_in_any_portions(kind, width, rows, cin):
 def test_the_error_is_that_of_rounding(kind, cin, cout):
     conv, width = nn.Conv2d(cin, cout, 3, padding=1), 41
     strip, x = strip_of(kind, conv, Scratch(width)), noise(cin, HEIGHT, width)
-    assert_right(strip, in_turn(strip, x, [HEIGHT], strip.take), exact(conv, x))
+    assert_right(strip, in_turn(strip, x, [HEIGHT], strip.take), conv, x)
 
 
 @torch.inference_mode()
@@ -96,7 +109,7 @@ def test_what_a_row_held_before_is_forgotten(kind):
     spoilt = strip_of(kind, conv, scratch)
     in_turn(spoilt, noise(12, HEIGHT, 10).mul_(float("inf")), [HEIGHT], spoilt.take)
     strip, x = strip_of(kind, conv, scratch), noise(12, HEIGHT, 10, seed=2)
-    assert_right(strip, in_turn(strip, x, [4, 7], strip.take), exact(conv, x))
+    assert_right(strip, in_turn(strip, x, [4, 7], strip.take), conv, x)
 
 
 @torch.inference_mode()
@@ -114,7 +127,7 @@ def test_rows_through_leaky_relu(kind):
     conv, x = nn.Conv2d(12, 6, 3, padding=1), noise(12, HEIGHT, 13)
     strip = strip_of(kind, conv, Scratch(13))
     result = in_turn(strip, x, [6, 5], strip.take_leaky)
-    assert_right(strip, result, exact(conv, F.leaky_relu(noise(12, HEIGHT, 13), LEAK)))
+    assert_right(strip, result, conv, F.leaky_relu(noise(12, HEIGHT, 13), LEAK))
 
 
 @torch.inference_mode()
@@ -122,7 +135,7 @@ def test_rows_through_prelu(kind):
     conv, x, slopes = nn.Conv2d(12, 6, 3, padding=1), noise(12, HEIGHT, 13), torch.linspace(-2, 2, 12)
     strip = strip_of(kind, conv, Scratch(13))
     result = in_turn(strip, x, [6, 5], lambda part: strip.take_prelu(part, slopes))
-    assert_right(strip, result, exact(conv, F.prelu(x, slopes)))
+    assert_right(strip, result, conv, F.prelu(x, slopes))
 
 
 @torch.inference_mode()
@@ -137,7 +150,7 @@ def test_rows_beside_what_another_strip_saw(kind):
 
     result = in_turn(two, x, [HEIGHT], both)
     beside = torch.cat([x, F.leaky_relu(exact(first, x).float(), LEAK)], 1)
-    assert_right(two, result, exact(second, beside))
+    assert_right(two, result, second, beside)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
@@ -147,7 +160,7 @@ def test_rows_at_twice_their_size(kind, width):
     before, strip = strip_of(kind, conv, Scratch(width)), strip_of(kind, conv, Scratch(2 * width))
     strip.take_enlarged(before.widen(x))
     result = strip.run(last=True)[1]
-    assert_right(strip, result, exact(conv, F.interpolate(x, scale_factor=2, mode="nearest")))
+    assert_right(strip, result, conv, F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 @pytest.mark.parametrize("width", [1, 300, 827, 2000, 8000, 40_000])
