@@ -387,7 +387,8 @@ def memory(model: Model, choice: EngineChoice, arguments: argparse.Namespace) ->
             if part:
                 ours.run(part, Path(name))
             peaks.append(peak_mb(child))
-    return [model.name, arguments.size, str(arguments.pages), *(f"{peak or 0:.0f}" for peak in peaks)]
+    figures = (f"{peak or 0:.0f}" for peak in peaks)
+    return [model.name, plan.precision, arguments.size, str(arguments.pages), *figures]
 
 
 def print_table(lines: list[list[str]]) -> None:
@@ -434,23 +435,23 @@ def main() -> None:
     if arguments.encoders:
         print(encoders())
         return
-    if arguments.openvino or arguments.memory:
-        choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
-        loaded = upscaling.Engines(choice, 0, lambda: None)
-        models = [loaded.model(name) for name in arguments.models]
-        if arguments.memory:
-            head = ["model", "height x width", "pages", "idle MB", "peak MB after one", "after all"]
-            print_table([head, *(memory(model, choice, arguments) for model in models)])
-            return
+    choices = [
+        EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")
+        for precision in arguments.precisions
+    ]
+    engines = upscaling.Engines(choices[0], 0, lambda: None)
+    models = [engines.model(name) for name in arguments.models]
+    if arguments.memory:
+        head = ["model", "precision", "height x width", "pages", "idle MB", "peak MB after one", "after all"]
+        peaks = [memory(model, choice, arguments) for choice in choices for model in models]
+        print_table([head, *peaks])
+        return
+    if arguments.openvino:
         head = ["engine", "model", "precision", "pages/min", "ratio to ours", "overlap"]
         found = [row for model in models for row in beside_openvino(model, arguments)]
         print_table([[*head, "PSNR dB", "max difference"], *found])
         return
-    rows = []
-    for precision in arguments.precisions:
-        choice = EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")
-        engines = upscaling.Engines(choice, 0, lambda: None)
-        rows += [measure(engines.model(name), choice, arguments) for name in arguments.models]
+    rows = [measure(model, choice, arguments) for choice in choices for model in models]
     report = {key: getattr(arguments, key) for key in ("size", "pages", "pairs")}
     report |= {"machine": machine(), "threads": torch.get_num_threads()}
     print(json.dumps(report))
