@@ -34,6 +34,7 @@ class NnpackStrip(Strip):
     # 32,000 take 1.3 and 64,000 1.15 times as long (compact), 260,000 longer too; 40,000 1.1 times (6B).
     pixels = 110_000
     values = 15_000_000  # of input at a time, so that a 6B page 2000 wide needs less than 2 GB
+    layout = torch.contiguous_format
     margin = 0
 
     def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Tensor) -> None:
@@ -53,7 +54,7 @@ class NnpackStrip(Strip):
 
     @classmethod
     def tail_rows_at_once(cls, width: int, widest: int) -> int:
-        """See Strip; whole groups at twice and four times the size."""
+        """See Strip; whole groups at four times the size."""
         return STEP // 2 * max(1, cls.rows_at_once(width * 4, widest) // (STEP * 2))
 
     def room(self, rows: int) -> Tensor:

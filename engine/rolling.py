@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import nnpack
-from engine.models import LEAK, RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
+from engine.enlarging import EnlargingStrip
+from engine.models import RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
 
 StripMaker = Callable[[nn.Conv2d, Scratch], Strip]
+EnlargingStripMaker = Callable[[nn.Conv2d, int], EnlargingStrip]
 
 
 class Delay:
@@ -40,17 +42,26 @@ class Delay:
         """Take rows in; they must not change afterwards."""
         self.waiting.append(x)
 
-    def pull(self, rows: int) -> Tensor:
-        """The oldest `rows`, which leave."""
+    def pull(self, rows: int) -> list[Tensor]:
+        """The oldest `rows`, which leave, in the portions in which they came."""
         taken: list[Tensor] = []
-        while rows or not taken:
+        while rows:
             oldest = self.waiting.popleft()
             if oldest.shape[2] > rows:
                 # Few wait in most networks: their own memory, or all that came with them stays held.
                 self.waiting.appendleft(oldest[:, :, rows:].clone())
             taken.append(oldest[:, :, :rows])
             rows -= taken[-1].shape[2]
-        return taken[0] if len(taken) == 1 else torch.cat(taken, 2)
+        return taken
+
+    def add_to(self, x: Tensor, share: float = 1) -> Tensor:
+        """A share of x plus the oldest rows, which leave, written over x."""
+        first = 0
+        for rows in self.pull(x.shape[2]):
+            part = x[:, :, first : first + rows.shape[2]]
+            torch.add(rows, part, alpha=share, out=part)
+            first += rows.shape[2]
+        return x
 
 
 # ---------------------------------------------------------------- networks
@@ -80,7 +91,7 @@ class RollingCompact:
                 return out
         out = self.strips[-1].narrow(out)
         # The source under each of its pixel's results: added before the shuffle it takes a fifth of the time.
-        source = self.source.pull(out.shape[2]).permute(0, 2, 3, 1)
+        source = torch.cat(self.source.pull(out.shape[2]), 2).permute(0, 2, 3, 1)
         under = source.repeat_interleave(self.scale**2, 3).permute(0, 3, 1, 2)
         return F.pixel_shuffle(under.add_(out), self.scale)
 
@@ -100,8 +111,7 @@ class RollingDense:
             tick()
             following.take_beside(*strip.run(last))
         tick()
-        out = self.strips[-1].run(last)[1]
-        return torch.add(self.source.pull(out.shape[2]), out, alpha=RDB_SHARE)
+        return self.source.add_to(self.strips[-1].run(last)[1], RDB_SHARE)
 
 
 class RollingRRDB:
@@ -117,7 +127,7 @@ class RollingRRDB:
         out = x
         for block in self.blocks:
             out = block.run(out, last, tick)
-        return torch.add(self.source.pull(out.shape[2]), out, alpha=RDB_SHARE)
+        return self.source.add_to(out, RDB_SHARE)
 
 
 class RollingHead:
@@ -150,32 +160,31 @@ class RollingBody:
         """(1, F, h, W) -> (1, F, h', W)."""
         tick()
         self.strip.take(x)
-        out = self.strip.run(last)[1]
-        return out.add_(self.source.pull(out.shape[2]))
+        return self.strip.narrow(self.source.add_to(self.strip.run(last)[1]))
 
 
 class RollingTail:
     """What an RRDBNet does on the way to its output's size."""
 
-    def __init__(self, network: RRDBNet, strip: StripMaker, width: int) -> None:
-        half, whole = Scratch(width * 2), Scratch(width * 4)
-        self.ups = [strip(network.conv_up1, half), strip(network.conv_up2, whole)]
+    def __init__(
+        self, network: RRDBNet, enlarging: EnlargingStripMaker, strip: StripMaker, width: int
+    ) -> None:
+        self.ups = [enlarging(network.conv_up1, width), enlarging(network.conv_up2, width * 2)]
+        whole = Scratch(width * 4)
         self.hr = strip(network.conv_hr, whole)
         self.final = strip(network.conv_last, whole)
 
     def run(self, out: Tensor, last: bool, tick: Callable[[], None]) -> Tensor:
         """(1, F, h, W) -> (1, 3, h', 4 * W)."""
-        for strip in self.ups:
+        for up in self.ups:
             tick()
-            strip.take_enlarged(out)
-            out = strip.run(last)[1]
-            if strip is not self.ups[-1]:
-                out = F.leaky_relu_(out, LEAK)
-        for strip in (self.hr, self.final):
-            tick()
-            strip.take_leaky(out)
-            out = strip.run(last)[1]
-        return self.final.narrow(out)
+            out = up.run(out, last)
+        tick()
+        self.hr.take(self.hr.widen(out))
+        out = self.hr.run(last)[1]
+        tick()
+        self.final.take_leaky(out)
+        return self.final.narrow(self.final.run(last)[1])
 
 
 class Stage(Protocol):
@@ -205,6 +214,9 @@ class Roller:
         self.kind = kind_of(network.dtype)
         convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         self.kernels = {conv: self.kind.kernels_of(conv) for conv in convs}
+        if isinstance(network, RRDBNet):
+            for conv in (network.conv_up1, network.conv_up2):
+                self.kernels[conv] = EnlargingStrip.kernels_of(conv, self.kind.layout)
 
     def roll(self, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
         """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
@@ -226,6 +238,9 @@ class Roller:
         def strip(conv: nn.Conv2d, scratch: Scratch) -> Strip:
             return self.kind(conv, scratch, self.kernels[conv])
 
+        def enlarging(conv: nn.Conv2d, width: int) -> EnlargingStrip:
+            return EnlargingStrip(conv, self.kernels[conv], width, self.kind.layout)
+
         if isinstance(network, SRVGGNetCompact):
             return [(RollingCompact(network, strip, scratch), rows)]
         head = RollingHead(network, strip, scratch)
@@ -234,7 +249,7 @@ class Roller:
             (head, rows * network.multiple),
             *((block, rows) for block in blocks),
             (RollingBody(network, head.source, strip, scratch), rows),
-            (RollingTail(network, strip, width), self.kind.tail_rows_at_once(width, widest)),
+            (RollingTail(network, enlarging, strip, width), self.kind.tail_rows_at_once(width, widest)),
         ]
 
 

@@ -50,12 +50,6 @@ def zeros(planes: int, channels: int, rows: int, columns: int, dtype: torch.dtyp
     return torch.zeros(planes, rows, columns, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
-def enlarge_into(room: Tensor, x: Tensor) -> None:
-    """room = x at twice its size, nearest neighbour."""
-    pairs = torch.unflatten(torch.unflatten(room, 3, (-1, 2)), 2, (-1, 2))
-    pairs.copy_(x[:, :, :, None, :, None])
-
-
 class Strip:
     """One 3x3 convolution and the rows that it is about to see.
 
@@ -64,6 +58,7 @@ class Strip:
     """
 
     pixels = 32_000  # of input at a time: more gain little (measured: bf16 and fp32, 2 cores)
+    layout = torch.channels_last  # of (1, C, rows, W)
     planes = 1
     margin = 1  # zeros on either side of a row
 
@@ -101,7 +96,7 @@ class Strip:
         """Rows without the zeros beside them."""
         return rows[..., self.margin : self.margin + self.scratch.width]
 
-    # Its input, in one of five forms. Until run() another Strip of as many channels must not
+    # Its input, in one of four forms. Until run() another Strip of as many channels must not
     # ask for its own.
     def take(self, x: Tensor) -> None:
         """The next rows: (1, cin, rows, W)."""
@@ -121,10 +116,6 @@ class Strip:
         inherited = centre.shape[1]
         room[:, :inherited] = centre
         torch.ops.aten.leaky_relu.out(x, LEAK, out=self.inside(room[:, inherited:]))
-
-    def take_enlarged(self, x: Tensor) -> None:
-        """The next rows: x at twice its size, nearest neighbour."""
-        enlarge_into(self.inside(self.room(2 * x.shape[2])), x)
 
     def room(self, rows: int) -> Tensor:
         """Where its next input is to be written: (planes, cin, rows, columns)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.models import LEAK
-from engine.strips import Scratch, Strip, enlarge_into
+from engine.strips import Scratch, Strip
 
 STEP = 4  # results of a group
 # A kernel's polynomial at the points that the planes stand for, with the sums' constants divided out.
@@ -82,14 +82,6 @@ class WinogradStrip(Strip):
         inherited = centre.shape[1]
         room[:, :inherited] = centre
         self.to_planes(F.leaky_relu_(x, LEAK), room[:, inherited:])
-
-    def take_enlarged(self, x: Tensor) -> None:
-        """See Strip."""
-        width = self.scratch.width
-        page = from_phases(x, width // 2)
-        enlarged = self.scratch.room(1, page.shape[1], 2 * page.shape[2], width, page.dtype)
-        enlarge_into(enlarged, page)
-        self.take(self.widen(enlarged))
 
     def to_planes(self, x: Tensor, planes: Tensor) -> None:
         """Phases (4, C, rows, columns + 1) -> planes (6, C, rows, columns).

@@ -10,6 +10,7 @@ from helpers import require
 from test_models import NETWORKS
 
 from engine import models, nnpack, rolling
+from engine.enlarging import EnlargingStrip
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
@@ -47,14 +48,20 @@ def test_rows_in_turn_are_those_of_the_whole_page(kind, height, strip):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_no_row_is_computed_twice(kind, strip, monkeypatch):
     network, rows = NETWORKS[kind], Counter()
-    convolve = strip.convolve
+    convolve, corners = strip.convolve, EnlargingStrip.corners
 
     def counted(self, seen):
         result = convolve(self, seen)
         rows[id(self.conv)] += result.shape[2]
         return result
 
+    def counted_corners(self, x, last):
+        result = corners(self, x, last)
+        rows[id(self.conv)] += 2 * result.shape[2] - self.above - last  # two halves lie beside the page
+        return result
+
     monkeypatch.setattr(strip, "convolve", counted)
+    monkeypatch.setattr(EnlargingStrip, "corners", counted_corners)
     with torch.inference_mode():
         list(rolling.Roller(network).roll(page(60)))
         rolled = dict(rows)
