@@ -84,6 +84,7 @@ class Plan:
     tile: int  # input pixels
     halo_px: int
     batch: int
+    convolutions: str = "direct"  # of rolling.KINDS; others are for fp32 on a processor
     machine: str = ""  # the processor or card, and libraries: others' pages may differ by a level
     choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (upscaling.choose_model)
 
@@ -125,6 +126,7 @@ class EngineChoice:
     sandbox: bool = True  # whether workers give up rights they don't need
     log: str = "text"  # of logs.FORMS
     cache_root: Path | None = None  # of cache.PageCache; None: every page is computed
+    convolutions: str = "direct"  # see Plan; "auto": what takes the least time, measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ class Service:
             self._ending.callback(self.table.close)
             jobs.recover(self.table, layout, self.table.clock())
             choice = EngineChoice(
-                config.device, config.precision, config.engine, layout.models, config.sandbox, config.log
+                config.device, config.precision, config.engine, layout.models, config.sandbox, config.log,
+                convolutions=config.convolutions,
             )
             slots, limits = config.max_concurrency, config.limits
             kind = functools.partial(cluster.ClusterDispatcher, config.cluster) if config.cluster else None

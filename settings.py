@@ -51,6 +51,7 @@ class Config:
     device: str = "auto"
     precision: str = "auto"
     engine: str = "native"
+    convolutions: str = "direct"  # the environment's default is auto: two services may measure differently
     sandbox: bool = True
     log: str = "text"
     limits: Limits = field(default_factory=Limits)
@@ -88,6 +89,7 @@ CHOICES = {
     "device": ("auto", "cuda", "xpu", "mps", "cpu"),
     "precision": ("auto", "fp32", "fp16", "bf16"),
     "engine": ("native", "upstream"),
+    "convolutions": ("auto", "direct", "winograd", "nnpack"),
     "sandbox": ("on", "off"),
     "log": logs.FORMS,
     "check_room": ("on", "off"),
@@ -171,6 +173,7 @@ def read_config(environ: Mapping[str, str], flags: argparse.Namespace) -> Config
         device=given.choice("device"),
         precision=given.choice("precision"),
         engine=given.choice("engine"),
+        convolutions=given.choice("convolutions"),
         sandbox=given.choice("sandbox") == "on",
         log=given.choice("log"),
         limits=given.set_of(Limits, "MAX", LIMIT_SETTINGS),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import storage
-from engine import budgets, pages, spreads, upscaling
+from engine import budgets, pages, rolling, spreads, upscaling
 from files import artifacts, books, containers, inputs
 from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
 
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--max-page-bytes", type=_from_to(4096, 1 << 40), help="a page's, at most")
     flags.add_argument("--tile", type=_from_to(32, 65_536), help="input pixels of a tile")
     flags.add_argument("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto")
+    flags.add_argument("--convolutions", choices=("auto", *rolling.KINDS), default="auto")
     flags.add_argument("--device", choices=("auto", *upscaling.DEVICES), default="auto")
     return flags
 
@@ -75,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_places(given.source, given.target)
         params = params_of(given)
-        choice = EngineChoice(given.device, given.precision, "native", given.model_root)
+        choice = EngineChoice(
+            given.device, given.precision, "native", given.model_root, convolutions=given.convolutions
+        )
         engines = upscaling.Engines(choice, 0, lambda: None)
         plan = engines.plan(params)
         if is_image(given.source):
@@ -145,6 +148,11 @@ def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engine
 
 
 # ---------------------------------------------------------------- a volume
+def _untimed(plan: Plan) -> Plan:
+    """The plan without what another measurement might settle otherwise."""
+    return replace(plan, convolutions="", choices=tuple(map(_untimed, plan.choices)))
+
+
 @dataclass(slots=True)
 class Volume:
     """A volume on its way. Its finished pages lie in OUT.partial until all of them are."""
@@ -245,14 +253,16 @@ class Volume:
 
     # ------------------------------------------------------------ its record
     def _report(self) -> dict[str, Any]:
-        plan = asdict(self.plan) | {"choices": list(map(asdict, self.plan.choices))}  # as JSON has it
-        return {"params": reported(self.params), "plan": plan, "items": self.items}
+        return {"params": reported(self.params), "plan": asdict(self.plan), "items": self.items}
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Source name -> item of an earlier run with the same settings."""
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
-            same = all(report[key] == self._report()[key] for key in ("params", "plan"))
+            earlier = Plan.of(report["plan"])
+            if self.engines.choice.convolutions == "auto" and _untimed(earlier) == _untimed(self.plan):
+                self.plan = earlier  # what was measured then holds for the volume
+            same = earlier == self.plan and report["params"] == reported(self.params)
             return {item["source"]: item for item in report["items"]} if same else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # begun anew: nothing in it could be believed

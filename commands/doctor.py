@@ -280,7 +280,8 @@ def check_run(run: dict[str, Any]) -> Iterator[Check]:
 # ---------------------------------------------------------------- the whole
 def measured(config: Config, models: Sequence[str] = MODELS) -> tuple[dict[str, Any] | None, str]:
     """(what the child found, running these models; why there is nothing)."""
-    choice = asdict(EngineChoice(config.device, config.precision, config.engine, config.layout.models))
+    told = (config.device, config.precision, config.engine, config.layout.models)
+    choice = asdict(EngineChoice(*told, convolutions=config.convolutions))
     command = [sys.executable, "-m", "commands.doctor", json.dumps(choice, default=str), *models]
     try:
         done = subprocess.run(

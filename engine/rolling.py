@@ -1,18 +1,18 @@
 """A page goes through a network a few rows at a time, as a processor likes it.
 
-Map: Delay - dense blocks - the two networks - Roller
+Map: Delay - dense blocks - the two networks - kinds of convolution - Roller
 Rule: forward()'s arithmetic, nothing computed twice; memory depends on the page's width only.
 Runs in: the worker process only (it loads torch). Knows nothing of pages and processes.
 
 A convolution's result lags its input by a row (strips.py); whatever is added to a result or laid
-beside it has to wait as long. (Fused-layer evaluation: Alwani et al., MICRO 2016.) In fp32, on
-x86, the convolutions are nnpack.py's or winograd.py's.
+beside it has to wait as long. (Fused-layer evaluation: Alwani et al., MICRO 2016.) In fp32 the
+convolutions are nnpack.py's or winograd.py's where those were measured faster.
 """
 
 from __future__ import annotations
 
-import platform
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Protocol, cast
@@ -195,23 +195,70 @@ class Stage(Protocol):
         ...
 
 
-def kind_of(dtype: torch.dtype) -> type[Strip]:
-    """The fastest kind of Strip for a network of this type.
+# ---------------------------------------------------------------- kinds of convolution
+KINDS: dict[str, type[Strip]] = {"direct": Strip, "winograd": WinogradStrip, "nnpack": NnpackStrip}
+SAMPLE_WIDTH = 600  # pixels
+SAMPLES = 4  # of which the first warms up
+# Fewer multiplications cost memory and the last bits of a result; and at a tie the choice shall not
+# depend on the moment.
+WORTH_IT = 0.85  # of the time
 
-    Fewer multiplications are for fp32 on x86: fewer bits would not bear their sums, and other
-    processors were not measured.
+
+def usable_kinds() -> list[str]:
+    """Those of KINDS that this torch has."""
+    return [kind for kind in KINDS if kind != "nnpack" or nnpack.is_ready()]
+
+
+def fastest_kind(network: OwnNetwork) -> str:
+    """Which of KINDS takes the least time for this network here, measured: in fp32 a second or two.
+
+    Whether fewer multiplications gain depends on the caches, on who else uses them and on the
+    number of cores: on machines of two cores NNPACK took 0.6 to 1.25 of the time of all of them.
     """
-    if dtype != torch.float32 or platform.machine().lower() not in ("x86_64", "amd64"):
-        return Strip
-    return NnpackStrip if nnpack.is_ready() else WinogradStrip
+    # Fewer bits would not bear their sums.
+    seconds = seconds_a_row(network) if network.dtype == torch.float32 else {"direct": 0.0}
+    best = min(seconds, key=lambda kind: seconds[kind])
+    return best if seconds[best] < WORTH_IT * seconds["direct"] else "direct"
 
 
+@torch.inference_mode()
+def seconds_a_row(network: OwnNetwork) -> dict[str, float]:
+    """Kind -> seconds that a network's convolutions take for a row of SAMPLE_WIDTH pixels."""
+    convs = [module for module in network.body.modules() if isinstance(module, nn.Conv2d)]
+    widest = max(conv.in_channels for conv in convs)
+    if isinstance(network, RRDBNet):
+        convs += [network.conv_hr, network.conv_last] * 16  # at four times the size
+    alike = Counter((conv.in_channels, conv.out_channels) for conv in convs)
+    one_each = {(conv.in_channels, conv.out_channels): conv for conv in convs}
+    scratch, samples = Scratch(SAMPLE_WIDTH), []
+    for name in usable_kinds():
+        kind = KINDS[name]
+        rows = kind.rows_at_once(SAMPLE_WIDTH, widest)
+        x = torch.rand(1, widest, rows, SAMPLE_WIDTH).contiguous(memory_format=kind.layout)
+        for shape, conv in one_each.items():
+            strip = kind(conv, scratch, kind.kernels_of(conv))
+            samples.append((name, shape, rows, strip, strip.widen(x)[:, : shape[0]]))
+    taken: dict[tuple[str, tuple[int, int]], list[float]] = {}
+    for _ in range(SAMPLES):  # in turn: no one finds in the caches what it left there
+        for name, shape, rows, strip, x in samples:
+            started = time.perf_counter()
+            strip.take_leaky(x)
+            strip.run(False)
+            taken.setdefault((name, shape), []).append((time.perf_counter() - started) / rows)
+    seconds = dict.fromkeys(usable_kinds(), 0.0)
+    for (name, shape), spent in taken.items():
+        seconds[name] += alike[shape] * min(spent[1:])
+    return seconds
+
+
+# ---------------------------------------------------------------- a page
 class Roller:
     """A network that takes pages in rows. What is made of its weights is made once, for all pages."""
 
-    def __init__(self, network: OwnNetwork) -> None:
+    def __init__(self, network: OwnNetwork, kind: str = "direct") -> None:
+        """kind: of KINDS; all but "direct" are for fp32."""
         self.network = network
-        self.kind = kind_of(network.dtype)
+        self.kind = KINDS[kind]
         convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         self.kernels = {conv: self.kind.kernels_of(conv) for conv in convs}
         if isinstance(network, RRDBNet):

@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 import storage
-from engine import community, pages, windows
+from engine import community, pages, rolling, windows
 from engine.community import CommunityNetwork
 from engine.models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
 from engine.pages import PageError, Pixels
@@ -150,13 +150,15 @@ def make_plan(
     slot: int,
     pays: Callable[[Model, Plan, str, int], bool] | None = None,
     halo_of: Callable[[Model, str, int], int] | None = None,
+    fastest: Callable[[Model], str] | None = None,
 ) -> Plan:
-    """Settle how pages are computed with one model. Raises DeviceMissing.
+    """Settle how pages are computed with one model. Raises DeviceMissing, EngineMissing.
 
     pays: tells whether a reduced precision does; None: faster_and_near. halo_of: a model's
-    halo on a device, in input pixels; None: halo_for.
+    halo on a device, in input pixels; None: halo_for. fastest: which of rolling.KINDS takes the
+    least time on a processor in fp32; None: fastest_convolutions.
     """
-    pays, halo_of = pays or faster_and_near, halo_of or halo_for
+    pays, halo_of, fastest = pays or faster_and_near, halo_of or halo_for, fastest or fastest_convolutions
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
@@ -178,7 +180,19 @@ def make_plan(
     tries = choice.precision == "auto" and native and supports(model, kind.fast_precision)
     if tries and pays(model, plan, kind.fast_precision, slot):
         plan = replace(plan, precision=kind.fast_precision)
+    if kind.rolls and plan.precision == "fp32" and native and not other:
+        asked = fastest(model) if choice.convolutions == "auto" else choice.convolutions
+        if asked not in rolling.usable_kinds():
+            raise EngineMissing(f"this torch has no {asked} convolutions: set REICHAN_CONVOLUTIONS to auto")
+        plan = replace(plan, convolutions=asked)
     return plan
+
+
+def fastest_convolutions(model: Model) -> str:
+    """See rolling.fastest_kind."""
+    network = copy_network(model.network)
+    assert not isinstance(network, CommunityNetwork)
+    return rolling.fastest_kind(network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
 
 
 @functools.cache
@@ -312,7 +326,8 @@ class NativeEngine:
             self.input_dtype = self.network.first.weight.dtype
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if DEVICES[plan.device].rolls:
-                self.roller = Roller(self.network)
+                kind = plan.convolutions if plan.precision == "fp32" else "direct"
+                self.roller = Roller(self.network, kind)
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # a Roller calls none of them, and ticks itself
                 module.register_forward_pre_hook(lambda _module, _inputs: tick())
@@ -537,6 +552,7 @@ class Engines:
         # (weights, device, precision) -> faster_and_near's answer. It costs seconds: not once a job.
         self.pays: dict[tuple[str, str, str], bool] = {}
         self.halos: dict[tuple[str, str], int] = {}  # (weights, device) -> halo_for's answer
+        self.fastest: dict[str, str] = {}  # weights -> fastest_convolutions' answer
 
     def model(self, name: str) -> Model:
         """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
@@ -590,7 +606,13 @@ class Engines:
                 self.halos[key] = halo_for(model, device, slot)
             return self.halos[key]
 
-        plan = make_plan(params, self.choice, model, self.slot, pays, halo_of)
+        def fastest(model: Model) -> str:
+            if model.weights_sha256 not in self.fastest:
+                self.fastest[model.weights_sha256] = fastest_convolutions(model)
+                log.info("%s: %s convolutions", model.name, self.fastest[model.weights_sha256])
+            return self.fastest[model.weights_sha256]
+
+        plan = make_plan(params, self.choice, model, self.slot, pays, halo_of, fastest)
         return replace(plan, machine=describe_machine(plan.device, self.slot))
 
     def is_current(self, plan: Plan) -> bool:
@@ -644,6 +666,8 @@ class Engines:
         """The plan, on a device that is still here, with a tile that is known to fit."""
         if not DEVICES[plan.device].count():
             plan = replace(plan, device="cpu", precision="fp32")
+        if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
+            plan = replace(plan, convolutions="direct")
         with self.lock:
             tile = self.fitted.get((plan.model, plan.device, plan.precision))
         return plan if tile is None or tile >= plan.tile else replace(plan, tile=tile)

@@ -41,7 +41,7 @@ import upstream_shim  # noqa: E402
 import infer  # noqa: E402
 import storage  # noqa: E402
 from commands import sample  # noqa: E402
-from engine import pages, upscaling, windows  # noqa: E402
+from engine import pages, rolling, upscaling, windows  # noqa: E402
 from engine.models import Model  # noqa: E402
 from engine.pages import Pixels  # noqa: E402
 from engine.windows import Box  # noqa: E402
@@ -294,7 +294,7 @@ class OpenVINOEngine(upscaling.NativeEngine):
 def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[str]]:
     """Rows (engine, model, precision, pages/min, ratio, overlap, PSNR, max difference): engines alone,
     one page, taking turns; OpenVINO with strips of each of some heights. Both beside fp32."""
-    choice = EngineChoice(precision=arguments.precisions[0], model_root=ROOT / "no-such-folder")
+    choice = choice_of(arguments.precisions[0], arguments)
     plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
@@ -326,6 +326,13 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
 
 
 # ---------------------------------------------------------------- a comparison
+def choice_of(precision: str, arguments: argparse.Namespace) -> EngineChoice:
+    """What a worker is told: the models of the wheel."""
+    return EngineChoice(
+        precision=precision, model_root=ROOT / "no-such-folder", convolutions=arguments.convolutions
+    )
+
+
 def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in one precision beside upstream."""
     plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
@@ -355,6 +362,7 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
     return {
         "model": model.name,
         "precision": plan.precision,
+        "convolutions": plan.convolutions,
         "device": plan.device,
         "upstream pages/min": 60 * arguments.pages / theirs,
         "ours pages/min": 60 * arguments.pages / mine,
@@ -414,7 +422,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
         ]
         lines += [
             ["upstream", row["model"], "fp32", *theirs, "0%", f"{row['upstream peak MB'] or 0:.0f}", "", ""],
-            ["ours", row["model"], row["precision"], *ours],
+            ["ours", row["model"], f"{row['precision']}, {row['convolutions']}", *ours],
         ]
     return lines
 
@@ -424,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--models", nargs="+", default=["realesr-animevideov3", "RealESRGAN_x4plus_anime_6B"])
     parser.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, fp16, auto")
+    parser.add_argument("--convolutions", choices=("auto", *rolling.KINDS), default="auto")
     parser.add_argument("--pages", type=int, default=2)
     parser.add_argument("--size", default="1170x827", help="height x width, input pixels")
     parser.add_argument("--pairs", type=int, default=3)
@@ -435,10 +444,7 @@ def main() -> None:
     if arguments.encoders:
         print(encoders())
         return
-    choices = [
-        EngineChoice(precision=precision, model_root=ROOT / "no-such-folder")
-        for precision in arguments.precisions
-    ]
+    choices = [choice_of(precision, arguments) for precision in arguments.precisions]
     engines = upscaling.Engines(choices[0], 0, lambda: None)
     models = [engines.model(name) for name in arguments.models]
     if arguments.memory:

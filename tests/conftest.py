@@ -19,6 +19,10 @@ from helpers import require
 
 import storage
 
+# The same bytes from every service that a test starts as a command: which convolutions are fastest,
+# two of them may measure differently.
+os.environ.setdefault("REICHAN_CONVOLUTIONS", "direct")
+
 MAKE_HOSTILE = Path(__file__).parents[2] / "shared/hostile/make_hostile.py"
 
 

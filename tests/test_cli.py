@@ -14,7 +14,7 @@ from drawn import colour, grey
 from engines import COMPACT, native
 
 from commands import cli, verify
-from engine import pages, upscaling
+from engine import pages, rolling, upscaling
 from messages import Params
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +34,9 @@ def volume(tmp_path):
 
 
 def run(source: Path, target: Path, *flags: str) -> int:
-    """The command line with the compact model in fp32."""
-    return cli.main([str(source), str(target), "--model", COMPACT, "--precision", "fp32", *flags])
+    """The command line with the compact model in fp32, each convolution as it stands."""
+    settled = ["--model", COMPACT, "--precision", "fp32", "--convolutions", "direct"]
+    return cli.main([str(source), str(target), *settled, *flags])
 
 
 def zipped(folder: Path, target: Path) -> Path:
@@ -134,7 +135,25 @@ def test_an_interrupted_volume_goes_on(volume, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out.cbz").read_bytes() == (tmp_path / "whole.cbz").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["source", "output", "settings"])
+@pytest.mark.parametrize("model", [COMPACT, "auto"])
+def test_a_volume_that_goes_on_keeps_the_convolutions_that_were_measured_first(
+    volume, tmp_path, monkeypatch, model
+):
+    flags = ["--convolutions", "auto", "--model", model]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        patch.setattr(rolling, "fastest_kind", lambda network: "winograd")
+        assert run(volume, tmp_path / "out", *flags) == 130
+    with monkeypatch.context() as patch:
+        computed = interrupt_at(patch, 99)
+        patch.setattr(rolling, "fastest_kind", lambda network: "direct")
+        assert run(volume, tmp_path / "out", *flags) == 0
+    assert len(computed) == 2
+    plan = json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]
+    assert {one["convolutions"] for one in plan["choices"] or [plan]} == {"winograd"}
+
+
+@pytest.mark.parametrize("change", ["source", "output", "settings", "convolutions"])
 def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -144,6 +163,8 @@ def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, chan
         (volume / NAMES[0]).write_bytes(cv2.imencode(".png", grey(26, 22))[1].tobytes())
     elif change == "output":
         (tmp_path / "out.partial" / NAMES[0]).with_suffix(".jpg").write_bytes(b"garbage")
+    elif change == "convolutions":
+        flags = ["--convolutions", "winograd"]
     else:
         flags = ["--format", "png"]
     assert run(volume, tmp_path / "out", *flags) == 0

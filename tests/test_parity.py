@@ -11,23 +11,19 @@ from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_window
 from helpers import require
 from reference import CASES, Case, compute
 
-from engine import nnpack, rolling, upscaling
-from engine.nnpack import NnpackStrip
-from engine.strips import Strip
-from engine.winograd import WinogradStrip
+from engine import rolling, upscaling
 from messages import Params
 
 
-@pytest.mark.parametrize("way", [NnpackStrip, WinogradStrip, Strip, "windows"])
+@pytest.mark.parametrize("way", [*rolling.KINDS, "windows"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, way, monkeypatch):
-    if way is NnpackStrip:
-        require(nnpack.is_ready(), "torch has no NNPACK here")
     if way == "windows":
         use_windows(monkeypatch)
+        engine = native(case.model)
     else:
-        monkeypatch.setattr(rolling, "kind_of", lambda dtype: way)
-    engine = native(case.model)
+        require(way in rolling.usable_kinds(), f"torch has no {way} here")
+        engine = native(case.model, convolutions=way)
     params = Params(scale=case.outscale, output_format="png")
     ours = upscaling.upscale_page(engine, PAGES[case.page](), params)
     assert apart(ours, case.stored()) <= 1

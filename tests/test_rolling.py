@@ -9,11 +9,9 @@ import torch
 from helpers import require
 from test_models import NETWORKS
 
-from engine import models, nnpack, rolling
+from engine import models, rolling
 from engine.enlarging import EnlargingStrip
-from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
-from engine.winograd import WinogradStrip
 
 
 def page(height: int, seed: int = 1) -> torch.Tensor:
@@ -22,31 +20,34 @@ def page(height: int, seed: int = 1) -> torch.Tensor:
     return noise.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=[Strip, WinogradStrip, NnpackStrip], autouse=True)
-def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Strip]:
-    """Each kind of strip, as low as those of a wide page."""
-    if request.param is NnpackStrip:
-        require(nnpack.is_ready(), "torch has no NNPACK here")
-    monkeypatch.setattr(rolling, "kind_of", lambda dtype: request.param)
-    monkeypatch.setattr(request.param, "pixels", 16 * 12)
+@pytest.fixture(params=rolling.KINDS, autouse=True)
+def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of convolution, its strips as low as those of a wide page."""
+    require(request.param in rolling.usable_kinds(), f"torch has no {request.param} here")
+    monkeypatch.setattr(rolling.KINDS[request.param], "pixels", 16 * 12)
     return request.param
+
+
+@pytest.fixture
+def strip(convolutions: str) -> type[Strip]:
+    return rolling.KINDS[convolutions]
 
 
 @pytest.mark.parametrize("height", [4, 16, 20, 36, 148])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_rows_in_turn_are_those_of_the_whole_page(kind, height, strip):
+def test_rows_in_turn_are_those_of_the_whole_page(kind, height, convolutions, strip):
     network = NETWORKS[kind]
     with torch.inference_mode():
-        parts = list(rolling.Roller(network).roll(page(height)))
+        parts = list(rolling.Roller(network, convolutions).roll(page(height)))
         assert torch.allclose(torch.cat(parts, 2), network(page(height)), atol=1e-5)
     # The last come with all that waited for them, but never with the rest of the page.
-    widest = max(conv.in_channels for conv in rolling.Roller(network).kernels)
+    widest = max(conv.in_channels for conv in rolling.Roller(network, convolutions).kernels)
     at_once = strip.rows_at_once(12 // network.multiple, widest) * network.multiple
     assert max(part.shape[2] for part in parts) <= (at_once + 5) * network.scale
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_no_row_is_computed_twice(kind, strip, monkeypatch):
+def test_no_row_is_computed_twice(kind, convolutions, strip, monkeypatch):
     network, rows = NETWORKS[kind], Counter()
     convolve, corners = strip.convolve, EnlargingStrip.corners
 
@@ -63,7 +64,7 @@ def test_no_row_is_computed_twice(kind, strip, monkeypatch):
     monkeypatch.setattr(strip, "convolve", counted)
     monkeypatch.setattr(EnlargingStrip, "corners", counted_corners)
     with torch.inference_mode():
-        list(rolling.Roller(network).roll(page(60)))
+        list(rolling.Roller(network, convolutions).roll(page(60)))
         rolled = dict(rows)
         rows.clear()
         for module in network.modules():
@@ -75,28 +76,28 @@ def test_no_row_is_computed_twice(kind, strip, monkeypatch):
     assert rolled == rows
 
 
-def test_what_is_made_of_the_weights_is_made_once(strip, monkeypatch):
+def test_what_is_made_of_the_weights_is_made_once(convolutions, strip, monkeypatch):
     made, kernels_of = [], strip.kernels_of
     monkeypatch.setattr(strip, "kernels_of", lambda conv: made.append(conv) or kernels_of(conv))
-    roller = rolling.Roller(NETWORKS["compact x2"])
+    roller = rolling.Roller(NETWORKS["compact x2"], convolutions)
     with torch.inference_mode():
         for height in (20, 36):
             list(roller.roll(page(height)))
     assert len(made) == 5
 
 
-def test_pages_that_take_turns_do_not_mix():
+def test_pages_that_take_turns_do_not_mix(convolutions):
     network = NETWORKS["rrdb x4"]
     with torch.inference_mode():
-        one = rolling.Roller(network).roll(page(64, seed=1))
+        one = rolling.Roller(network, convolutions).roll(page(64, seed=1))
         begun = [next(one)]
-        other = torch.cat(list(rolling.Roller(network).roll(page(64, seed=2))), 2)
+        other = torch.cat(list(rolling.Roller(network, convolutions).roll(page(64, seed=2))), 2)
         whole = torch.cat([*begun, *one], 2)
         assert torch.allclose(other, network(page(64, seed=2)), atol=1e-5)
         assert torch.allclose(whole, network(page(64, seed=1)), atol=1e-5)
 
 
-def test_memory_depends_on_the_width_only(monkeypatch):
+def test_memory_depends_on_the_width_only(convolutions, monkeypatch):
     rooms = []
     room, channels_of = Scratch.room, Scratch.channels
 
@@ -112,7 +113,7 @@ def test_memory_depends_on_the_width_only(monkeypatch):
     monkeypatch.setattr(Scratch, "channels", noted_channels)
     network = models.RRDBNet(16, 2, 8, 4)
     with torch.inference_mode():
-        list(rolling.Roller(network).roll(page(112)))
+        list(rolling.Roller(network, convolutions).roll(page(112)))
         short = max(rooms)  # as many rows more as make whole strips of either height, 12 and 16
-        list(rolling.Roller(network).roll(page(1072)))
+        list(rolling.Roller(network, convolutions).roll(page(1072)))
     assert max(rooms) == short

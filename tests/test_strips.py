@@ -10,7 +10,7 @@ from helpers import require
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import nnpack, rolling
+from engine import nnpack
 from engine.models import LEAK
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
@@ -160,13 +160,3 @@ def test_rows_at_a_time_are_whole_groups(width, widest):
     tail = NnpackStrip.tail_rows_at_once(width, widest)
     assert rows % nnpack.STEP == 0 and 4 * tail % nnpack.STEP == 0
     assert rows == nnpack.STEP or rows * width * widest <= NnpackStrip.values
-
-
-@pytest.mark.parametrize("machine, gains", [("x86_64", True), ("AMD64", True), ("arm64", False)])
-@pytest.mark.parametrize("torch_has_nnpack", [True, False])
-def test_which_is_taken_where(machine, gains, torch_has_nnpack, monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: torch_has_nnpack)
-    fewer = NnpackStrip if torch_has_nnpack else WinogradStrip
-    assert rolling.kind_of(torch.float32) is (fewer if gains else Strip)
-    assert rolling.kind_of(torch.bfloat16) is Strip

@@ -17,6 +17,7 @@ import pytest
 import torch
 from drawn import colour, grainy, grey, sixteen_bit
 from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
+from helpers import require
 
 import storage
 from engine import models, pages, rolling, upscaling, windows
@@ -239,6 +240,79 @@ def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
     for params in (Params(model=COMPACT), Params(model=COMPACT, tile_size=64), Params(model=SIX_B)):
         assert engines.plan(params).precision == "bf16"
     assert asked == [COMPACT, SIX_B]
+
+
+# Which convolutions a processor computes in fp32.
+MEASURED = EngineChoice(model_root=NO_FILES, precision="fp32", convolutions="auto")
+
+
+@pytest.mark.parametrize("fast", rolling.KINDS)
+@pytest.mark.parametrize("name", [COMPACT, SIX_B])
+def test_the_convolutions_that_take_the_least_time_are_taken(name, fast, monkeypatch):
+    require(fast in rolling.usable_kinds(), f"torch has no {fast} here")
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for kind, strip in rolling.KINDS.items():
+
+        def dragged(self, seen, kind=kind, convolve=strip.convolve):
+            result = convolve(self, seen)
+            now[0] += result.shape[2] * (1.0 if kind == fast else 1.5)
+            return result
+
+        monkeypatch.setattr(strip, "convolve", dragged)
+        monkeypatch.setattr(strip, "pixels", 12 * rolling.SAMPLE_WIDTH)
+    plan = upscaling.make_plan(Params(model=name), MEASURED, bundled(name), 0)
+    assert plan.convolutions == fast
+    engine = upscaling.NativeEngine(bundled(name), plan, 0)
+    assert engine.roller.kind is rolling.KINDS[fast]
+
+
+@pytest.mark.parametrize(
+    "seconds, kind",
+    [
+        ({"direct": 1.0, "winograd": 0.9, "nnpack": 0.9}, "direct"),  # not worth it
+        ({"direct": 1.0, "winograd": 0.7, "nnpack": 0.6}, "nnpack"),
+        ({"direct": 1.0, "winograd": 0.7}, "winograd"),
+        ({"direct": 1.0, "winograd": 1.2, "nnpack": 1.4}, "direct"),
+    ],
+)
+def test_fewer_multiplications_must_gain_enough(seconds, kind, monkeypatch):
+    monkeypatch.setattr(rolling, "seconds_a_row", lambda network: seconds)
+    assert rolling.fastest_kind(bundled(COMPACT).network) == kind
+
+
+def test_only_fp32_on_a_processor_has_a_choice_of_convolutions(card, monkeypatch):
+    def never(network):
+        pytest.fail("nothing was to be measured")
+
+    monkeypatch.setattr(rolling, "seconds_a_row", never)
+    for device, precision in (("cuda", "fp32"), ("cpu", "bf16")):
+        asked = replace(MEASURED, precision=precision)
+        plan = upscaling.make_plan(Params(model=COMPACT, device=device), asked, bundled(COMPACT), 0)
+        assert (plan.device, plan.precision, plan.convolutions) == (device, precision, "direct")
+
+
+def test_a_worker_measures_convolutions_once_and_not_for_each_job(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rolling, "fastest_kind", lambda network: asked.append(1) or "winograd")
+    engines = upscaling.Engines(MEASURED, 0, lambda: None)
+    for params in (Params(model=COMPACT), Params(model=COMPACT, tile_size=64), Params(model=SIX_B)):
+        assert engines.plan(params).convolutions == "winograd"
+    assert len(asked) == 2
+
+
+def test_convolutions_that_were_chosen_are_taken_unmeasured_or_refused(monkeypatch):
+    monkeypatch.setattr(rolling.nnpack, "is_ready", lambda: False)
+    chosen = replace(MEASURED, convolutions="winograd")
+    plan = upscaling.make_plan(Params(model=COMPACT), chosen, bundled(COMPACT), 0)
+    assert plan.convolutions == "winograd"
+    with pytest.raises(upscaling.EngineMissing, match="REICHAN_CONVOLUTIONS"):
+        missing = replace(MEASURED, convolutions="nnpack")
+        upscaling.make_plan(Params(model=COMPACT), missing, bundled(COMPACT), 0)
+    # A cluster's node may lack what the plan was settled with.
+    page, elsewhere = grey(40, 48), plan_for(bundled(COMPACT), convolutions="nnpack")
+    pixels, deviation = engines().compute(page, Params(model=COMPACT), elsewhere)
+    assert deviation == "convolutions direct" and apart(pixels, native(COMPACT).upscale(page, 2)) == 0
 
 
 @pytest.mark.parametrize("name", [COMPACT, SIX_B])

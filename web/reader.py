@@ -102,7 +102,8 @@ def page_key(layout: Layout, choice: EngineChoice, data: bytes | memoryview, par
         with contextlib.suppress(OSError):
             stat = file.path.stat()
             weights.append((name, stat.st_size, stat.st_mtime_ns))
-    facts = (asdict(params), choice.device, choice.precision, choice.engine, sorted(weights))
+    chosen = (choice.device, choice.precision, choice.engine, choice.convolutions)
+    facts = (asdict(params), chosen, sorted(weights))
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(data)
     return digest.hexdigest()
