@@ -21,6 +21,10 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
     if UUID.fullmatch(job) and job not in (*LASTING, *VICTIMS) and job[0] != "0":
         pool = VICTIMS if case.method.upper() in ("DELETE", "POST") else LASTING
         named["id"] = pool[int(job[:8], 16) % len(pool)]
+    if isinstance(case.body, dict) and case.media_type == "multipart/form-data":
+        # Where name="x\" ends depends on who reads it: forms.py refuses it, which no schema tells.
+        for name in [name for name in case.body if name.endswith("\\")]:
+            del case.body[name]
     if isinstance(case.body, dict):
         _fill_in(case.body.get("input"), "type", "path")
         _fill_in(case.body, "inputType", "inputPath")

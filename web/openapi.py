@@ -358,9 +358,10 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _content(what: str) -> dict[str, Any]:
-    """What: names of schemas and media types."""
-    binary = {"type": "string", "format": "binary"}
+def _content(what: str, least: int = 0) -> dict[str, Any]:
+    """What: names of schemas and media types; least: bytes of a body that is no form."""
+    binary: dict[str, Any] = {"type": "string", "format": "binary"}
+    raw = binary | ({"minLength": least} if least else {})
     form = _object({"image": binary})
     if "PreviewRequest" in what:
         text = "JSON as for an input, without input and page"
@@ -369,7 +370,7 @@ def _content(what: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in what.split(", "):
         if "/" in one:
-            found[one] = {"schema": form if "form-data" in one else binary}
+            found[one] = {"schema": form if "form-data" in one else raw}
         else:
             media = "application/problem+json" if one == "Problem" else "application/json"
             found[media] = {"schema": _ref(one)}
@@ -396,7 +397,8 @@ def _operation(route: Route) -> dict[str, Any]:
         },
     }
     if route.body:
-        operation["requestBody"] = {"required": not route.body_optional, "content": _content(route.body)}
+        needed = not route.body_optional
+        operation["requestBody"] = {"required": needed, "content": _content(route.body, least=int(needed))}
     if route.open:
         operation["security"] = []
     return operation
