@@ -11,6 +11,7 @@ convolutions are nnpack.py's or winograd.py's where those were measured faster.
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -205,18 +206,19 @@ WORTH_IT = 0.85  # of the time
 
 
 def usable_kinds() -> list[str]:
-    """Those of KINDS that this torch has."""
+    """Those of KINDS that this torch has. How near fewer multiplications come was seen on x86 only."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["direct"]
     return [kind for kind in KINDS if kind != "nnpack" or nnpack.is_ready()]
 
 
 def fastest_kind(network: OwnNetwork) -> str:
-    """Which of KINDS takes the least time for this network here, measured: in fp32 a second or two.
+    """Which of KINDS takes the least time for an fp32 network here, measured: a second or two.
 
     Whether fewer multiplications gain depends on the caches, on who else uses them and on the
     number of cores: on machines of two cores NNPACK took 0.6 to 1.25 of the time of all of them.
     """
-    # Fewer bits would not bear their sums.
-    seconds = seconds_a_row(network) if network.dtype == torch.float32 else {"direct": 0.0}
+    seconds = seconds_a_row(network)
     best = min(seconds, key=lambda kind: seconds[kind])
     return best if seconds[best] < WORTH_IT * seconds["direct"] else "direct"
 
@@ -256,7 +258,7 @@ class Roller:
     """A network that takes pages in rows. What is made of its weights is made once, for all pages."""
 
     def __init__(self, network: OwnNetwork, kind: str = "direct") -> None:
-        """kind: of KINDS; all but "direct" are for fp32."""
+        """kind: of KINDS; all but "direct" are for fp32: fewer bits would not bear their sums."""
         self.network = network
         self.kind = KINDS[kind]
         convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]

@@ -183,7 +183,7 @@ def make_plan(
     if kind.rolls and plan.precision == "fp32" and native and not other:
         asked = fastest(model) if choice.convolutions == "auto" else choice.convolutions
         if asked not in rolling.usable_kinds():
-            raise EngineMissing(f"this torch has no {asked} convolutions: set REICHAN_CONVOLUTIONS to auto")
+            raise EngineMissing(f"there are no {asked} convolutions here: set REICHAN_CONVOLUTIONS to auto")
         plan = replace(plan, convolutions=asked)
     return plan
 
@@ -326,8 +326,7 @@ class NativeEngine:
             self.input_dtype = self.network.first.weight.dtype
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if DEVICES[plan.device].rolls:
-                kind = plan.convolutions if plan.precision == "fp32" else "direct"
-                self.roller = Roller(self.network, kind)
+                self.roller = Roller(self.network, plan.convolutions)
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # a Roller calls none of them, and ticks itself
                 module.register_forward_pre_hook(lambda _module, _inputs: tick())

@@ -12,6 +12,7 @@ import cv2
 import pytest
 from drawn import colour, grey
 from engines import COMPACT, native
+from helpers import require
 
 from commands import cli, verify
 from engine import pages, rolling, upscaling
@@ -139,6 +140,7 @@ def test_an_interrupted_volume_goes_on(volume, tmp_path, monkeypatch, capsys):
 def test_a_volume_that_goes_on_keeps_the_convolutions_that_were_measured_first(
     volume, tmp_path, monkeypatch, model
 ):
+    require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
     flags = ["--convolutions", "auto", "--model", model]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -164,6 +166,7 @@ def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, chan
     elif change == "output":
         (tmp_path / "out.partial" / NAMES[0]).with_suffix(".jpg").write_bytes(b"garbage")
     elif change == "convolutions":
+        require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
         flags = ["--convolutions", "winograd"]
     else:
         flags = ["--format", "png"]

@@ -10,7 +10,7 @@ from helpers import require
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import nnpack
+from engine import nnpack, rolling
 from engine.models import LEAK
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
@@ -160,3 +160,12 @@ def test_rows_at_a_time_are_whole_groups(width, widest):
     tail = NnpackStrip.tail_rows_at_once(width, widest)
     assert rows % nnpack.STEP == 0 and 4 * tail % nnpack.STEP == 0
     assert rows == nnpack.STEP or rows * width * widest <= NnpackStrip.values
+
+
+@pytest.mark.parametrize("machine, is_x86", [("x86_64", True), ("AMD64", True), ("arm64", False)])
+@pytest.mark.parametrize("torch_has_nnpack", [True, False])
+def test_which_are_usable_where(machine, is_x86, torch_has_nnpack, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: torch_has_nnpack)
+    fewer = ["winograd", *(["nnpack"] if torch_has_nnpack else [])]
+    assert rolling.usable_kinds() == ["direct", *(fewer if is_x86 else [])]

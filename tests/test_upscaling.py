@@ -293,6 +293,7 @@ def test_only_fp32_on_a_processor_has_a_choice_of_convolutions(card, monkeypatch
 
 
 def test_a_worker_measures_convolutions_once_and_not_for_each_job(monkeypatch):
+    require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
     asked = []
     monkeypatch.setattr(rolling, "fastest_kind", lambda network: asked.append(1) or "winograd")
     engines = upscaling.Engines(MEASURED, 0, lambda: None)
@@ -302,6 +303,7 @@ def test_a_worker_measures_convolutions_once_and_not_for_each_job(monkeypatch):
 
 
 def test_convolutions_that_were_chosen_are_taken_unmeasured_or_refused(monkeypatch):
+    require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
     monkeypatch.setattr(rolling.nnpack, "is_ready", lambda: False)
     chosen = replace(MEASURED, convolutions="winograd")
     plan = upscaling.make_plan(Params(model=COMPACT), chosen, bundled(COMPACT), 0)
