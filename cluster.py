@@ -1,10 +1,10 @@
 """Beyond one machine: the pages of jobs computed by the nodes of a Ray cluster.
 
 Map: what is said - the dispatcher's side (NodeSlot, ClusterDispatcher) - the service's bridge
-     (Bridge, Link, run_bridge) - a node's side (Node)
+     (places, Link, Bridge, run_bridge); a node's side is work/node.py
 Rule: Ray is imported by the bridge alone, and runs Node. It ends each process that loses its
 cluster: neither the service nor a worker may be one of them.
-Runs in: the dispatcher thread; the bridge process; one Ray actor a card, or a node's processor.
+Runs in: the dispatcher thread; the bridge process. One Node a card, or a node's processor.
 
     dispatcher ==pipe==> bridge ==object store==> Node ==pipe==> run_worker, as in one machine
         |                staging/ -> bytes        bytes -> spool -> decode, infer, encode -> spool
@@ -22,20 +22,16 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import multiprocessing.connection
 import os
 import queue
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import logs
@@ -48,7 +44,6 @@ from messages import (
     Beat,
     BootFailed,
     ComputePage,
-    Dropped,
     EngineChoice,
     PageDone,
     PageFailed,
@@ -61,6 +56,7 @@ from messages import (
 )
 from work import workers
 from work.dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher
+from work.node import BATCH_BYTES, PAGE, Declined, Lost, Node, Weights, code_hash
 from work.runs import Run
 from work.workers import Slot, WorkerSlot
 
@@ -70,14 +66,8 @@ BRIDGE = 1  # its index beside worker 0
 LOOK_S = 1.0  # between two looks at the cluster's nodes
 SILENCE_S = 5.0  # after which a head that does not answer counts as gone, in what is told
 LOSSES = 3  # of a page with its node; one more, and the page is suspected
-BATCH_BYTES = 32 << 20  # of pages in one call
-COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-CODE = (
-    "cluster", "storage", "files.inputs", "files.weightfiles", "work.dispatch", "work.workers",
-    *storage.PIPELINE,
-)  # fmt: skip
 
 
 def is_installed() -> bool:
@@ -112,40 +102,10 @@ class FromNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """From the bridge, or from a node of its worker: the actor is gone. blame: a worker process died, so that
-    a page may be the reason; else the node or the network."""
-
-    index: int
-    why: str
-    blame: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
     """From the bridge: why there is no cluster at present; None: there is one."""
 
     detail: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """To a node, with the bytes: the file in the service's model root of this model. Without: it is gone."""
-
-    key: str  # see weightfiles.model_key
-    name: str  # of the file
-    trusted: bytes  # what stands beside it, see weightfiles.read_weights
-
-
-@dataclass(frozen=True, slots=True)
-class Declined:
-    """From a node: it computes no page of this job. code: of an error; None: it can't follow the plan."""
-
-    job_id: str
-    attempt: int
-    n: int
-    code: str | None
-    detail: str
 
 
 # ---------------------------------------------------------------- the dispatcher's side
@@ -391,12 +351,6 @@ def places(nodes: list[dict[str, Any]], device: str) -> dict[Place, str]:
             place = Place(node["NodeID"], n, min(cards, 1), cores // max(cards, 1))
             found[place] = str(node["NodeManagerHostname"])
     return found
-
-
-@functools.cache
-def code_hash() -> str:
-    """Of the files that decide how a page will look: nodes must have the service's own."""
-    return storage.code_hash(CODE)
 
 
 class Link:
@@ -726,230 +680,3 @@ def run_bridge(
         raise SystemExit(3) from error
     bridge.run()
     os._exit(0)
-
-
-# ---------------------------------------------------------------- a node's side
-PAGE, SOURCE = "page", "source"  # names in the spool, before their suffixes
-MODELS = "models"  # its folder for weights
-
-
-@dataclass(slots=True)
-class Spooled:
-    """A page that its node has."""
-
-    task: ComputePage  # as it came
-    folder: Path
-
-
-def new_spool() -> Path:
-    """A folder for pages on their way. What killed actors left of theirs is removed."""
-    for left in Path(tempfile.gettempdir()).glob("reichan-node-*"):
-        pid = left.name.split("-")[2]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"reichan-node-{os.getpid()}-"))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-class Node:
-    """The Ray actor: a worker process like any, and what passes between it and the service.
-
-    Pages are files in between, as the worker knows them: so that it may be the same one, with the rights
-    that it gives up, its deadlines, and a death of its own.
-    """
-
-    def __init__(self, choice: EngineChoice, entry: Callable[..., None], code: str) -> None:
-        if code != code_hash():
-            raise RuntimeError("another version of the service is installed on this node")
-        self.spool = new_spool()
-        self.folders = 0
-        self.lock = threading.RLock()  # of all below
-        self.pages: dict[tuple[str, int, int], Spooled] = {}
-        self.own: dict[tuple[Params, Plan], Settled | TaskFailed | None] = {}  # None: being asked
-        self.asked: list[tuple[Params, Plan]] = []  # in the order of the questions
-        self.beat: Beat | None = None  # the last one that was not told
-        self.held: list[tuple[ComputePage, bytes]] = []  # until own knows of their plan
-        self.news: deque[tuple[Any, bytes | None]] = deque()
-        self.changed = threading.Condition(self.lock)
-        self.worker = WorkerSlot(0, entry, replace(choice, model_root=self.spool / MODELS))
-        threading.Thread(target=self._listen, name="listen", daemon=True).start()
-
-    # -- called by the bridge
-    def give(self, batch: list[tuple[Any, bytes | None]]) -> None:
-        """Tasks for the worker, pages with their bytes."""
-        for item, data in batch:
-            with self.lock:
-                if isinstance(item, Weights):
-                    self._keep_weights(item, data)
-                elif isinstance(item, ComputePage) and data is not None:
-                    self._take(item, data)
-                else:
-                    self.worker.post(item)
-
-    def collect(self) -> list[tuple[Any, bytes | None]]:
-        """The worker's events since the last call, pages with their bytes; waits for the first."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.news, COLLECT_S)
-            batch, size = [], 0
-            while self.news and size < BATCH_BYTES:
-                batch.append(self.news.popleft())
-                size += len(batch[-1][1] or b"")
-            if self.beat:
-                batch.append((self.beat, None))
-                self.beat = None
-            return batch
-
-    def close(self) -> None:
-        """The service is ending."""
-        self.worker.process.kill()
-        self.worker.process.join()
-        shutil.rmtree(self.spool, ignore_errors=True)
-
-    # -- weights and pages on their way in
-    def _keep_weights(self, item: Weights, data: bytes | None) -> None:
-        root = self.spool / MODELS
-        try:
-            root.mkdir(exist_ok=True)
-            for path in root.iterdir():
-                key = weightfiles.model_key(path.stem)
-                if path.name not in (item.name, weightfiles.TRUSTED) and key == item.key:
-                    path.unlink()
-            if data is not None:
-                storage.write_whole(root / weightfiles.TRUSTED, item.trusted)
-                storage.write_whole(root / item.name, data)
-        except OSError as error:  # its worker will say that there are none
-            log.warning("weights can't be kept: %s", storage.reason_of(error))
-
-    def _take(self, task: ComputePage, data: bytes) -> None:
-        if task.plan is None:  # outside any job
-            self._spool(task, data)
-            return
-        asked = (task.params, task.plan)
-        if asked not in self.own:
-            self.own[asked] = None
-            self.asked.append(asked)
-            self.worker.post(Settle(f"plan {len(self.asked)}", 0, task.params, None))
-        self.held.append((task, data))
-        self._release()
-
-    def _release(self) -> None:
-        """Pass on, or send back, the pages whose plan this node by now knows or doesn't."""
-        held, self.held = self.held, []
-        for task, data in held:
-            assert task.plan is not None
-            own = self.own[task.params, task.plan]
-            if own is None:
-                self.held.append((task, data))
-            elif isinstance(own, TaskFailed):
-                self._decline(task, own.code, own.detail)
-            elif not can_follow(task.plan, own.plan):
-                detail = f"it would compute by {_in_words(own.plan)}, not by {_in_words(task.plan)}"
-                self._decline(task, None, detail)
-            else:
-                self._spool(task, data)
-
-    def _decline(self, task: ComputePage, code: str | None, detail: str) -> None:
-        self._put(Declined(task.job_id, task.attempt, task.n, code, detail))
-
-    def _spool(self, task: ComputePage, data: bytes) -> None:
-        self.folders += 1
-        folder = self.spool / str(self.folders)
-        mark = storage.mark_of(task.source.name)
-        source = folder / ((f"{SOURCE}.{mark}" if mark else SOURCE) + task.source.suffix)
-        try:
-            folder.mkdir()
-            source.write_bytes(data)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            detail = f"the node's disk refused: {storage.reason_of(error)}"
-            self._decline(task, storage.DiskRefused.code, detail)
-            return
-        self.pages[task.job_id, task.attempt, task.n] = Spooled(task, folder)
-        self.worker.post(replace(task, source=source, target_stem=folder / PAGE))
-
-    # -- events on their way out
-    def _listen(self) -> None:
-        worker = self.worker
-        while True:
-            ready = multiprocessing.connection.wait([worker.conn, worker.process.sentinel])
-            with contextlib.suppress(EOFError, OSError):
-                while worker.conn.poll():
-                    event = worker.conn.recv()
-                    with self.lock:
-                        self._on_event(event)
-            if worker.process.sentinel in ready:
-                worker.process.join()
-                shutil.rmtree(self.spool, ignore_errors=True)
-                self._put(Lost(0, workers.exit_reason(worker.process.exitcode), blame=True))
-                return
-
-    def _on_event(self, event: Any) -> None:
-        match event:
-            case Settled(job_id, 0) | TaskFailed(job_id, 0, 0):  # attempts of jobs are counted from 1
-                asked = self.asked[int(job_id.removeprefix("plan ")) - 1]
-                self.own[asked] = event
-                self._release()
-                if isinstance(event, TaskFailed):
-                    del self.own[asked]  # ask again, should it ever come back: somebody may have mended it
-            case Beat():
-                self.beat = event
-            case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n) | Dropped(job_id, attempt, n):
-                spooled = self.pages.pop((job_id, attempt, n), None)
-                self._page_ended(event, spooled)
-            case TaskFailed(job_id, attempt, n) if n and (job_id, attempt, n) in self.pages:
-                spooled = self.pages.pop((job_id, attempt, n))
-                shutil.rmtree(spooled.folder, ignore_errors=True)
-                if spooled.task.plan is None:
-                    self._put(event)
-                else:  # no weights, no device, no room: others may have them
-                    self._decline(spooled.task, event.code, event.detail)
-            case _:
-                self._put(event)
-
-    def _page_ended(self, event: Any, spooled: Spooled | None) -> None:
-        data = None
-        if spooled and isinstance(event, PageDone):
-            data = (spooled.folder / event.output).read_bytes()
-            if not event.carried:
-                event = replace(event, deviation=self._deviation(spooled.task, event.deviation))
-        if spooled:
-            shutil.rmtree(spooled.folder, ignore_errors=True)
-        self._put(event, data)
-
-    def _deviation(self, task: ComputePage, deviation: str | None) -> str | None:
-        """What the worker says, and that this machine is another than the plan's."""
-        own = self.own.get((task.params, task.plan)) if task.plan else None
-        if not isinstance(own, Settled) or task.plan is None:
-            return deviation
-        differs = task.plan.machine not in ("", own.plan.machine)
-        return "; ".join(filter(None, (deviation, f"on {own.plan.machine}" if differs else ""))) or None
-
-    def _put(self, event: Any, data: bytes | None = None) -> None:
-        with self.changed:
-            self.news.append((event, data))
-            self.changed.notify()
-
-
-def can_follow(plan: Plan, own: Plan) -> bool:
-    """Whether a node that would settle on `own` computes by `plan`: the same weights by the same kind of
-    device and engine, in a precision that it uses itself or in fp32. Windows are as the plan says."""
-    mine = {one.weights_sha256: one for one in own.choices or (own,)}
-    return all(
-        (here := mine.get(one.weights_sha256)) is not None
-        and (here.device, here.engine) == (one.device, one.engine)
-        and one.precision in ("fp32", here.precision)
-        for one in plan.choices or (plan,)
-    )
-
-
-def _in_words(plan: Plan) -> str:
-    return f"{plan.engine} {plan.model} {plan.weights_sha256[:8]} on {plan.device} in {plan.precision}"

@@ -23,16 +23,14 @@ import faults
 import pytest
 from client import Client, JobState, check_artifact
 from helpers import require
-from serving import png, still, until, volume
+from serving import PLAN, png, still, until, volume
 from test_cache import made
 
 import cluster
 import server
 import settings
-import storage
 from commands import verify
-from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
-from work.workers import run_worker
+from messages import ComputePage, EngineChoice, Limits, PageDone, Params
 
 HERE = Path(__file__).parent
 SETTINGS = {
@@ -320,85 +318,6 @@ def test_a_paused_queue_lets_the_bridge_grow_idle(tmp_path, monkeypatch):
     made.paused_s = None
     made._turn()
     assert bridge.used_s > 0.0
-
-
-@pytest.fixture
-def node(tmp_path, monkeypatch) -> Iterator[tuple[cluster.Node, Callable[..., list[Any]]]]:
-    """What runs on a node, and how to have it compute a page by a plan: the events that come of it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    choice = EngineChoice(device="cpu", precision="fp32", model_root=tmp_path)
-    made = cluster.Node(choice, run_worker, cluster.code_hash())
-    worker = made.worker.process
-    params = Params(model="realesr-animevideov3")
-
-    def ended(*kinds: type) -> list[Any]:
-        found: list[Any] = []
-        until(lambda: [found.extend(made.collect()), any(isinstance(one, kinds) for one, _ in found)][1], 60)
-        return [one for one in found if isinstance(one[0], kinds)]
-
-    def compute(source: str = "1.png", **changes: Any) -> list[Any]:
-        made.worker.post(Settle("job", 1, params, None))
-        plan = replace(ended(Settled)[0][0].plan, **changes)
-        made.give([(ComputePage("job", 1, 1, Path(source), Path("1"), params, plan, Limits()), png())])
-        return ended(PageDone, cluster.Declined)
-
-    yield made, compute
-    made.close()
-    assert not worker.is_alive() and not [*tmp_path.glob("reichan-node-*")]
-
-
-def test_a_page_of_another_machine_than_the_plan_s_says_so(node):
-    ((event, data),) = node[1](machine="a card")
-    assert isinstance(event, PageDone) and hashlib.sha256(data).hexdigest() == event.sha256
-    assert event.deviation.startswith("on ") and "torch" in event.deviation
-
-
-def test_half_a_double_page_is_half_of_it_on_a_node_too(node):
-    ((whole, _),), ((half, _),) = node[1](), node[1](source="1.left.png")
-    assert (2 * half.width, half.height) == (whole.width, whole.height)
-    assert (whole.deviation, half.deviation) == (None, "the left half of a double page")
-
-
-def test_a_node_that_would_compute_otherwise_gives_the_page_back(node):
-    ((event, data),) = node[1](precision="bf16")
-    assert (event.code, data) == (None, None) and "in fp32, not by" in event.detail
-    assert not [*node[0].spool.iterdir()]
-
-
-def test_a_node_has_the_weights_that_the_service_has(tmp_path):
-    node = object.__new__(cluster.Node)  # without its worker
-    node.spool = tmp_path
-    for name, data in (("own.pth", b"1"), ("Own.safetensors", b"2"), ("other.pth", b"3"), ("", None)):
-        node._keep_weights(cluster.Weights("other" if name == "other.pth" else "own", name, b"trusted"), data)
-    here = {path.name: path.read_bytes() for path in (tmp_path / cluster.MODELS).iterdir()}
-    assert here == {"other.pth": b"3", "trusted.sha256": b"trusted"}
-
-
-def test_a_node_with_another_version_of_the_service_is_refused():
-    assert {*storage.PIPELINE} < {*cluster.CODE}
-    with pytest.raises(RuntimeError, match="another version"):
-        cluster.Node(EngineChoice(), run_worker, "0" * 64)
-
-
-PLAN = Plan("m", "a" * 64, "wheel", "cuda", "fp16", "native", 512, 18, 4)
-
-
-@pytest.mark.parametrize(
-    ("own", "follows"),
-    [
-        ({}, True),
-        ({"tile": 256, "batch": 1, "machine": "another"}, True),  # the plan's are taken
-        ({"weights_sha256": "b" * 64}, False),
-        ({"device": "cpu", "precision": "fp32"}, False),
-        ({"precision": "fp32"}, False),  # an older card, on which fp16 even gave black pages
-        ({"engine": "upstream"}, False),
-    ],
-)
-def test_a_node_follows_a_plan_that_it_could_have_made(own, follows):
-    assert cluster.can_follow(PLAN, replace(PLAN, **own)) == follows
-    auto = replace(PLAN, model="auto", choices=(PLAN, replace(PLAN, weights_sha256="c" * 64)))
-    mine = replace(auto, choices=(auto.choices[1], replace(PLAN, **own)))
-    assert cluster.can_follow(auto, mine) == follows
 
 
 def test_a_slow_disk_holds_back_the_node(tmp_path, monkeypatch):
