@@ -143,27 +143,40 @@ def torch_device(kind: str, slot: int) -> torch.device:
     return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, slot % count)
 
 
-def make_plan(
-    params: Params,
-    choice: EngineChoice,
-    model: Model,
-    slot: int,
-    pays: Callable[[Model, Plan, str, int], bool] | None = None,
-    halo_of: Callable[[Model, str, int], int] | None = None,
-    fastest: Callable[[Model], str] | None = None,
-) -> Plan:
-    """Settle how pages are computed with one model. Raises DeviceMissing, EngineMissing.
+class Measured:
+    """What only a try on a worker's device tells of a model: seconds, so not once a job."""
 
-    pays: tells whether a reduced precision does; None: faster_and_near. halo_of: a model's
-    halo on a device, in input pixels; None: halo_for. fastest: which of rolling.KINDS takes the
-    least time on a processor in fp32; None: fastest_convolutions.
-    """
-    pays, halo_of, fastest = pays or faster_and_near, halo_of or halo_for, fastest or fastest_convolutions
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.known: dict[tuple[str, ...], Any] = {}  # by what was asked, and of which weights
+
+    def pays(self, model: Model, plan: Plan, precision: str) -> bool:
+        """See faster_and_near."""
+        asked = ("pays", model.weights_sha256, plan.device, precision)
+        return bool(self._once(asked, lambda: faster_and_near(model, plan, precision, self.slot)))
+
+    def halo_px(self, model: Model, device: str) -> int:
+        """See halo_for."""
+        asked = ("halo_px", model.weights_sha256, device)
+        return int(self._once(asked, lambda: halo_for(model, device, self.slot)))
+
+    def convolutions(self, model: Model) -> str:
+        """See fastest_convolutions."""
+        return str(self._once(("convolutions", model.weights_sha256), lambda: fastest_convolutions(model)))
+
+    def _once(self, asked: tuple[str, ...], measure: Callable[[], Any]) -> Any:
+        if asked not in self.known:
+            self.known[asked] = measure()
+        return self.known[asked]
+
+
+def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Measured) -> Plan:
+    """Settle how pages are computed with one model. Raises DeviceMissing, EngineMissing."""
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
     size = isinstance(model.network, RRDBNet)
-    halo_px = halo_of(model, device, slot) if params.tile_pad is None else params.tile_pad
+    halo_px = measured.halo_px(model, device) if params.tile_pad is None else params.tile_pad
     other = isinstance(model.network, CommunityNetwork)
     tile = max(kind.window - 2 * halo_px, SMALLEST_TILE) if other else kind.tile[size]
     plan = Plan(
@@ -178,10 +191,10 @@ def make_plan(
         batch=1 if other else params.batch_size or kind.batch[size],
     )
     tries = choice.precision == "auto" and native and supports(model, kind.fast_precision)
-    if tries and pays(model, plan, kind.fast_precision, slot):
+    if tries and measured.pays(model, plan, kind.fast_precision):
         plan = replace(plan, precision=kind.fast_precision)
     if kind.rolls and plan.precision == "fp32" and native and not other:
-        asked = fastest(model) if choice.convolutions == "auto" else choice.convolutions
+        asked = measured.convolutions(model) if choice.convolutions == "auto" else choice.convolutions
         if asked not in rolling.usable_kinds():
             raise EngineMissing(f"there are no {asked} convolutions here: set REICHAN_CONVOLUTIONS to auto")
         plan = replace(plan, convolutions=asked)
@@ -192,7 +205,9 @@ def fastest_convolutions(model: Model) -> str:
     """See rolling.fastest_kind."""
     network = copy_network(model.network)
     assert not isinstance(network, CommunityNetwork)
-    return rolling.fastest_kind(network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    kind = rolling.fastest_kind(network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    log.info("%s: %s convolutions", model.name, kind)
+    return kind
 
 
 @functools.cache
@@ -548,10 +563,7 @@ class Engines:
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
         # (model, device, precision) -> the largest tile that fitted after one did not
         self.fitted: dict[tuple[str, str, str], int] = {}
-        # (weights, device, precision) -> faster_and_near's answer. It costs seconds: not once a job.
-        self.pays: dict[tuple[str, str, str], bool] = {}
-        self.halos: dict[tuple[str, str], int] = {}  # (weights, device) -> halo_for's answer
-        self.fastest: dict[str, str] = {}  # weights -> fastest_convolutions' answer
+        self.measured = Measured(slot)
 
     def model(self, name: str) -> Model:
         """The model of this name, loaded anew when its file changed. Raises WeightsRefused."""
@@ -593,25 +605,7 @@ class Engines:
         )
 
     def _plan(self, params: Params, model: Model) -> Plan:
-        def pays(model: Model, plan: Plan, precision: str, slot: int) -> bool:
-            key = (model.weights_sha256, plan.device, precision)
-            if key not in self.pays:
-                self.pays[key] = faster_and_near(model, plan, precision, slot)
-            return self.pays[key]
-
-        def halo_of(model: Model, device: str, slot: int) -> int:
-            key = (model.weights_sha256, device)
-            if key not in self.halos:
-                self.halos[key] = halo_for(model, device, slot)
-            return self.halos[key]
-
-        def fastest(model: Model) -> str:
-            if model.weights_sha256 not in self.fastest:
-                self.fastest[model.weights_sha256] = fastest_convolutions(model)
-                log.info("%s: %s convolutions", model.name, self.fastest[model.weights_sha256])
-            return self.fastest[model.weights_sha256]
-
-        plan = make_plan(params, self.choice, model, self.slot, pays, halo_of, fastest)
+        plan = make_plan(params, self.choice, model, self.measured)
         return replace(plan, machine=describe_machine(plan.device, self.slot))
 
     def is_current(self, plan: Plan) -> bool:

@@ -295,7 +295,7 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
     """Rows (engine, model, precision, pages/min, ratio, overlap, PSNR, max difference): engines alone,
     one page, taking turns; OpenVINO with strips of each of some heights. Both beside fp32."""
     choice = choice_of(arguments.precisions[0], arguments)
-    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, upscaling.Measured(0))
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
         page = cv2.imread(str(write_pages(Path(name), 1, height, width)[0]), cv2.IMREAD_UNCHANGED)
@@ -335,7 +335,7 @@ def choice_of(precision: str, arguments: argparse.Namespace) -> EngineChoice:
 
 def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model in one precision beside upstream."""
-    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, upscaling.Measured(0))
     height, width = map(int, arguments.size.split("x"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -383,7 +383,7 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
 def memory(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -> list[str]:
     """Peaks of a worker: before, after its first page, after all of them."""
     height, width = map(int, arguments.size.split("x"))
-    plan = upscaling.make_plan(Params(model=model.name), choice, model, 0)
+    plan = upscaling.make_plan(Params(model=model.name), choice, model, upscaling.Measured(0))
     with (
         tempfile.TemporaryDirectory() as name,
         process(infer.worker_main, choice, 0) as (pipe, child),

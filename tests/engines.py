@@ -16,7 +16,7 @@ from engine.models import Model, load_model
 from engine.pages import Pixels
 from engine.upscaling import NativeEngine
 from files import weightfiles
-from messages import Plan
+from messages import EngineChoice, Params, Plan
 
 COMPACT = "realesr-animevideov3"
 SIX_B = "RealESRGAN_x4plus_anime_6B"
@@ -43,6 +43,11 @@ def plan_for(model: Model, **changes: Any) -> Plan:
         batch=1,
     )
     return replace(plan, **changes)
+
+
+def settled(params: Params, choice: EngineChoice, model: Model) -> Plan:
+    """The plan of a worker that has measured nothing yet."""
+    return upscaling.make_plan(params, choice, model, upscaling.Measured(slot=0))
 
 
 def native(name: str, **changes: Any) -> NativeEngine:

@@ -27,7 +27,8 @@ def main(target: str) -> None:
     """Write the picture."""
     model = models.load_model(weightfiles.find_weights(Path("no-model-root"))["realesrgan_x4plus_anime_6b"])
     params = Params(scale=4, output_format="png")
-    engine = upscaling.NativeEngine(model, upscaling.make_plan(params, EngineChoice(), model, 0), 0)
+    plan = upscaling.make_plan(params, EngineChoice(), model, upscaling.Measured(0))
+    engine = upscaling.NativeEngine(model, plan, 0)
     rows = []
     for n, top, left in PARTS:
         page = sample.sample_page(n)

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from client import Client
 from drawn import colour, grey
-from engines import NO_FILES, apart, plan_for
+from engines import NO_FILES, apart, plan_for, settled
 from helpers import require
 from serving import png, until, volume
 
@@ -164,10 +164,11 @@ def test_a_network_that_can_t_have_channels_last_is_computed_without(tmp_path, m
 @pytest.mark.parametrize("asked, kind, got", [
     ("fp16", "DAT", "fp32"), ("fp16", "SPAN", "fp16"), ("bf16", "DAT", "bf16"), ("fp32", "DAT", "fp32"),
 ])  # fmt: skip
-def test_a_precision_is_taken_only_where_the_descriptor_has_it(tmp_path, asked, kind, got):
+def test_a_precision_is_taken_only_where_the_descriptor_has_it(tmp_path, monkeypatch, asked, kind, got):
+    monkeypatch.setattr(upscaling, "halo_for", lambda *_: 32)
     model, choice = loaded(tmp_path, kind), EngineChoice(model_root=NO_FILES, precision=asked)
     params = Params(model=model.name, batch_size=4)
-    plan = upscaling.make_plan(params, choice, model, 0, halo_of=lambda *_: 32)
+    plan = settled(params, choice, model)
     assert (plan.precision, plan.tile, plan.batch) == (got, 256, 1)
 
 
@@ -182,10 +183,11 @@ def test_auto_takes_bf16_only_where_it_is_faster(tmp_path, monkeypatch):
         return forward(self, x)
 
     monkeypatch.setattr(community.CommunityNetwork, "forward", timed)
+    monkeypatch.setattr(upscaling, "halo_for", lambda *_: 32)
     model, choice = loaded(tmp_path, "SPAN"), EngineChoice(model_root=NO_FILES, precision="auto")
     plans = []
     for slow[0] in (torch.bfloat16, torch.float32):
-        plans.append(upscaling.make_plan(Params(model=model.name), choice, model, 0, halo_of=lambda *_: 32))
+        plans.append(settled(Params(model=model.name), choice, model))
     assert [plan.precision for plan in plans] == ["fp32", "bf16"]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from drawn import colour, grainy, grey, sixteen_bit
-from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, use_windows
+from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, settled, use_windows
 from helpers import require
 
 import storage
@@ -192,19 +192,19 @@ AUTO = replace(CHOICE, precision="auto")
 def test_auto_takes_bf16_where_it_is_native_and_right(monkeypatch):
     monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
     for name in (COMPACT, SIX_B):
-        assert upscaling.make_plan(Params(model=name), AUTO, bundled(name), 0).precision == "bf16"
+        assert settled(Params(model=name), AUTO, bundled(name)).precision == "bf16"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_emulated(monkeypatch):
     monkeypatch.setattr(upscaling, "_native_bf16", lambda: False)
-    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 0.5])
 def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
     monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
     break_results(monkeypatch, value, only=torch.bfloat16)
-    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
@@ -216,7 +216,7 @@ def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
         return y
 
     change_results(monkeypatch, refused)
-    assert upscaling.make_plan(Params(model=COMPACT), AUTO, bundled(COMPACT), 0).precision == "fp32"
+    assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
 @pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
@@ -230,7 +230,7 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
 
     change_results(monkeypatch, dragged)
     params = Params(model=COMPACT, device="cuda")
-    assert upscaling.make_plan(params, AUTO, bundled(COMPACT), 0).precision == chosen
+    assert settled(params, AUTO, bundled(COMPACT)).precision == chosen
 
 
 def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
@@ -261,7 +261,7 @@ def test_the_convolutions_that_take_the_least_time_are_taken(name, fast, monkeyp
 
         monkeypatch.setattr(strip, "convolve", dragged)
         monkeypatch.setattr(strip, "pixels", 12 * rolling.SAMPLE_WIDTH)
-    plan = upscaling.make_plan(Params(model=name), MEASURED, bundled(name), 0)
+    plan = settled(Params(model=name), MEASURED, bundled(name))
     assert plan.convolutions == fast
     engine = upscaling.NativeEngine(bundled(name), plan, 0)
     assert engine.roller.kind is rolling.KINDS[fast]
@@ -288,7 +288,7 @@ def test_only_fp32_on_a_processor_has_a_choice_of_convolutions(card, monkeypatch
     monkeypatch.setattr(rolling, "seconds_a_row", never)
     for device, precision in (("cuda", "fp32"), ("cpu", "bf16")):
         asked = replace(MEASURED, precision=precision)
-        plan = upscaling.make_plan(Params(model=COMPACT, device=device), asked, bundled(COMPACT), 0)
+        plan = settled(Params(model=COMPACT, device=device), asked, bundled(COMPACT))
         assert (plan.device, plan.precision, plan.convolutions) == (device, precision, "direct")
 
 
@@ -306,11 +306,11 @@ def test_convolutions_that_were_chosen_are_taken_unmeasured_or_refused(monkeypat
     require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
     monkeypatch.setattr(rolling.nnpack, "is_ready", lambda: False)
     chosen = replace(MEASURED, convolutions="winograd")
-    plan = upscaling.make_plan(Params(model=COMPACT), chosen, bundled(COMPACT), 0)
+    plan = settled(Params(model=COMPACT), chosen, bundled(COMPACT))
     assert plan.convolutions == "winograd"
     with pytest.raises(upscaling.EngineMissing, match="REICHAN_CONVOLUTIONS"):
         missing = replace(MEASURED, convolutions="nnpack")
-        upscaling.make_plan(Params(model=COMPACT), missing, bundled(COMPACT), 0)
+        settled(Params(model=COMPACT), missing, bundled(COMPACT))
     # A cluster's node may lack what the plan was settled with.
     page, elsewhere = grey(40, 48), plan_for(bundled(COMPACT), convolutions="nnpack")
     pixels, deviation = engines().compute(page, Params(model=COMPACT), elsewhere)
@@ -333,12 +333,12 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
 def test_a_device_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], count=lambda: 0))
     with pytest.raises(upscaling.DeviceMissing, match="cuda"):
-        upscaling.make_plan(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT), 0)
+        settled(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT))
 
 
 def test_params_override_the_plan():
     params = Params(model=COMPACT, tile_size=77, tile_pad=0, batch_size=3, device="cpu")
-    plan = upscaling.make_plan(params, replace(CHOICE, precision="fp32"), bundled(COMPACT), 0)
+    plan = settled(params, replace(CHOICE, precision="fp32"), bundled(COMPACT))
     assert (plan.tile, plan.halo_px, plan.batch, plan.device, plan.precision) == (77, 0, 3, "cpu", "fp32")
 
 
