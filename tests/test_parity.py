@@ -58,7 +58,7 @@ def test_the_compact_models_tiles_are_its_whole_page(monkeypatch):
 def test_bf16_stays_near_fp32(name, least_db, rolls, monkeypatch):
     if not rolls:
         use_windows(monkeypatch)
-    page = colour(60, 70)
+    page = colour(40, 48)
     exact = native(name).upscale(page, 2).astype(float)
     near = native(name, precision="bf16").upscale(page, 2)
     assert 10 * np.log10(255**2 / ((exact - near) ** 2).mean()) > least_db
