@@ -23,7 +23,19 @@ import storage
 # two of them may measure differently.
 os.environ.setdefault("REICHAN_CONVOLUTIONS", "direct")
 
+# Files that take most of a minute or more.
+LONG = {
+    "test_browser", "test_checks_http", "test_cluster", "test_crashes", "test_dispatch", "test_fuzz",
+    "test_hostile", "test_kills", "test_machine", "test_parity", "test_schemathesis", "test_service",
+    "test_upscaling",
+}  # fmt: skip
 MAKE_HOSTILE = Path(__file__).parents[2] / "shared/hostile/make_hostile.py"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: else one process would have the last of them to itself at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @dataclass(frozen=True)
