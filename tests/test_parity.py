@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import numpy as np
@@ -15,17 +16,22 @@ from engine import rolling, upscaling
 from messages import Params
 
 
+@functools.cache
+def engine_of(model: str, way: str) -> upscaling.NativeEngine:
+    """An engine of the whole page; way: one of rolling.KINDS or "windows"."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "windows":
+            use_windows(patch)
+            return native(model)
+        return native(model, convolutions=way)
+
+
 @pytest.mark.parametrize("way", [*rolling.KINDS, "windows"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, way, monkeypatch):
-    if way == "windows":
-        use_windows(monkeypatch)
-        engine = native(case.model)
-    else:
-        require(way in rolling.usable_kinds(), f"torch has no {way} here")
-        engine = native(case.model, convolutions=way)
+def test_fp32_is_within_one_level_of_the_stored_reference(case: Case, way):
+    require(way == "windows" or way in rolling.usable_kinds(), f"torch has no {way} here")
     params = Params(scale=case.outscale, output_format="png")
-    ours = upscaling.upscale_page(engine, PAGES[case.page](), params)
+    ours = upscaling.upscale_page(engine_of(case.model, way), PAGES[case.page](), params)
     assert apart(ours, case.stored()) <= 1
 
 
