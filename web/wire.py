@@ -556,13 +556,18 @@ class HttpServer(ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own."""
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="http-accept", daemon=True).start()
+        threading.Thread(target=self.serve_forever, name="http-accept", daemon=True).start()
         threading.Thread(target=self._reap, name="http-reaper", daemon=True).start()
 
     def stop(self) -> None:
         """Stop accepting and end every connection."""
         self._closing.set()
-        self.shutdown()
+        ending = threading.Thread(target=self.shutdown, name="http-shutdown")
+        ending.start()
+        # Wakes serve_forever on Linux; where a socket that listens has no such call it looks twice a second.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        ending.join()
         self.server_close()
         with self.peers_lock:
             peers = list(self.peers.values())
