@@ -148,13 +148,15 @@ def run_demo(service: Service) -> None:
         "params": {"model": "realesr-animevideov3", "scale": 2},
     }
     job_id = _call(service, "POST", "/jobs", json.dumps(body).encode())["jobId"]
+    shown = ""
     while True:
         state = _call(service, "GET", f"/jobs/{job_id}")
-        _show_progress(state)
+        shown = _show_progress(state, shown)
         if state["status"] in (jobs.SUCCESS, jobs.FAILED):
             break
         time.sleep(0.25)
-    print()
+    if sys.stdout.isatty():
+        print()
     if state["status"] == jobs.FAILED:
         print(f"the demo failed: {state['lastError']}", file=sys.stderr)
         return
@@ -174,14 +176,20 @@ def _call(service: Service, method: str, path: str, data: bytes | None = None) -
     return json.loads(text) if text else None
 
 
-def _show_progress(state: dict[str, Any]) -> None:
+def _show_progress(state: dict[str, Any], shown: str) -> str:
+    """Print how far the job is; what is shown now. In a file each line stands once."""
     done, total = state["processed"], state["total"]
     width = 30
     filled = math.floor(width * done / total) if total else 0
     eta = f"  {state['etaSeconds']:.0f} s left" if state["etaSeconds"] else ""
     line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} pages  {state['phase']}{eta}"
-    columns = shutil.get_terminal_size().columns - 1
-    print("\r" + line[:columns].ljust(min(columns, 70)), end="", flush=True)
+    if sys.stdout.isatty():
+        columns = shutil.get_terminal_size().columns - 1
+        # The cursor goes back at once: a line of the log takes the bar's place instead of following it.
+        print(line[:columns].ljust(min(columns, 70)), end="\r", flush=True)
+    elif line != shown:
+        print(line, flush=True)
+    return line
 
 
 # ---------------------------------------------------------------- main

@@ -311,6 +311,8 @@ def test_the_demo_prints_an_artifact_and_its_hash(tmp_path):
         printed = ""
         while "still serving" not in printed and (line := process.stdout.readline()):
             printed += line
+        bars = [line for line in printed.splitlines() if line.startswith("[")]
+        assert bars[-1] == f"[{'#' * 30}] 4/4 pages  done" and len(bars) == len({*bars})
         path = printed.split("artifact  ")[1].splitlines()[0]
         digest = printed.split("sha256    ")[1].split()[0]
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
