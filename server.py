@@ -17,9 +17,7 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +132,8 @@ class Service:
 # ---------------------------------------------------------------- demo
 def run_demo(service: Service) -> None:
     """Draw a volume, send it through the service's own interface, show how it goes."""
+    from commands import submit
+
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder, "reichan-sample.cbz")
         print("drawing a sample volume ...", flush=True)
@@ -148,15 +148,14 @@ def run_demo(service: Service) -> None:
         "params": {"model": "realesr-animevideov3", "scale": 2},
     }
     job_id = _call(service, "POST", "/jobs", json.dumps(body).encode())["jobId"]
-    shown = ""
+    line = submit.Line()
     while True:
         state = _call(service, "GET", f"/jobs/{job_id}")
-        shown = _show_progress(state, shown)
+        line.show(submit.describe(state))
         if state["status"] in (jobs.SUCCESS, jobs.FAILED):
             break
         time.sleep(0.25)
-    if sys.stdout.isatty():
-        print()
+    line.end()
     if state["status"] == jobs.FAILED:
         print(f"the demo failed: {state['lastError']}", file=sys.stderr)
         return
@@ -174,22 +173,6 @@ def _call(service: Service, method: str, path: str, data: bytes | None = None) -
     with opener.open(request, timeout=30) as answer:
         text = answer.read()
     return json.loads(text) if text else None
-
-
-def _show_progress(state: dict[str, Any], shown: str) -> str:
-    """Print how far the job is; what is shown now. In a file each line stands once."""
-    done, total = state["processed"], state["total"]
-    width = 30
-    filled = math.floor(width * done / total) if total else 0
-    eta = f"  {state['etaSeconds']:.0f} s left" if state["etaSeconds"] else ""
-    line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} pages  {state['phase']}{eta}"
-    if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns - 1
-        # The cursor goes back at once: a line of the log takes the bar's place instead of following it.
-        print(line[:columns].ljust(min(columns, 70)), end="\r", flush=True)
-    elif line != shown:
-        print(line, flush=True)
-    return line
 
 
 # ---------------------------------------------------------------- main

@@ -328,7 +328,7 @@ class Progress:
             print(f"{line} {item['source']}: kept as it is: {item['error']}", file=sys.stderr)
         elif live:
             bar = "#" * (20 * self.done // self.total)
-            end = "\n" if self.done == self.total else ""
-            print(f"\r{line} [{bar:<20}]", end=end, file=sys.stderr, flush=True)
+            end = "\n" if self.done == self.total else "\r"  # see submit.Line.show
+            print(f"{line} [{bar:<20}]", end=end, file=sys.stderr, flush=True)
         else:
             print(f"{line} {item['source']}", file=sys.stderr)

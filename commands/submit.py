@@ -362,14 +362,15 @@ class Line:
 
     def show(self, text: str) -> None:
         """This instead of what stood there."""
-        if text == self.last:
+        if text == self.last and not self.live:
             return
         self.last = text
         if self.live:
             text = text[: max(20, shutil.get_terminal_size().columns - 1)]
             covered, self.width = max(self.width, len(text)), len(text)
-            text = "\r" + text.ljust(covered)
-        print(text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+            text = text.ljust(covered)
+        # The cursor goes back at once: a line of the log takes this one's place instead of following it.
+        print(text, end="\r" if self.live else "\n", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """What was shown last stays."""

@@ -31,7 +31,8 @@ MAY = {  # a layer -> what it may import beside itself and SHARED
 }
 LOADED_LATE = {  # inside functions alone: what they bring is heavy, or the name is a process's own entry
     ("work.workers", "infer"), ("files.books", "engine.pages"), ("storage", "commands.verify"),
-    ("infer", "commands.cli"), ("commands.doctor", "infer"), ("commands.doctor", "engine.upscaling"),
+    ("infer", "commands.cli"), ("server", "commands.submit"),
+    ("commands.doctor", "infer"), ("commands.doctor", "engine.upscaling"),
 }  # fmt: skip
 
 

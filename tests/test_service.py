@@ -305,14 +305,14 @@ def test_two_services_in_one_process_know_nothing_of_each_other(tmp_path, client
 def test_the_demo_prints_an_artifact_and_its_hash(tmp_path):
     command = [sys.executable, "-u", str(ROOT / "server.py"), "--demo", "--port", "0", "--storage-root"]
     process = subprocess.Popen(
-        [*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*command, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         printed = ""
         while "still serving" not in printed and (line := process.stdout.readline()):
             printed += line
         bars = [line for line in printed.splitlines() if line.startswith("[")]
-        assert bars[-1] == f"[{'#' * 30}] 4/4 pages  done" and len(bars) == len({*bars})
+        assert bars[-1] == f"[{'#' * 20}] 4/4 pages  done" and len(bars) == len({*bars})
         path = printed.split("artifact  ")[1].splitlines()[0]
         digest = printed.split("sha256    ")[1].split()[0]
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest

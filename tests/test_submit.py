@@ -467,3 +467,36 @@ def test_a_client_s_process_loads_nothing_of_the_service_but_storage():
     code = f"import sys; from commands import submit; print(*({ours} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+class Terminal(io.StringIO):
+    """What a terminal shows of what is written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        rows, column = [""], 0
+        for character in self.getvalue():
+            if character == "\r":
+                column = 0
+            elif character == "\n":
+                rows.append("")
+                column = 0
+            else:
+                rows[-1] = rows[-1][:column] + character + rows[-1][column + 1 :]
+                column += 1
+        return rows
+
+
+def test_a_line_of_the_log_takes_the_place_of_the_bar_which_is_drawn_again_below(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    line = submit.Line()
+    line.show("[#####...............] 1/4 pages")
+    print("a line of the log, longer than the bar", file=sys.stderr)
+    for text in ("[#####...............] 1/4 pages", "[##########] done"):
+        line.show(text)
+    line.end()
+    told = [row.rstrip() for row in terminal.screen()]
+    assert told == ["a line of the log, longer than the bar", "[##########] done", ""]

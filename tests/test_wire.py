@@ -877,7 +877,10 @@ def test_the_service_withstands_the_hostile_http_cases(tmp_path):
 
         def told(share: list[str]) -> str:
             chosen = [word for name in share for word in ("--only", name)]
-            return subprocess.run([*command, *chosen], stdout=-1, text=True, timeout=300, check=False).stdout
+            done = subprocess.run(
+                [*command, *chosen], capture_output=True, text=True, timeout=300, check=False
+            )
+            return done.stdout
 
         with ThreadPoolExecutor(4) as threads:  # nearly all of a case is a wait
             shares = [sorted(names)[n::4] for n in range(4)]
