@@ -55,6 +55,7 @@ class SRVGGNetCompact(nn.Module):
         self.body = nn.Sequential(*layers, conv3x3(features, 3 * scale * scale))
         self.shape = (features, convs, scale)
         self.scale = scale
+        self.shuffle = scale  # what the last convolution's results become larger by
         self.channels = 3
         self.multiple = 1
         self.halo_px = convs + 2  # the receptive field: tiles are exact
@@ -65,9 +66,14 @@ class SRVGGNetCompact(nn.Module):
         return cast(nn.Conv2d, self.body[0])
 
     @property
+    def last(self) -> nn.Conv2d:
+        """The convolution that gives the page."""
+        return cast(nn.Conv2d, self.body[-1])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all layers after the first."""
-        return cast(nn.Conv2d, self.body[-1]).weight.dtype
+        return self.last.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""
@@ -75,7 +81,7 @@ class SRVGGNetCompact(nn.Module):
         out = first(x).to(self.dtype)
         for layer in rest:
             out = layer(out)
-        return F.pixel_shuffle(out, self.scale) + enlarge(x, self.scale)
+        return F.pixel_shuffle(out, self.shuffle) + enlarge(x, self.scale)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -126,6 +132,7 @@ class RRDBNet(nn.Module):
         super().__init__()
         self.shape = (features, blocks, growth, scale)
         self.scale = scale
+        self.shuffle = 1
         self.channels = 3
         self.multiple = 4 // scale  # sides must be multiples of it
         self.conv_first = conv3x3(3 * self.multiple**2, features)
@@ -145,9 +152,14 @@ class RRDBNet(nn.Module):
         return self.conv_first
 
     @property
+    def last(self) -> nn.Conv2d:
+        """The convolution that gives the page."""
+        return self.conv_last
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of all layers after the first."""
-        return self.conv_last.weight.dtype
+        return self.last.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H*scale, W*scale), 0..1."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from engine import nnpack
 from engine.enlarging import EnlargingStrip
-from engine.models import RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
+from engine.models import RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact, conv3x3
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
@@ -70,15 +70,16 @@ class RollingCompact:
     """An SRVGGNetCompact that takes its rows in turn."""
 
     def __init__(self, network: SRVGGNetCompact, strip: StripMaker, scratch: Scratch) -> None:
-        self.scale = network.scale
         self.dtype = network.dtype
         layers = list(network.body)
         self.strips = [strip(cast(nn.Conv2d, conv), scratch) for conv in layers[::2]]
         self.slopes = [cast(Tensor, prelu.weight) for prelu in layers[1::2]]
+        # Adds the source to each of its pixel's results.
+        self.under = torch.eye(3).flip(1).repeat(1, network.shuffle**2)
         self.source = Delay()
 
     def run(self, x: Tensor, last: bool, tick: Callable[[], None]) -> Tensor:
-        """(1, 3, h, W) -> (1, 3, h' * scale, W * scale)."""
+        """(1, 3, h, W) -> (1, shuffle**2 * 3, h', W), see Roller.roll."""
         self.source.push(x)
         out = self.strips[0].widen(x)
         for strip, slopes in zip(self.strips, [None, *self.slopes], strict=True):
@@ -91,10 +92,10 @@ class RollingCompact:
             if not out.shape[2]:
                 return out
         out = self.strips[-1].narrow(out)
-        # The source under each of its pixel's results: added before the shuffle it takes a fifth of the time.
-        source = torch.cat(self.source.pull(out.shape[2]), 2).permute(0, 2, 3, 1)
-        under = source.repeat_interleave(self.scale**2, 3).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(under.add_(out), self.scale)
+        source = torch.cat(self.source.pull(out.shape[2]), 2)
+        pixels, under = (x.permute(0, 2, 3, 1).flatten(0, 2).float() for x in (out, source))
+        added = pixels.addmm_(under, self.under)  # (h' * W, shuffle**2 * 3)
+        return torch.unflatten(added, 0, out.shape[2:]).permute(2, 0, 1)[None]
 
 
 class RollingDense:
@@ -176,7 +177,7 @@ class RollingTail:
         self.final = strip(network.conv_last, whole)
 
     def run(self, out: Tensor, last: bool, tick: Callable[[], None]) -> Tensor:
-        """(1, F, h, W) -> (1, 3, h', 4 * W)."""
+        """(1, F, h, W) -> (1, 3, h', 4 * W), BGR."""
         for up in self.ups:
             tick()
             out = up.run(out, last)
@@ -254,6 +255,16 @@ def seconds_a_row(network: OwnNetwork) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- a page
+def as_pixels(conv: nn.Conv2d, shuffle: int) -> nn.Conv2d:
+    """A network's last convolution, its results for a pixel as the page takes them: (shuffle, shuffle,
+    BGR) instead of (RGB, shuffle, shuffle). So none of them has to be sought out afterwards."""
+    order = torch.arange(conv.out_channels).view(3, shuffle, shuffle).flip(0).permute(1, 2, 0).flatten()
+    same = conv3x3(conv.in_channels, conv.out_channels).requires_grad_(False)
+    same.weight.data = conv.weight[order].contiguous(memory_format=torch.channels_last)
+    same.bias = None if conv.bias is None else nn.Parameter(conv.bias[order], requires_grad=False)
+    return same
+
+
 class Roller:
     """A network that takes pages in rows. What is made of its weights is made once, for all pages."""
 
@@ -261,14 +272,17 @@ class Roller:
         """kind: of KINDS; all but "direct" are for fp32: fewer bits would not bear their sums."""
         self.network = network
         self.kind = KINDS[kind]
+        self.last = as_pixels(network.last, network.shuffle)
         convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        convs = [self.last if conv is network.last else conv for conv in convs]
         self.kernels = {conv: self.kind.kernels_of(conv) for conv in convs}
         if isinstance(network, RRDBNet):
             for conv in (network.conv_up1, network.conv_up2):
                 self.kernels[conv] = EnlargingStrip.kernels_of(conv, self.kind.layout)
 
     def roll(self, x: Tensor, tick: Callable[[], None] = lambda: None) -> Iterator[Tensor]:
-        """(1, 3, H, W) -> (1, 3, h, W*scale) in turn, together forward(x)'s rows.
+        """(1, 3, H, W) RGB -> (1, shuffle**2 * 3, h, W * scale / shuffle) in turn, together forward(x)'s
+        rows, not yet shuffled: for each pixel shuffle x shuffle results row by row, each BGR.
 
         x: channels last, W and H multiples of network.multiple. tick is called before each
         convolution. A convolution's sums may be ordered otherwise than in forward().
@@ -285,6 +299,7 @@ class Roller:
         rows = self.kind.rows_at_once(width, widest)
 
         def strip(conv: nn.Conv2d, scratch: Scratch) -> Strip:
+            conv = self.last if conv is network.last else conv
             return self.kind(conv, scratch, self.kernels[conv])
 
         def enlarging(conv: nn.Conv2d, width: int) -> EnlargingStrip:

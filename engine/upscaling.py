@@ -373,7 +373,7 @@ class NativeEngine:
             stack = torch.stack([window.of(source) for _, window in batch])
             y = self.network(self._to_input(stack, white))
             finite &= windows.is_finite(y)
-            levels = windows.to_levels(y, white, grey=page.ndim == 2)
+            levels = windows.to_levels(y.flip(1).permute(0, 2, 3, 1), white, grey=page.ndim == 2)
             parts = windows.reduce_on_device(levels, white, scale, outscale)
             for (core, window), part in zip(batch, parts, strict=True):
                 core.times(outscale).of(result).copy_(core.within(window).times(outscale).of(part))
@@ -426,16 +426,16 @@ class NativeEngine:
         white, scale = pages.levels(page), self.model.scale
         across = windows.spans(width, self.plan.tile, self.plan.halo_px, self.model.multiple)
         for x0, x1, wx0, wx1 in across:
-            column = self._to_input(torch.from_numpy(page[None, :, wx0:wx1].copy()), white)
+            column_levels = torch.from_numpy(page[None, :, wx0:wx1].copy())
+            column = self._to_input(column_levels, white)
             held = np.empty((0, (wx1 - wx0) * scale, *page.shape[2:]), page.dtype)
             top = done = 0  # input rows: the first that is held, the first not given out
             for rows in roller.roll(column, self.tick):
                 if not bool(windows.is_finite(rows)):
                     raise Insane("the result is not finite")
-                levels = windows.to_levels(rows, white, grey=page.ndim == 2)[0]
-                if page.dtype == np.uint8:
-                    levels = levels.to(torch.uint8)  # by all cores, as numpy would not
-                held = np.concatenate([held, levels.numpy().astype(page.dtype, copy=False)])
+                results = torch.unflatten(rows[0].permute(1, 2, 0), 2, (-1, 3))  # (h, w, shuffle**2, BGR)
+                levels = windows.to_levels(results, white, grey=page.ndim == 2)
+                held = np.concatenate([held, windows.shuffle(levels, column_levels.dtype).numpy()])
                 bottom = top + len(held) // scale
                 end = bottom if bottom == height else bottom - RESIZE_REACH
                 if end <= done:

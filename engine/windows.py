@@ -171,14 +171,22 @@ def is_finite(y: Tensor) -> Tensor:
 
 
 def to_levels(y: Tensor, white: int, grey: bool) -> Tensor:
-    """(B, 3, H, W) RGB -> (B, H, W[, 3]) fp32 grey or BGR, rounded to 0..white."""
+    """(..., 3) BGR -> (...[, 3]) fp32 grey or BGR, rounded to 0..white; y changes."""
     y = y.float().clamp_(0, 1)
     if grey:
-        red, green, blue = y.unbind(1)
+        blue, green, red = y.unbind(-1)
         y = red * 0.299 + green * 0.587 + blue * 0.114  # ITU-R BT.601, as cv2
-    else:
-        y = y.flip(1).permute(0, 2, 3, 1)
-    return y.mul(white).round_()
+    return y.mul_(white).round_()
+
+
+def shuffle(results: Tensor, dtype: torch.dtype) -> Tensor:
+    """(h, w, factor**2[, 3]), a pixel's results row by row -> (h * factor, w * factor[, 3]) in dtype."""
+    height, width, count, *colours = results.shape
+    factor = math.isqrt(count)
+    page = torch.empty(height * factor, width * factor, *colours, dtype=dtype)
+    rows = results.reshape(height, width, factor, -1).transpose(1, 2)  # (h, factor, w, factor * colours)
+    page.view(rows.shape).copy_(rows)
+    return page
 
 
 def reduce_to(computed: Pixels, window: Box, outscale: int) -> Pixels:

@@ -82,5 +82,15 @@ def test_pixels_survive_the_way_to_a_tensor_and_back(page):
     sent = windows.upload(page, torch.device("cpu"))
     x = windows.to_input(sent[None], white, torch.float32)
     assert x.shape == (1, 3, 8, 9) and 0 <= float(x.min()) and float(x.max()) <= 1
-    back = windows.to_levels(x, white, grey=page.ndim == 2)[0]
+    back = windows.to_levels(x.permute(0, 2, 3, 1).flip(3), white, grey=page.ndim == 2)[0]
     assert np.array_equal(windows.download(back).numpy().astype(page.dtype), page)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize("colours", [(), (3,)], ids=["grey", "colour"])
+def test_results_are_laid_side_by_side_as_by_a_pixel_shuffle(factor, colours):
+    results = torch.rand(5, 7, factor**2, *colours).mul_(255).round_()
+    laid = windows.shuffle(results, torch.uint8)
+    channels = results.view(5, 7, factor**2, -1).permute(3, 2, 0, 1)  # (C, factor**2, h, w)
+    expected = torch.nn.functional.pixel_shuffle(channels.flatten(0, 1)[None], factor)[0].permute(1, 2, 0)
+    assert laid.dtype == torch.uint8 and torch.equal(laid.float(), expected.reshape(laid.shape))
