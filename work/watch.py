@@ -44,7 +44,7 @@ class Waiting:
     since_s: float  # monotonic, when this stamp was first seen
     not_before_s: float = 0.0  # monotonic
     tries: int = 0
-    told: str = ""  # what the log said last
+    told: str = ""  # why it waits, as the log said last
 
 
 class Memory:
@@ -141,7 +141,8 @@ class Watch:
 
     def _try(self, upload: Upload, waiting: Waiting, present: Collection[str]) -> None:
         if upload.unfinished:
-            self._tell(waiting, f"{upload.path!a} waits: {upload.unfinished!a} is still being received")
+            receiving = f"{upload.unfinished!a} is still being received"
+            self._tell(waiting, receiving, f"{upload.path!a} waits: {receiving}")
             return
         try:
             content = self._content(upload)
@@ -156,11 +157,15 @@ class Watch:
             waiting.tries += 1
             waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2**waiting.tries)
             reason = storage.reason_of(error)
-            self._tell(waiting, f"{upload.path!a} can't be submitted now: {reason}; it is tried again later")
+            # Free bytes, which NoRoom names, differ at each look.
+            why = error.code if isinstance(error, storage.NoRoom) else reason
+            self._tell(
+                waiting, why, f"{upload.path!a} can't be submitted now: {reason}; it is tried again later"
+            )
 
-    def _tell(self, waiting: Waiting, text: str) -> None:
-        if waiting.told != text:
-            waiting.told = text
+    def _tell(self, waiting: Waiting, why: str, text: str) -> None:
+        if waiting.told != why:
+            waiting.told = why
             log.warning("%s", text)
 
     def _content(self, upload: Upload) -> str | None:
