@@ -20,7 +20,6 @@ from files import inputs
 from messages import Limits, Params
 
 PAGES = {f"{n}.png": png(24, 24, n) for n in range(4)}
-FREE = 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from client import Client, JobState, check_artifact, parse, submission
+from client import Client, Health, JobState, Model, check_artifact, parse, submission
 from serving import png, until, volume
 
 import server
@@ -230,13 +230,13 @@ def test_pages_before_and_after_can_be_looked_at(client):
 
 def test_the_service_tells_of_its_models_devices_and_itself(client):
     found = until(lambda: (told := client.call("GET", "/models").json())["probed"] and told, 60)
-    names = {model["name"]: model for model in found["models"]}
+    names = {model.name: model for model in parse(list[Model], found["models"])}
     for name in ("RealESRGAN_x4plus_anime_6B", "realesr-animevideov3", "RealESRGAN_x4plus"):
-        assert names[name]["available"] and names[name]["source"] == "wheel" and names[name]["scale"] == 4
+        assert names[name].available and names[name].source == "wheel" and names[name].scale == 4
     devices = client.call("GET", "/devices").json()["devices"]
     assert "cpu" in [device["device"] for device in devices]
-    health = client.call("GET", "/health").json()
-    assert (health["status"], health["default_model"]) == ("ok", "RealESRGAN_x4plus_anime_6B")
+    health = client.ask(Health, "GET", "/health")
+    assert (health.status, health.default_model) == ("ok", "RealESRGAN_x4plus_anime_6B")
     assert b'reichan_jobs{state="SUCCESS"}' in client.call("GET", "/metrics").body
     paths = client.call("GET", "/openapi.json").json()["paths"]
     assert {route.path.replace("...", "") for route in routes.ROUTES} == set(paths)
