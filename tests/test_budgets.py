@@ -51,6 +51,12 @@ def test_then_the_format_changes():
     assert abs(pages.decode(data, 1, Limits()).astype(int) - PAGE).mean() < 12
 
 
+def test_the_least_quality_is_not_tried_again():
+    least = budgets.LEAST_QUALITY
+    most = size(jpeg_quality=least) - 1
+    assert fitted(most, jpeg_quality=least) == fitted(most)
+
+
 def test_png_becomes_a_lossless_webp_before_it_loses_anything():
     flat = np.kron(grey(60, 45), np.ones((4, 4), np.uint8))
     most = size(flat, output_format="png") - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import struct
@@ -117,6 +118,13 @@ class Canary:
         return (os.makedirs, (str(self.path),))
 
 
+def saved(tensors: object) -> bytes:
+    """As torch writes it."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
 def hostile(root: Path) -> dict[str, bytes]:
     """Files that are no weights."""
     lie = b'{"a":{"dtype":"F32","shape":[1048576,1048576],"data_offsets":[0,4]}}'
@@ -127,6 +135,9 @@ def hostile(root: Path) -> dict[str, bytes]:
         "list.pth": pickle.dumps([1, 2, 3], protocol=2),
         "header.safetensors": struct.pack("<Q", 1 << 60) + b"{}",
         "shape.safetensors": struct.pack("<Q", len(lie)) + lie + bytes(4),
+        "nothing.safetensors": safetensors.torch.save({}),
+        "sparse.pth": saved({"body.0.weight": torch.eye(3).to_sparse()}),
+        "wrapped.pth": saved({"params_ema": {}}),
     }
 
 
@@ -157,6 +168,35 @@ def test_all_keys_shapes_and_types_must_match(tmp_path, fault):
     safetensors.torch.save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(storage.WeightsRefused):
         models.load_model(found(tmp_path, "odd"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "shape"),
+    [
+        ("rrdb x4", "conv_first.weight", (16, 5, 3, 3)),  # of no scale that there is
+        ("rrdb x4", "conv_last.weight", (4, 16, 3, 3)),
+        ("rrdb x4", "conv_up3.weight", (16, 16, 3, 3)),
+        ("compact x2", "body.0.weight", (16, 1, 3, 3)),
+        ("compact x2", "body.8.weight", (11, 16, 3, 3)),  # no square of results a pixel
+    ],
+)
+def test_a_network_that_only_resembles_ours_is_not_built(tmp_path, kind, key, shape):
+    tensors = random_network(NETWORKS[kind])
+    assert key in tensors or "conv_up3" in key
+    safetensors.torch.save_file(tensors | {key: torch.zeros(shape)}, tmp_path / "odd.safetensors")
+    with pytest.raises(storage.WeightsRefused):
+        models.load_model(found(tmp_path, "odd"))
+
+
+@pytest.mark.parametrize("fault", ["longer", "shorter", "of 32 bits"])
+def test_an_ncnn_pair_whose_halves_do_not_fit_is_refused(monkeypatch, fault):
+    file = weightfiles.find_weights(NO_FILES)[weightfiles.model_key(COMPACT)]
+    param, blob, digest = weightfiles.read_weights(file)
+    assert blob
+    faulty = {"longer": blob + bytes(4), "shorter": blob[:-4], "of 32 bits": bytes(4) + blob[4:]}[fault]
+    monkeypatch.setattr(weightfiles, "read_weights", lambda _: (param, faulty, digest))
+    with pytest.raises(storage.WeightsRefused):
+        models.load_model(file)
 
 
 def test_rounded_kernels_keep_their_sums():

@@ -107,6 +107,14 @@ def test_pages_that_take_turns_do_not_mix(convolutions):
         assert torch.allclose(page_of(whole), network(page(64, seed=1)), atol=1e-5)
 
 
+@pytest.mark.parametrize("height", [1, 16, 17, 40, 90])
+def test_a_network_with_more_layers_than_a_strip_has_rows_waits_for_them(height, convolutions):
+    network = models.SRVGGNetCompact(16, 30, 2)
+    with torch.inference_mode():
+        parts = list(rolling.Roller(network, convolutions).roll(page(height)))
+        assert torch.allclose(page_of(torch.cat(parts, 2)), network(page(height)), atol=1e-5)
+
+
 def test_memory_depends_on_the_width_only(convolutions, monkeypatch):
     rooms = []
     room, channels_of = Scratch.room, Scratch.channels
