@@ -283,6 +283,8 @@ def test_previews_under_way_are_bounded_and_a_token_is_asked_for(tmp_path):
         broken = client.call("POST", "/preview", b"{", {"Content-Type": "application/json"})
         assert broken.problem().code == "NOT_JSON"
         assert client.call("POST", "/preview", b"x", {"Content-Type": "text/plain"}).problem().status == 415
+        media = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+        assert client.call("POST", "/preview", form(png())[:-9], media).problem().code == "BAD_FORM"
 
 
 def test_a_page_that_worker_after_worker_dies_of_is_left_alone(tmp_path, monkeypatch):

@@ -180,6 +180,7 @@ def test_what_is_no_page_at_all_is_refused(tmp_path, monkeypatch):
         client = Client(service.url, "0123456789")
         assert post(Client(service.url), png()).status == 401
         assert post(client, bytes(10_001)).problem().status == 413
+        assert client.call("POST", "/pages", b"", {"Content-Type": "image/png"}).problem().code == "NO_PAGE"
         json = {"Content-Type": "application/json"}
         assert client.call("POST", "/pages", b"{}", json).problem().status == 415
         media = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}

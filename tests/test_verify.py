@@ -101,6 +101,28 @@ def test_each_thing_that_is_wrong_has_its_line(tmp_path, capsys, kind, change, s
 
 
 @pytest.mark.parametrize("kind", ["zip", "cbz"])
+def test_a_file_that_stands_twice_is_told(tmp_path, capsys, kind):
+    artifact = made(tmp_path, kind)
+    with zipfile.ZipFile(artifact, "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("1.png", archive.read("1.png"))
+    assert told(capsys, artifact) == (1, ["WRONG  1.png: is there 2 times"])
+
+
+@pytest.mark.parametrize("kind", ["zip", "cbz"])
+def test_a_page_that_stands_in_the_report_twice_is_told(tmp_path, capsys, kind):
+    artifact = made(tmp_path, kind)
+
+    def listed_twice(members: dict[str, bytes]) -> None:
+        report = json.loads(members["artifact-report.json"])
+        report["items"].append(report["items"][0])
+        members["artifact-report.json"] = json.dumps(report).encode()
+
+    rewritten(artifact, listed_twice)
+    status, lines = told(capsys, artifact)
+    assert status == 1 and "WRONG  1.png: is in the report more than once" in lines
+
+
+@pytest.mark.parametrize("kind", ["zip", "cbz"])
 def test_each_source_that_differs_has_its_line(tmp_path, capsys, kind):
     artifact = made(tmp_path, kind)
     changes = {
