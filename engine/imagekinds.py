@@ -222,13 +222,11 @@ def decode_jxl(data: bytes) -> tuple[Pixels, bytes | None, bytes | None]:
 
 
 def _pixels_of(image: Any) -> Pixels:
-    """(H, W), (H, W, 3) RGB or (H, W, 4) RGBA, uint8 or uint16, of a Pillow image."""
+    """(H, W), (H, W, 3) RGB or (H, W, 4) RGBA, uint8 or uint16, of an image of the JPEG XL plugin."""
     if image.mode in ("L", "RGB", "RGBA", "I;16"):
         return np.asarray(image).copy()
-    if image.mode in ("LA", "PA", "La"):
+    if image.mode == "LA":
         return np.asarray(image.convert("RGBA")).copy()
-    if image.mode in ("1", "P", "CMYK", "YCbCr", "RGBX"):
-        return np.asarray(image.convert("RGB")).copy()
     raise ValueError(f"samples of the kind {image.mode} are not read")
 
 

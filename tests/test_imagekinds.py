@@ -198,6 +198,17 @@ def test_the_orientation_of_a_jpeg_xl_is_applied_once(orientation, flags, tmp_pa
     assert far(got, decode(source)) < 1.5
 
 
+def test_a_grey_jpeg_xl_keeps_its_alpha(tmp_path):
+    source = saved(alpha(36, 44), "PNG", mode="LA")
+    assert np.array_equal(decode(jxl(tmp_path, source, ".png", "-d", "0")), decode(source))
+
+
+def test_a_jpeg_xl_of_other_samples_is_named():
+    require(importlib.util.find_spec("pillow_jxl"), "pillow-jxl-plugin is not installed")
+    importlib.import_module("pillow_jxl")  # it registers itself
+    assert "of the kind F" in refusal(saved(grey(60, 40), "JXL", mode="F"))
+
+
 def test_a_cut_jpeg_xl_is_a_page_error(tmp_path):
     data = jxl(tmp_path, coded(COLOUR), ".png", "-d", "0")
     for size in range(3, len(data), 397):
