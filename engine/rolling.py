@@ -15,6 +15,7 @@ import platform
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import pairwise
 from typing import Protocol, cast
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from engine import nnpack
 from engine.enlarging import EnlargingStrip
-from engine.models import RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact, conv3x3
+from engine.models import RDB_SHARE, RRDB, OwnNetwork, ResidualDenseBlock, RRDBNet, SRVGGNetCompact
 from engine.nnpack import NnpackStrip
 from engine.strips import Scratch, Strip
 from engine.winograd import WinogradStrip
@@ -259,10 +260,10 @@ def as_pixels(conv: nn.Conv2d, shuffle: int) -> nn.Conv2d:
     """A network's last convolution, its results for a pixel as the page takes them: (shuffle, shuffle,
     BGR) instead of (RGB, shuffle, shuffle). So none of them has to be sought out afterwards."""
     order = torch.arange(conv.out_channels).view(3, shuffle, shuffle).flip(0).permute(1, 2, 0).flatten()
-    same = conv3x3(conv.in_channels, conv.out_channels).requires_grad_(False)
-    same.weight.data = conv.weight[order].contiguous(memory_format=torch.channels_last)
-    same.bias = None if conv.bias is None else nn.Parameter(conv.bias[order], requires_grad=False)
-    return same
+    ordered = deepcopy(conv)
+    for values in ordered.parameters():
+        values.data = values.data[order]
+    return ordered.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class Roller:

@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import engine  # noqa: E402, F401, I001  before torch, as in the service: see there
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -305,9 +306,9 @@ def beside_openvino(model: Model, arguments: argparse.Namespace) -> list[list[st
     seconds: dict[str, list[float]] = {key: [] for key in engines}
     for turn in range(arguments.pairs + 1):
         results = {}
-        for key, engine in engines.items():
+        for key, one in engines.items():
             started = time.perf_counter()
-            results[key] = engine.upscale(page, 2)
+            results[key] = one.upscale(page, 2)
             if turn:  # the first one compiles
                 seconds[key].append(time.perf_counter() - started)
     exact_engine = upscaling.NativeEngine(model, replace(plan, precision="fp32"), 0)

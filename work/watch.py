@@ -141,8 +141,8 @@ class Watch:
 
     def _try(self, upload: Upload, waiting: Waiting, present: Collection[str]) -> None:
         if upload.unfinished:
-            receiving = f"{upload.unfinished!a} is still being received"
-            self._tell(waiting, receiving, f"{upload.path!a} waits: {receiving}")
+            told = f"{upload.path!a} waits: {upload.unfinished!a} is still being received"
+            self._tell(waiting, upload.unfinished, told)
             return
         try:
             content = self._content(upload)
@@ -159,9 +159,8 @@ class Watch:
             reason = storage.reason_of(error)
             # Free bytes, which NoRoom names, differ at each look.
             why = error.code if isinstance(error, storage.NoRoom) else reason
-            self._tell(
-                waiting, why, f"{upload.path!a} can't be submitted now: {reason}; it is tried again later"
-            )
+            told = f"{upload.path!a} can't be submitted now: {reason}; it is tried again later"
+            self._tell(waiting, why, told)
 
     def _tell(self, waiting: Waiting, why: str, text: str) -> None:
         if waiting.told != why:
