@@ -142,18 +142,27 @@ def _tools(rarfile: Any) -> Iterator[Any]:
     """What unpacks RAR here, each set as rarfile's tool while it is asked for. Debian's 7z has no RAR
     in it; unar and bsdtar each fail on archives that the other reads."""
 
-    class Bsdtar(rarfile.ToolSetup):  # type: ignore[misc]
+    class Tool(rarfile.ToolSetup):  # type: ignore[misc]
+        """Who made the archive chose its names, and bsdtar has options that run a program."""
+
+        def add_file_arg(self, cmdline: list[str], filename: str) -> None:
+            if filename.startswith(("-", "@")):  # "@": to unrar, a file with a list of names
+                raise ValueError("its name begins as an option of the unpacking program does; rename it")
+            cmdline.append(filename)
+
+    class Bsdtar(Tool):
         """rarfile 4.5 puts "--" behind "-f", which takes it for the archive's name."""
 
         def get_cmdline(self, key: str, pwd: None, nodash: bool = True) -> Any:
             return super().get_cmdline(key, pwd, nodash=True)
 
         def add_file_arg(self, cmdline: list[str], filename: str) -> None:
-            cmdline.append(re.sub(r"([*?\[\]\\])", r"\\\1", filename))  # it takes patterns
+            cmdline.append("--")
+            super().add_file_arg(cmdline, re.sub(r"([*?\[\]\\])", r"\\\1", filename))  # it takes patterns
 
     tools = (
-        rarfile.ToolSetup(rarfile.UNRAR_CONFIG),
-        rarfile.ToolSetup(rarfile.UNAR_CONFIG),
+        Tool(rarfile.UNRAR_CONFIG),
+        Tool(rarfile.UNAR_CONFIG),
         Bsdtar(rarfile.BSDTAR_CONFIG),
     )
     for tool in tools:

@@ -121,13 +121,22 @@ def rar_block(kind: int, body: bytes, data: bytes | None = None, extra: bytes = 
     return struct.pack("<I", zlib.crc32(head)) + head + (data or b"")
 
 
-def rar(target: Path, files: dict[str, bytes], sizes: dict[str, int] | None = None) -> Path:
-    """A RAR 5 archive, stored. sizes: what members say of themselves against the truth."""
-    blocks = [b"Rar!\x1a\x07\x01\x00", rar_block(1, vint(0))]
+STORED, PACKED, SOLID = 0, 3 << 7, 4  # RAR 5: methods of a member, a flag of an archive
+
+
+def rar(
+    target: Path,
+    files: dict[str, bytes],
+    sizes: dict[str, int] | None = None,
+    how: int = STORED,
+    flags: int = 0,
+) -> Path:
+    """A RAR 5 archive. sizes: what members say of themselves against the truth."""
+    blocks = [b"Rar!\x1a\x07\x01\x00", rar_block(1, vint(flags))]
     for name, data in files.items():
         size = (sizes or {}).get(name, len(data))
         plain = (
-            vint(4) + vint(size) + vint(0o100644) + struct.pack("<I", zlib.crc32(data)) + vint(0) + vint(1)
+            vint(4) + vint(size) + vint(0o100644) + struct.pack("<I", zlib.crc32(data)) + vint(how) + vint(1)
         )
         blocks.append(rar_block(2, plain + vint(len(name.encode())) + name.encode(), data))
     target.write_bytes(b"".join([*blocks, rar_block(5, vint(0))]))
@@ -318,6 +327,21 @@ def test_a_bad_member_of_a_rar_is_a_page_error(tmp_path):
     source.write_bytes(data)
     pages, _ = stage(source, tmp_path / "staging")
     assert [bool(page.error) for page in pages] == [False, True, False]
+
+
+@pytest.mark.parametrize("tool", ["unar", "bsdtar", "both"])
+@pytest.mark.parametrize(("flags", "size_bytes"), [(SOLID, 60), (0, 21 << 20)], ids=["solid", "large"])
+def test_a_name_of_a_rar_is_no_option_of_what_unpacks_it(flags, size_bytes, tool, tmp_path, monkeypatch):
+    unpackers()
+    program, mark = shutil.which("touch"), tmp_path / "executed"
+    if tool != "both":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for option in (f'--use-compress-program={program} "{mark}" x.png', "@x.png", "-x.png"):
+        source = rar(tmp_path / "v.rar", {option: bytes(60)}, {option: size_bytes}, PACKED, flags)
+        [page], _ = stage(source, tmp_path / "staging")
+        assert page.error and not mark.exists()
 
 
 def test_rars_that_lead_out_are_locked_or_cut_are_refused(tmp_path):
