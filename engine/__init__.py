@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch loads libgomp: at the end of a layer its threads then wait for 0.04 ms in a loop, not for
-# several (300000 is its own count). Alone, a page takes as long; where another program wants the cores
-# too, less (two `python infer.py` side by side on 2 cores, fp32: 2000 takes 0.8 of the time of 5000; with
-# all multiplications 5000 had taken 0.7 of libgomp's own). What somebody has set stays.
+# At the end of a layer libgomp's threads spin before they sleep: here 2000 turns (0.04 ms), by its own
+# default 300,000 (several ms). Alone, a page takes as long; beside another busy program it is faster: of
+# two `python infer.py` on 2 cores, fp32, 2000 turns take 0.8 of the time of 5000, and with direct
+# convolutions 5000 took 0.7 of the default's. It must be set before torch loads libgomp; a value that
+# is set already stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -23,7 +23,7 @@ from engine import windows
 
 log = logging.getLogger("community")
 
-EXTRA = "pip install '.[models]'"
+EXTRA = 'pip install ".[models]"'
 # Windows of attention lie on a grid that starts at the page's corner, and 32 is a multiple of its step
 # in all architectures known (8, 16; 32 in DAT's long windows): a tile's windows must start on it too.
 GRID_PX = 32

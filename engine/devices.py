@@ -1,6 +1,7 @@
 """E-readers: how many pixels their screens have, and in how many greys.
 
-Map: Device - DEVICES - fitted
+Map: Device - DEVICES - settings_of
+Rule: a screen says what a page may have; no page is computed otherwise for it.
 Runs in: the http-* threads, the worker. Standard library only.
 
 Pixels are what is generally given for these models, and nothing here measures them: targetWidth and

@@ -37,7 +37,9 @@ class Facts:
 
 # ---------------------------------------------------------------- TIFF
 TIFF_TYPES = {3: "H", 4: "I"}  # SHORT, LONG
+PIECES_MOST = 1 << 20  # strips or tiles; 100 megapixels in the smallest tiles are 390,000
 PIECES = (273, 279, 324, 325)  # offsets and sizes of strips, of tiles
+NO_PIECES = np.zeros(0, np.int64)
 WIDTH, HEIGHT, ORIENTATION, PROFILE = 256, 257, 274, 34_675
 
 
@@ -47,28 +49,33 @@ def tiff_facts(data: bytes) -> Facts:
     start = struct.unpack_from(order + "I", data, 4)[0]
     count = struct.unpack_from(order + "H", data, start)[0]
     numbers: dict[int, int] = {}
-    lists: dict[int, tuple[int, ...]] = {}
+    lists: dict[int, npt.NDArray[Any]] = {}
     profile, turn_at = None, 0
     for n in range(count):
         at = start + 2 + 12 * n
         tag, kind, values = struct.unpack_from(order + "HHI", data, at)
+        if tag in lists or (tag == PROFILE and profile is not None):
+            continue  # a directory may hold it 65,535 times
         if tag == PROFILE:
             place = struct.unpack_from(order + "I", data, at + 8)[0]
             profile = data[place : place + values]
         elif kind in TIFF_TYPES and tag in PIECES:
-            form = f"{order}{values}{TIFF_TYPES[kind]}"
+            form = np.dtype(order + TIFF_TYPES[kind])
+            if values > PIECES_MOST:
+                raise ValueError(f"it is said to consist of {values} pieces")
             place = at + 8
-            if struct.calcsize(form) > 4:  # what does not fit stands elsewhere
+            if form.itemsize * values > 4:  # what does not fit stands elsewhere
                 place = struct.unpack_from(order + "I", data, place)[0]
-            lists[tag] = struct.unpack_from(form, data, place)
+            lists[tag] = np.frombuffer(data, form, values, place).astype(np.int64)
         elif kind in TIFF_TYPES:
             turn_at = at + 8 if tag == ORIENTATION else turn_at
             numbers[tag] = struct.unpack_from(order + TIFF_TYPES[kind], data, at + 8)[0]
     turn = numbers.get(ORIENTATION, 1)
     turns = (turn,) if 1 < turn <= 8 else ()
-    starts = lists.get(273) or lists.get(324) or ()
-    sizes = lists.get(279) or lists.get(325) or ()
-    end = max((at + size for at, size in zip(starts, sizes, strict=False)), default=0)
+    starts = lists.get(273, lists.get(324, NO_PIECES))
+    sizes = lists.get(279, lists.get(325, NO_PIECES))
+    both = min(len(starts), len(sizes))
+    end = int((starts[:both] + sizes[:both]).max(initial=0))
     return Facts(numbers.get(WIDTH, 0), numbers.get(HEIGHT, 0), turns, profile, turn_at=turn_at, end=end)
 
 
@@ -207,7 +214,7 @@ def decode_jxl(data: bytes) -> tuple[Pixels, bytes | None, bytes | None]:
         import pillow_jxl  # noqa: F401 - registers itself
         from PIL import Image
     except ImportError as error:
-        raise PluginMissing(f"JPEG XL needs: pip install '.[formats]' ({error})") from error
+        raise PluginMissing(f'JPEG XL needs: pip install ".[formats]" ({error})') from error
     try:
         with Image.open(io.BytesIO(data), formats=["JXL"]) as image:
             exif = image.info.get("exif") if getattr(image, "jpeg", False) else None

@@ -289,7 +289,14 @@ def _empty_rrdbnet(tensors: Mapping[str, Tensor]) -> RRDBNet | None:
     if scale is None or last.shape[0] != 3 or more:
         return None
     blocks = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("body."))
+    _check_number(blocks, tensors)
     return RRDBNet(first.shape[0], blocks, dense.shape[0], scale)
+
+
+def _check_number(layers: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raises WeightsRefused for a name that counts more layers than there can be, before they are made."""
+    if layers > len(tensors):
+        raise storage.WeightsRefused(f"its names count {layers} layers, but it holds {len(tensors)} tensors")
 
 
 def _empty_compact(tensors: Mapping[str, Tensor]) -> SRVGGNetCompact | None:
@@ -298,6 +305,7 @@ def _empty_compact(tensors: Mapping[str, Tensor]) -> SRVGGNetCompact | None:
     if not all(re.match(r"body\.\d+\.", key) for key in tensors):
         return None
     last = max(int(key.split(".")[1]) for key in tensors)
+    _check_number(last, tensors)
     shapes = [tuple(tensors.get(f"body.{n}.weight", torch.empty(0)).shape) for n in (0, 1, last)]
     if [len(shape) for shape in shapes] != [4, 1, 4] or shapes[0][1] != 3:
         return None

@@ -30,8 +30,9 @@ def is_ready() -> bool:
 class NnpackStrip(Strip):
     """A Strip whose channels lie one after another; NNPACK imagines the zeros beside the page."""
 
-    # Of input at a time. Each call costs 1 to 2 ms at first, for the kernels: measured on two cores,
-    # 32,000 take 1.3 and 64,000 1.15 times as long (compact), 260,000 longer too; 40,000 1.1 times (6B).
+    # Input pixels at a time. Each call first transforms the kernels, 1 to 2 ms. On two cores, beside this
+    # value: compact 1.3 times as long with 32,000, 1.15 with 64,000, longer with 260,000 too; 6B 1.1 times
+    # with 40,000.
     pixels = 110_000
     values = 15_000_000  # of input at a time, so that a 6B page 2000 wide needs less than 2 GB
     layout = torch.contiguous_format

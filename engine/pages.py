@@ -205,6 +205,8 @@ def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
     if pixels is None:
         raise PageError(f"the {kind.upper()} data is damaged or cut off")
     pixels = _with_transparent_grey(pixels, data)
+    if kind == "bmp" and channels(pixels) == ALPHA_CHANNELS and not pixels[..., 3].any():
+        pixels = np.ascontiguousarray(pixels[..., :3])  # 32 bits a pixel, of which 8 mean nothing
     found = {
         kind: bytes(block.reshape(-1).view(np.uint8)) for kind, block in zip(kinds, blocks, strict=False)
     }

@@ -53,9 +53,11 @@ log = logging.getLogger("upscaling")
 
 SMALLEST_TILE = 32  # input pixels; below it even a CPU has no use for a retry
 MEAN_TOLERANCE = 48.0  # 8-bit levels; the hardest screentones tried moved it by 15
+FITTED_S = 600.0  # after which a larger tile is tried again
 GRAIN_SHARE = 0.75  # of the removed grain that denoise "low" gives back
 LINE_ART_MODEL, SCREENTONE_MODEL = "RealESRGAN_x4plus_anime_6B", "realesr-animevideov3"
 LARGE_PAGE_PX = 1600  # height from which a scan is sharp enough for the small model
+PROBE_SIDE, CARD_PROBE_SIDE, PROBE_TURNS = 96, 384, 3  # pixels; times each precision is timed
 PROBE_PSNR_DB = 40.0  # the 6B model's bf16 keeps 45 dB on the hard probe, its fp16 57; black, 4
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,8 +85,9 @@ class Insane(Exception):
 # ---------------------------------------------------------------- devices and plans
 @dataclass(frozen=True, slots=True)
 class DeviceKind:
-    """One row a kind of device: how many there are, and what to try on them.
+    """One row a kind of device: which there are, and what to try on them.
 
+    usable: torch's indices of those that it can compute on here.
     tile, batch: input pixels of a window's core and windows at once, for (compact, RRDB)
     networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
     its halo costs less the larger the window; out of memory halves them. On a processor the
@@ -97,7 +100,7 @@ class DeviceKind:
     last one's pixels come back.
     """
 
-    count: Callable[[], int]
+    usable: Callable[[], Sequence[int]]
     fast_precision: str
     tile: tuple[int, int] = (512, 864)
     batch: tuple[int, int] = (4, 1)
@@ -106,8 +109,40 @@ class DeviceKind:
     pages: int = 2
 
 
-def _xpu_count() -> int:
-    return torch.xpu.device_count() if hasattr(torch, "xpu") and torch.xpu.is_available() else 0
+def _cuda_cards() -> list[int]:
+    """Without those that this build of torch has no kernels for: the driver answers for them, and the
+    first operation fails."""
+    here = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [index for index in here if _has_kernels(index)]
+
+
+@functools.cache
+def _has_kernels(index: int) -> bool:
+    """By torch.cuda's own rules (_check_cubins): code for sm_86 runs on 8.6 and 8.9, and compute_90 is
+    compiled by the driver for whatever is newer."""
+    if torch.version.cuda is None:  # ROCm
+        return True
+    major, minor = torch.cuda.get_device_capability(index)
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    if not built or any(
+        (int(first) == major and int(second) <= minor)
+        or (kind == "compute" and (int(first), int(second)) <= (major, minor))
+        for kind, first, second in built
+    ):
+        return True
+    log.warning(
+        "torch %s has no kernels for %s (compute capability %d.%d): it is not used (README: GPU)",
+        torch.__version__,
+        torch.cuda.get_device_name(index),
+        major,
+        minor,
+    )
+    return False
+
+
+def _xpu_cards() -> Sequence[int]:
+    here = hasattr(torch, "xpu") and torch.xpu.is_available()
+    return range(torch.xpu.device_count() if here else 0)
 
 
 def _native_bf16() -> bool:
@@ -118,18 +153,19 @@ def _native_bf16() -> bool:
 
 # In the order in which "auto" prefers them. ROCm builds answer as CUDA.
 DEVICES = {
-    "cuda": DeviceKind(lambda: torch.cuda.device_count() if torch.cuda.is_available() else 0, "fp16"),
-    "xpu": DeviceKind(_xpu_count, "fp16"),
-    "mps": DeviceKind(lambda: int(torch.backends.mps.is_available()), "fp16"),
-    "cpu": DeviceKind(lambda: 1, "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
+    "cuda": DeviceKind(_cuda_cards, "fp16"),
+    "xpu": DeviceKind(_xpu_cards, "fp16"),
+    # One page at a time: two threads on Metal can end the process (pytorch issue 197805).
+    "mps": DeviceKind(lambda: range(torch.backends.mps.is_available()), "fp16", pages=1),
+    "cpu": DeviceKind(lambda: range(1), "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
 }
 
 
 def pick_device(asked: str) -> str:
     """The device kind for "auto" or a name. Raises DeviceMissing."""
     if asked == "auto":
-        return next(name for name, kind in DEVICES.items() if kind.count())
-    if asked not in DEVICES or not DEVICES[asked].count():
+        return next(name for name, kind in DEVICES.items() if kind.usable())
+    if asked not in DEVICES or not DEVICES[asked].usable():
         raise DeviceMissing(
             f"no {asked} device is usable here (torch {torch.__version__}); use device auto or cpu, "
             "or install the torch build for this card (README: GPU)"
@@ -138,9 +174,13 @@ def pick_device(asked: str) -> str:
 
 
 def torch_device(kind: str, slot: int) -> torch.device:
-    """Worker slot i takes device i modulo their number."""
-    count = DEVICES[kind].count()
-    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, slot % count)
+    """Worker slot i takes the i-th usable device modulo their number."""
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    cards = DEVICES[kind].usable()
+    if not cards:
+        raise DeviceMissing(f"there is no {kind} device any more")
+    return torch.device(kind, cards[slot % len(cards)])
 
 
 class Measured:
@@ -149,6 +189,7 @@ class Measured:
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.known: dict[tuple[str, ...], Any] = {}  # by what was asked, and of which weights
+        self.turn = threading.Lock()  # of measuring: two at once would time each other
 
     def pays(self, model: Model, plan: Plan, precision: str) -> bool:
         """See faster_and_near."""
@@ -165,9 +206,10 @@ class Measured:
         return str(self._once(("convolutions", model.weights_sha256), lambda: fastest_convolutions(model)))
 
     def _once(self, asked: tuple[str, ...], measure: Callable[[], Any]) -> Any:
-        if asked not in self.known:
-            self.known[asked] = measure()
-        return self.known[asked]
+        with self.turn:
+            if asked not in self.known:
+                self.known[asked] = measure()
+            return self.known[asked]
 
 
 def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Measured) -> Plan:
@@ -175,10 +217,8 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Meas
     device = pick_device(choice.device if params.device == "auto" else params.device)
     kind = DEVICES[device]
     native = choice.engine == "native"
-    size = isinstance(model.network, RRDBNet)
     halo_px = measured.halo_px(model, device) if params.tile_pad is None else params.tile_pad
     other = isinstance(model.network, CommunityNetwork)
-    tile = max(kind.window - 2 * halo_px, SMALLEST_TILE) if other else kind.tile[size]
     plan = Plan(
         model=model.name,
         weights_sha256=model.weights_sha256,
@@ -186,9 +226,9 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Meas
         device=device,
         precision=choice.precision if supports(model, choice.precision) else "fp32",
         engine=choice.engine,
-        tile=params.tile_size or (tile if native else 0),
+        tile=params.tile_size or (own_tile(device, model, halo_px) if native else 0),
         halo_px=halo_px,
-        batch=1 if other else params.batch_size or kind.batch[size],
+        batch=1 if other else params.batch_size or kind.batch[isinstance(model.network, RRDBNet)],
     )
     tries = choice.precision == "auto" and native and supports(model, kind.fast_precision)
     if tries and measured.pays(model, plan, kind.fast_precision):
@@ -199,6 +239,23 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Meas
             raise EngineMissing(f"there are no {asked} convolutions here: set REICHAN_CONVOLUTIONS to auto")
         plan = replace(plan, convolutions=asked)
     return plan
+
+
+@functools.cache
+def keep_to_card(device: torch.device) -> None:
+    """On Windows, let torch use what is free on a card now and no more: the driver would go on in the
+    computer's memory, many times slower, and never say that the card's is used up."""
+    if device.type == "cuda" and sys.platform == "win32":
+        free, whole = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / whole, device)
+
+
+def own_tile(device: str, model: Model, halo_px: int) -> int:
+    """See DeviceKind.tile and .window."""
+    kind = DEVICES[device]
+    if isinstance(model.network, CommunityNetwork):
+        return max(kind.window - 2 * halo_px, SMALLEST_TILE)
+    return kind.tile[isinstance(model.network, RRDBNet)]
 
 
 def fastest_convolutions(model: Model) -> str:
@@ -232,23 +289,28 @@ def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool
     own = not isinstance(model.network, CommunityNetwork)
     if plan.device == "cpu" and not _native_bf16():
         return False
-    probe = probe_page()
     timed = not (own and plan.device == "cpu")  # a processor's own bf16 is the faster one
-    results, seconds = [], []
-    for kind in ("fp32", precision):
-        engine = NativeEngine(model, replace(plan, precision=kind, tile=probe.shape[0], halo_px=0), slot)
-        try:
-            results.append(engine.upscale(probe, model.scale))  # the first call warms up
-            if timed:
-                started = time.perf_counter()
-                engine.upscale(probe, model.scale)
-                seconds.append(time.perf_counter() - started)
-        except (Insane, RuntimeError) as error:
-            log.warning("%s is not usable on %s: %s", kind, plan.device, error)
-            return False
+    # A fast card would wait for Python all the time that a small page takes.
+    probe = probe_page(PROBE_SIDE if plan.device == "cpu" else CARD_PROBE_SIDE)
+    engines, results, kind = [], [], "fp32"
+    best_s = [math.inf, math.inf]
+    try:
+        for kind in ("fp32", precision):
+            alone = replace(plan, precision=kind, tile=probe.shape[0], halo_px=0)
+            engines.append(NativeEngine(model, alone, slot))
+            results.append(engines[-1].upscale(probe, model.scale))  # the first call warms up
+        for n in range(2 * PROBE_TURNS if timed else 0):
+            started_s = time.perf_counter()
+            engines[n % 2].upscale(probe, model.scale)
+            best_s[n % 2] = min(best_s[n % 2], time.perf_counter() - started_s)
+    except (Insane, RuntimeError) as error:
+        if card_is_lost(slot):
+            raise
+        log.warning("%s is not usable on %s: %s", kind, plan.device, error)
+        return False
     squared = float(((results[0].astype(np.float64) - results[1]) ** 2).mean())
     near = squared <= 255**2 / 10 ** (PROBE_PSNR_DB / 10)
-    return near and (not timed or seconds[1] < seconds[0])
+    return near and (not timed or best_s[1] < best_s[0])
 
 
 def supports(model: Model, precision: str) -> bool:
@@ -332,6 +394,7 @@ class NativeEngine:
         self.scale = model.scale
         self.plan = plan
         self.device = torch_device(plan.device, slot)
+        keep_to_card(self.device)
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
@@ -396,7 +459,7 @@ class NativeEngine:
         if self.device.type == "cpu":
             return
         event = torch.Event(self.device)
-        event.record()
+        event.record(torch.accelerator.current_stream(self.device))  # by itself, it would be the first card's
         queued.append(event)
         if len(queued) > 1:
             queued.popleft().synchronize()
@@ -469,7 +532,7 @@ class UpstreamEngine:
         # RuntimeError: of a torchvision that was built for another torch.
         except (ImportError, RuntimeError) as error:
             raise EngineMissing(
-                f"the reference engine can't be loaded ({error}): pip install -e '.[upstream]'"
+                f"the reference engine can't be loaded ({error}): pip install -e \".[upstream]\""
             ) from error
         self.scale = model.scale
         self.turn = threading.Lock()  # it keeps the page that it computes in itself
@@ -561,8 +624,9 @@ class Engines:
         self.lock = threading.RLock()  # guards all below
         self.models: OrderedDict[str, tuple[weightfiles.WeightsFile, tuple[int, int], Model]] = OrderedDict()
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
-        # (model, device, precision) -> the largest tile that fitted after one did not
-        self.fitted: dict[tuple[str, str, str], int] = {}
+        # (model, device, precision) -> the tile that fitted after a larger one did not, and until when that
+        # is believed: what held the memory may be gone then
+        self.fitted: dict[tuple[str, str, str], tuple[int, float]] = {}
         self.measured = Measured(slot)
 
     def model(self, name: str) -> Model:
@@ -641,10 +705,15 @@ class Engines:
         Out of memory halves the tile and at last goes to the CPU; an insane result is
         computed once more in fp32. Raises PageError when nothing helps.
         """
-        attempt = self._usable(plan)
+        attempt = first = self._usable(plan, params)
         while True:
             try:
-                return upscale_page(self.engine(attempt), pixels, params), _difference(plan, attempt)
+                result = upscale_page(self.engine(attempt), pixels, params)
+                if attempt.tile < first.tile and attempt.device == first.device:
+                    with self.lock:
+                        believed = (attempt.tile, time.monotonic() + FITTED_S)
+                        self.fitted[attempt.model, attempt.device, attempt.precision] = believed
+                return result, _difference(plan, attempt)
             except Insane as error:
                 if attempt.precision == "fp32":
                     raise PageError(f"the network's result is unusable: {error}") from error
@@ -653,42 +722,48 @@ class Engines:
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                attempt = self._smaller(attempt, error)
+                attempt = self._smaller(attempt, params, error)
 
-    def _usable(self, plan: Plan) -> Plan:
+    def _usable(self, plan: Plan, params: Params) -> Plan:
         """The plan, on a device that is still here, with a tile that is known to fit."""
-        if not DEVICES[plan.device].count():
-            plan = replace(plan, device="cpu", precision="fp32")
+        if not DEVICES[plan.device].usable():
+            plan = self._on_processor(plan, params)
         if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
             plan = replace(plan, convolutions="direct")
         with self.lock:
-            tile = self.fitted.get((plan.model, plan.device, plan.precision))
-        return plan if tile is None or tile >= plan.tile else replace(plan, tile=tile)
+            tile, until_s = self.fitted.get((plan.model, plan.device, plan.precision), (plan.tile, 0.0))
+        return replace(plan, tile=tile) if tile < plan.tile and time.monotonic() < until_s else plan
 
-    def _smaller(self, plan: Plan, error: Exception) -> Plan:
+    def _on_processor(self, plan: Plan, params: Params) -> Plan:
+        tile = params.tile_size or own_tile("cpu", self.model(plan.model), plan.halo_px)
+        return replace(plan, device="cpu", precision="fp32", tile=tile, batch=1)
+
+    def _smaller(self, plan: Plan, params: Params, error: Exception) -> Plan:
         with self.lock:
             self.ready.pop(plan, None)
         if plan.device == "cuda":
             torch.cuda.empty_cache()
         if plan.tile > SMALLEST_TILE:
             tile = max(SMALLEST_TILE, plan.tile // 2)
-            with self.lock:
-                self.fitted[plan.model, plan.device, plan.precision] = tile
             log.warning("out of memory on %s: tile %d -> %d", plan.device, plan.tile, tile)
             return replace(plan, tile=tile)
         if plan.device != "cpu":
             log.warning("out of memory on %s with the smallest tile: this page goes to the CPU", plan.device)
-            return replace(plan, device="cpu", precision="fp32")
+            return self._on_processor(plan, params)
         raise PageError("out of memory even with the smallest tile") from error
 
 
+# How drivers and libraries say it that raise no OutOfMemoryError: CUDA, cuDNN and cuBLAS, cuDNN that
+# finds no room for any of its ways, Level Zero, torch's allocator on Linux and on Windows.
+NO_MEMORY = re.compile(
+    r"out of memory|alloc_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
+    r"|can't allocate memory|not enough memory",
+    re.IGNORECASE,
+)
+
+
 def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
 
 
 def _difference(plan: Plan, actual: Plan) -> str | None:
@@ -699,7 +774,7 @@ def _difference(plan: Plan, actual: Plan) -> str | None:
 def device_count(choice: EngineChoice) -> int:
     """How many devices workers of this choice can share; 1 where what was asked for is missing."""
     with contextlib.suppress(DeviceMissing):
-        return max(1, DEVICES[pick_device(choice.device)].count())
+        return max(1, len(DEVICES[pick_device(choice.device)].usable()))
     return 1
 
 
@@ -707,7 +782,7 @@ def describe_devices() -> list[dict[str, Any]]:
     """Every usable device, the one that "auto" takes first."""
     found = []
     for kind, row in DEVICES.items():
-        for index in range(row.count()):
+        for index in row.usable():
             name, memory_bytes = kind, None
             if kind == "cuda":
                 properties = torch.cuda.get_device_properties(index)
@@ -723,11 +798,27 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind, None)
         if module is not None and module.is_initialized():
-            with contextlib.suppress(RuntimeError, AttributeError):  # a driver that fell over, or can't tell
+            # A driver that fell over, or can't tell.
+            with contextlib.suppress(RuntimeError, AttributeError, DeviceMissing):
                 device = torch_device(kind, slot)
                 free, whole = module.mem_get_info(device)
                 return str(device), whole - free, whole
     return None
+
+
+def card_is_lost(slot: int) -> bool:
+    """Whether this worker's card, once it was used, fails at the least operation: after a driver's reset
+    or an illegal access, CUDA refuses whatever the process asks from then on."""
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_initialized():
+            try:
+                torch.ones(1, device=torch_device(kind, slot)).item()
+            except torch.OutOfMemoryError:
+                return False
+            except (RuntimeError, DeviceMissing):
+                return True
+    return False
 
 
 def program(slot: int) -> str:
@@ -745,6 +836,6 @@ def program(slot: int) -> str:
     devices = [
         (row["device"], row["name"])
         for row in describe_devices()
-        if row["index"] == slot % DEVICES[row["device"]].count()
+        if row["index"] == (torch_device(row["device"], slot).index or 0)
     ]
     return str([storage.code_hash(storage.PIPELINE), versions, processor, torch.get_num_threads(), devices])

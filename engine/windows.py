@@ -145,7 +145,9 @@ def probe_page(side: int = 96) -> Pixels:
 def upload(pixels: Pixels, device: torch.device) -> Tensor:
     """The same values on a device, copied while the host goes on."""
     host = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.int32))
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    # Elsewhere the copy may still read what is not held any more.
+    asynchronous = device.type == "cuda"
+    return (host.pin_memory() if asynchronous else host).to(device, non_blocking=asynchronous)
 
 
 def download(page: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class WinogradStrip(Strip):
 
     def __init__(self, conv: nn.Conv2d, scratch: Scratch, kernels: Kernels) -> None:
         super().__init__(conv, scratch, kernels)
-        # Once in each of the four results, as that product is.
+        # Added to the product for point 1, which enters each of the four results once, with factor 1.
         self.biases = [conv.bias if plane == ONE else None for plane in range(self.planes)]
 
     @staticmethod

@@ -211,7 +211,7 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
         return upscale(self, *rest)
 
     upscaling.NativeEngine.upscale = waiting  # type: ignore[method-assign]
-    upscaling.DEVICES["cpu"] = replace(upscaling.DEVICES["cpu"], count=lambda: 2)
+    upscaling.DEVICES["cpu"] = replace(upscaling.DEVICES["cpu"], usable=lambda: range(2))
     infer.worker_main(conn, choice, slot)
 
 

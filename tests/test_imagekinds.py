@@ -7,6 +7,8 @@ import io
 import shutil
 import struct
 import subprocess
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,27 @@ def test_a_tiff_cut_anywhere_is_a_page_error():
         assert "cut off" in refusal(data[:size])
 
 
+def tiff_with(entries: list[tuple[int, int, int, int]], rest: bytes = b"") -> bytes:
+    """A TIFF of nothing but a directory: (tag, type, count, value) of each entry."""
+    fields = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4) + rest
+
+
+def test_a_tiff_that_names_millions_of_pieces_takes_neither_memory_nor_time():
+    rest, at = bytes(32 << 20), 8 + 2 + 12 * 3 + 4
+    size = [(256, 4, 1, 40), (257, 4, 1, 30)]
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="pieces"):
+        imagekinds.tiff_facts(tiff_with([*size, (273, 3, 16 << 20, at)], rest))
+    many = [*size, *[(tag, 3, 100_000, 0) for tag in (273, 279)] * 10_000]
+    started_s = time.process_time()
+    facts = imagekinds.tiff_facts(tiff_with(many, bytes(1 << 20)))
+    assert time.process_time() - started_s < 10  # it took some seconds a hundred
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (facts.width, facts.height) == (40, 30) and peak_bytes < 100 << 20
+
+
 # ---------------------------------------------------------------- AVIF
 def test_avif_by_pillow_and_by_libavif_shows_its_drawing(tmp_path):
     got = decode(saved(COLOUR, "AVIF", quality=100, subsampling="4:4:4"))
@@ -218,7 +241,7 @@ def test_a_cut_jpeg_xl_is_a_page_error(tmp_path):
 def test_without_the_extra_the_error_of_a_jpeg_xl_names_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pillow_jxl", None)
     small = (1 << 0 | 4 << 1 | 1 << 6).to_bytes(2, "little")  # 40x40
-    assert "pip install '.[formats]'" in refusal(b"\xff\x0a" + small + bytes(20))
+    assert 'pip install ".[formats]"' in refusal(b"\xff\x0a" + small + bytes(20))
 
 
 # ---------------------------------------------------------------- all of them

@@ -188,6 +188,14 @@ def test_a_network_that_only_resembles_ours_is_not_built(tmp_path, kind, key, sh
         models.load_model(found(tmp_path, "odd"))
 
 
+@pytest.mark.parametrize("kind, key", [("rrdb x4", "body.99999999.x"), ("compact x2", "body.99999999.x")])
+def test_a_name_that_counts_millions_of_layers_is_refused_before_they_are_made(tmp_path, kind, key):
+    tensors = random_network(NETWORKS[kind])
+    safetensors.torch.save_file(tensors | {key: torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(storage.WeightsRefused, match="layers"):
+        models.load_model(found(tmp_path, "odd"))
+
+
 @pytest.mark.parametrize("fault", ["longer", "shorter", "of 32 bits"])
 def test_an_ncnn_pair_whose_halves_do_not_fit_is_refused(monkeypatch, fault):
     file = weightfiles.find_weights(NO_FILES)[weightfiles.model_key(COMPACT)]

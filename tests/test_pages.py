@@ -290,6 +290,15 @@ def test_what_is_no_image_is_refused_by_name(no_decoder, data, said):
 
 
 # ---------------------------------------------------------------- decode
+def test_the_unused_byte_of_a_32_bit_bmp_is_no_transparency():
+    masks = struct.pack("<III", 0xFF0000, 0xFF00, 0xFF)
+    head = struct.pack("<IiiHHIIiiII", 40, 4, -2, 1, 32, 3, 32, 0, 0, 0, 0)
+    pixels = bytes([10, 20, 30, 0] * 8)
+    data = b"BM" + struct.pack("<IHHI", 54 + 12 + 32, 0, 0, 54 + 12) + head + masks + pixels
+    page = pages.decode_page(data, Params(color="keep"), Limits()).pixels
+    assert page.shape == (2, 4, 3) and page.reshape(-1, 3).tolist() == [[10, 20, 30]] * 8
+
+
 @pytest.mark.parametrize("suffix", [".png", ".bmp"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_comes_as_one_channel_and_colour_as_blue_green_red(suffix, channels):

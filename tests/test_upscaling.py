@@ -82,7 +82,7 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
     page, plan, worker = grey(150, 150), plan_for(bundled(COMPACT), tile=128), engines()
     pixels, deviation = worker.compute(page, Params(model=COMPACT), plan)
     assert deviation in ("tile 32", "tile 64")
-    assert worker.fitted == {(plan.model, "cpu", "fp32"): int(deviation.split()[1])}
+    assert worker.fitted[plan.model, "cpu", "fp32"][0] == int(deviation.split()[1])
     assert worker.compute(page, Params(model=COMPACT), plan)[1] == deviation
     window = upscaling.NativeEngine(bundled(COMPACT), replace(plan, tile=32), 0)
     assert apart(pixels, window.upscale(page, 2)) <= 1
@@ -92,7 +92,7 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
 def card(monkeypatch) -> list[tuple[str, int]]:
     """A card that isn't there: a CUDA device with the CPU's arithmetic and memory for 10,000
     pixels of windows. Gives (device, tile) of each batch that was tried."""
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], count=lambda: 1))
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: [0]))
     monkeypatch.setattr(upscaling, "torch_device", lambda kind, slot: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried = []
@@ -125,8 +125,114 @@ def test_a_page_that_no_card_holds_goes_to_the_cpu(card, monkeypatch):
     monkeypatch.setitem(CARD_PIXELS, 0, 0)
     page = grey(100, 90)
     pixels, deviation = engines().compute(page, Params(model=COMPACT), on_card(64))
-    assert deviation == "device cpu, tile 32" and card[:2] == [("cuda", 64), ("cuda", 32)]
-    assert card[-1][0] == "cpu" and apart(pixels, native(COMPACT).upscale(page, 2)) <= 1
+    # There with the processor's own tile: columns of 32 would compute their halos many times over.
+    assert deviation == "device cpu, tile 2560, batch 1" and card[:2] == [("cuda", 64), ("cuda", 32)]
+    assert card[-1] == ("cpu", 2560) and apart(pixels, native(COMPACT).upscale(page, 2)) <= 1
+
+
+def test_one_page_that_no_card_holds_makes_the_next_ones_no_smaller(card, monkeypatch):
+    worker = engines()
+    with monkeypatch.context() as tight:
+        tight.setitem(CARD_PIXELS, 0, 0)
+        assert "device cpu" in worker.compute(grey(100, 90), Params(model=COMPACT), on_card(64))[1]
+    card.clear()
+    assert worker.compute(grey(60, 60), Params(model=COMPACT), on_card(64))[1] is None
+    assert {tile for _, tile in card} == {64}
+
+
+def test_a_larger_tile_is_tried_again_after_a_while(card, monkeypatch):
+    """Another program may have had the memory."""
+    now, page, worker = [0.0], grey(150, 150), engines()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with monkeypatch.context() as tight:
+        tight.setitem(CARD_PIXELS, 0, 10_000)
+        assert worker.compute(page, Params(model=COMPACT), on_card(128))[1] == "tile 32"
+    monkeypatch.setitem(CARD_PIXELS, 0, 1 << 30)
+    assert worker.compute(page, Params(model=COMPACT), on_card(128))[1] == "tile 32"
+    now[0] = upscaling.FITTED_S + 1
+    assert worker.compute(page, Params(model=COMPACT), on_card(128))[1] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+    ],
+)
+def test_out_of_memory_is_known_however_it_is_said(words):
+    assert upscaling._out_of_memory(RuntimeError(words))
+    assert not upscaling._out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize(
+    "capability, built, usable",
+    [
+        ((8, 6), ["sm_80", "sm_86", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_86", "sm_90"], True),  # within its major version
+        ((6, 1), ["sm_75", "sm_80", "sm_120"], False),  # a GTX 1080 with a build for CUDA 12.8
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((13, 0), ["sm_120", "compute_120"], True),  # compiled by the driver
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((12, 1), ["sm_90a", "sm_120a"], True),
+        ((6, 1), [], True),  # nobody knows
+    ],
+)
+def test_a_card_without_kernels_in_this_torch_is_not_used(monkeypatch, caplog, capability, built, usable):
+    upscaling._has_kernels.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", capability),
+        ("get_arch_list", built),
+        ("get_device_name", "a card"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert upscaling.DEVICES["cuda"].usable() == ([0] if usable else [])
+    assert ("no kernels for a card" in caplog.text) != usable
+    upscaling._has_kernels.cache_clear()
+
+
+def test_workers_share_the_cards_that_can_be_used(monkeypatch):
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: [0, 2]))
+    assert [upscaling.torch_device("cuda", slot).index for slot in range(3)] == [0, 2, 0]
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: []))
+    with pytest.raises(upscaling.DeviceMissing):
+        upscaling.torch_device("cuda", 0)
+
+
+def test_a_card_that_answers_no_more_is_told_from_one_that_is_full(monkeypatch):
+    assert not upscaling.card_is_lost(0)  # of one that was never used nothing is asked
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(upscaling, "torch_device", lambda *_: torch.device("cpu"))
+    assert not upscaling.card_is_lost(0)
+    for error, lost in ((torch.OutOfMemoryError("full"), False), (RuntimeError("unspecified launch"), True)):
+
+        def failing(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(torch, "ones", failing)
+            assert upscaling.card_is_lost(0) == lost
+
+
+def test_on_windows_torch_takes_no_more_than_a_card_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 8))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *of: asked.append(of))
+    device = torch.device("cuda", 1)
+    for platform, kind in (("linux", device), ("win32", torch.device("cpu")), ("win32", device)):
+        upscaling.keep_to_card.cache_clear()
+        monkeypatch.setattr(sys, "platform", platform)
+        upscaling.keep_to_card(kind)
+    upscaling.keep_to_card.cache_clear()
+    assert asked == [(0.75, device)]
 
 
 @pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
@@ -229,6 +335,7 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
         return y
 
     change_results(monkeypatch, dragged)
+    monkeypatch.setattr(upscaling, "CARD_PROBE_SIDE", 96)  # the processor's arithmetic
     params = Params(model=COMPACT, device="cuda")
     assert settled(params, AUTO, bundled(COMPACT)).precision == chosen
 
@@ -331,7 +438,7 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], count=lambda: 0))
+    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: []))
     with pytest.raises(upscaling.DeviceMissing, match="cuda"):
         settled(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT))
 
@@ -367,6 +474,7 @@ def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypa
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(upscaling, "_has_kernels", lambda index: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
     assert upscaling.card_memory(3) == ("cuda:1", 7, 10)
 
@@ -385,7 +493,7 @@ def test_where_the_reference_engine_is_missing_or_broken_its_error_says_how(monk
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     plan = replace(plan_for(bundled(COMPACT)), engine="upstream")
-    with pytest.raises(upscaling.EngineMissing, match=r"nms does not exist.*pip install -e '\.\[upstream\]'"):
+    with pytest.raises(upscaling.EngineMissing, match=r'nms does not exist.*pip install -e "\.\[upstream\]"'):
         engines().engine(plan)
 
 
