@@ -2,8 +2,8 @@
 
 Map: what is said - the dispatcher's side (NodeSlot, ClusterDispatcher) - the service's bridge
      (places, Link, Bridge, run_bridge); a node's side is work/node.py
-Rule: Ray is imported by the bridge alone, and runs Node. It ends each process that loses its
-cluster: neither the service nor a worker may be one of them.
+Rule: only the bridge process imports Ray, and Ray's own processes run Node. Ray ends its processes when they
+lose their cluster: neither the service nor a worker may be one of them.
 Runs in: the dispatcher thread; the bridge process. One Node a card, or a node's processor.
 
     dispatcher ==pipe==> bridge ==object store==> Node ==pipe==> run_worker, as in one machine
@@ -20,12 +20,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
 import queue
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -38,7 +38,7 @@ import logs
 import storage
 from files import weightfiles
 from files.cache import PageCache
-from jobs import Job
+from jobs import RUNNING, Job, JobError, lose_worker
 from messages import (
     AUTO_MODEL,
     Beat,
@@ -62,17 +62,15 @@ from work.workers import Slot, WorkerSlot
 
 log = logging.getLogger("cluster")
 
+NO_FOLLOWER = "no machine of the cluster can compute this job's pages as it began"
 BRIDGE = 1  # its index beside worker 0
 LOOK_S = 1.0  # between two looks at the cluster's nodes
 SILENCE_S = 5.0  # after which a head that does not answer counts as gone, in what is told
 LOSSES = 3  # of a page with its node; one more, and the page is suspected
+GIVE_S = 60.0  # for a node to take a file of weights
+UNFOLLOWED_S = 600.0  # for a machine that can follow a job's plan to come back
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
-
-
-def is_installed() -> bool:
-    """Whether Ray is here; it is not imported."""
-    return importlib.util.find_spec("ray") is not None
 
 
 # ---------------------------------------------------------------- what is said
@@ -99,6 +97,13 @@ class FromNode:
 
     index: int
     event: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """From the bridge: the cluster that "auto" found. When its head goes, it is waited for."""
+
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +153,14 @@ class ClusterDispatcher(Dispatcher):
         self.settling: dict[str, int] = {}  # job id -> node that was asked for its plan
         self.declined: dict[str, dict[int, Declined]] = {}  # job id -> node -> why not there
         self.losses: Counter[tuple[str, int]] = Counter()  # of (job id, page), see LOSSES
+        self.unfollowed_s: dict[str, float] = {}  # job id -> since when no node can follow its plan
+        self.unplanned: set[str] = set()  # jobs whose plan is to be settled anew
 
     def health(self) -> dict[str, Any]:
         """What GET /health says: neither names nor addresses."""
         ready = sum(node.capacity > 0 for node in list(self.nodes.values()))
+        if ready and not self.cut and self.unfollowed_s:
+            return {"status": "waiting", "devices": ready, "detail": NO_FOLLOWER}
         if ready and not self.cut:
             return {"status": "ready", "devices": ready, "detail": None}
         if BRIDGE not in self.workers and self.cut is None:
@@ -180,12 +189,32 @@ class ClusterDispatcher(Dispatcher):
         self.devices = 1  # here nothing is computed
         return None if 0 in self.workers else super()._hire()
 
-    def _turn(self) -> None:
+    def _steps(self) -> Sequence[Callable[[], None]]:
+        return (self._keep_bridge, *super()._steps(), self._see_unfollowed)
+
+    def _keep_bridge(self) -> None:
+        """An idle one ends, and gives the cards back."""
         bridge = self.workers.get(BRIDGE)
         is_due = bool(self.runs) and self.paused_s is None
         if bridge and (is_due or any(node.tasks for node in self.nodes.values())):
-            bridge.used_s = time.monotonic()  # an idle one ends, and gives the cards back
-        super()._turn()
+            bridge.used_s = time.monotonic()
+
+    def _see_unfollowed(self) -> None:
+        """Settle anew what no machine that is left can follow: better all pages by another plan than none."""
+        for job_id, since_s in list(self.unfollowed_s.items()):
+            run = self.runs.get(job_id)
+            if run is None or self._page_slots(run):
+                del self.unfollowed_s[job_id]
+                if run:
+                    self.table.change(run.job, RUNNING, message=None)
+            elif time.monotonic() - since_s > UNFOLLOWED_S:
+                log.warning("%s: its plan is settled anew", NO_FOLLOWER, extra=logs.of(job_id))
+                del self.unfollowed_s[job_id]
+                self.unplanned.add(job_id)
+                self._abandon(run)
+                with contextlib.suppress(JobError, sqlite3.OperationalError):
+                    self.table.change(run.job, RUNNING, message=None)
+                    lose_worker(self.table, run.job, self.table.clock())
 
     def _deal_file_task(self, run: Run) -> bool:
         if run.file_task == "stage" and run.settled is None:
@@ -205,7 +234,8 @@ class ClusterDispatcher(Dispatcher):
             return
         node = max(able, key=lambda node: (node.has_card, -len(node.tasks)))
         self.settling[run.job.id] = node.index
-        node.give(run.key(0), Settle(run.job.id, run.job.attempt, run.job.params, run.job.plan))
+        plan = None if run.job.id in self.unplanned else run.job.plan
+        node.give(run.key(0), Settle(run.job.id, run.job.attempt, run.job.params, plan))
 
     def _abandon(self, run: Run) -> None:
         super()._abandon(run)
@@ -233,6 +263,8 @@ class ClusterDispatcher(Dispatcher):
                     self._lose_node(node, why, blame)
             case Cut(detail):
                 self.cut = detail
+            case Met(address):
+                self.address = address
             case FromNode(index, inner):
                 if index in self.nodes:
                     self._hear(self.nodes[index], inner)
@@ -248,6 +280,7 @@ class ClusterDispatcher(Dispatcher):
                 run = self._run_of(event)
                 if run:
                     run.settled = plan
+                    self.unplanned.discard(job_id)
             case TaskFailed(job_id, attempt, 0, code, detail) if (job_id, attempt, 0) in node.tasks:
                 node.free((job_id, attempt, 0))
                 self.settling.pop(job_id, None)
@@ -276,6 +309,9 @@ class ClusterDispatcher(Dispatcher):
             errors = [one for index, one in declined.items() if one.code and index in self.nodes]
             if errors:
                 self._fail(run, str(errors[0].code), errors[0].detail)
+            elif run.job.id not in self.unfollowed_s:
+                self.unfollowed_s[run.job.id] = time.monotonic()
+                self.table.change(run.job, RUNNING, message=f"{NO_FOLLOWER}; it waits for one that can")
 
     # -- losses
     def _lose_node(self, node: NodeSlot, why: str, blame: bool) -> None:
@@ -304,11 +340,11 @@ class ClusterDispatcher(Dispatcher):
             return
         page = replace(run.pages[n], alone=True, deaths=run.pages[n].deaths + alone)
         run.pages[n] = page
-        self.table.change_page(run.job.id, n, alone=True, deaths=page.deaths)
         if page.deaths >= PAGE_DEATHS:
             run.give_up(n, "worker_died", DIED_TWICE)
         else:
             run.alone.append(n)
+        self._suspect(run, n, page.deaths)
 
     def _bury(self, slot: WorkerSlot) -> None:
         if slot.index == BRIDGE:
@@ -366,17 +402,26 @@ class Link:
         self.plans: set[tuple[Params, Plan | None]] = set()  # that the node knows of
         self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.is_up = False
+        self.is_delivering = False  # to the service's disk, which may take its time
 
     def start(self) -> None:
         """Begin to pass things on."""
-        for step in (self._send_all, self._receive_all):
-            threading.Thread(target=step, name=f"{step.__name__}-{self.index}", daemon=True).start()
+        for step, name in ((self._send_all, "give"), (self._receive_all, "collect")):
+            threading.Thread(target=step, name=f"{name}-{self.index}", daemon=True).start()
 
     def tell(self, event: Any) -> None:
         """Pass an event on to the dispatcher."""
         self.bridge.send(FromNode(self.index, event))
 
     def _send_all(self) -> None:
+        try:
+            self._give_all()
+        # Around an attempt: a node that is told nothing any more would keep its pages for ever.
+        except Exception as error:
+            why = f"it can't be given more: {storage.reason_of(error)}"
+            self.bridge.lose(self, Lost(self.index, why, blame=False))
+
+    def _give_all(self) -> None:
         while True:
             items, size = [self.outbox.get()], 0
             with contextlib.suppress(queue.Empty):
@@ -387,9 +432,13 @@ class Link:
             if batch:
                 self.actor.give.remote(batch)
             if items[-1] is None:
-                self.bridge.close([self])
-                self.bridge.ray.kill(self.actor)  # _receive_all learns of it
                 return
+
+    def end(self) -> None:
+        """End the actor, whatever it or its line is stuck in; _receive_all learns of it."""
+        self.outbox.put(None)
+        self.bridge.close([self])
+        self.bridge.ray.kill(self.actor)
 
     @staticmethod
     def _size_of(item: Any) -> int:
@@ -451,19 +500,21 @@ class Link:
 
     def _give_now(self, item: Any, data: bytes | None) -> None:
         """Calls may overtake each other: this one is over before the next begins."""
-        with contextlib.suppress(Exception):  # of an actor that is gone: _receive_all learns of it
-            self.bridge.ray.get(self.actor.give.remote([(item, data)]))
+        self.bridge.ray.get(self.actor.give.remote([(item, data)]), timeout=GIVE_S)
 
     def _receive_all(self) -> None:
         lost: Lost | None = None
         while lost is None:
             try:
-                for event, data in self.bridge.ray.get(self.actor.collect.remote()):
+                collected = self.bridge.ray.get(self.actor.collect.remote())
+                self.is_delivering = True
+                for event, data in collected:
                     if isinstance(event, Lost):
                         lost = event
                         break
                     self.is_up = self.is_up or isinstance(event, Ready)
                     self._deliver(event, data)
+                self.is_delivering = False
             # Around an attempt: whatever Ray says of an actor that is gone, its pages go elsewhere.
             except Exception as error:
                 first = str(error).strip().splitlines()
@@ -518,14 +569,14 @@ class Bridge:
         self.not_before_s: dict[Place, float] = {}
         self.indices = 0
         self.looking_s: float | None = None  # since when the head is asked
-        self.told: str | None = ""  # of Cut, at last
+        self.told: str | None = ""  # detail of the last Cut that was sent
         self.ending = threading.Event()
 
     def run(self) -> None:
         """Returns when the parent wants no more of it."""
         self.send(Ready(1))
         for step in (self._beat, self._read):
-            threading.Thread(target=step, name=step.__name__, daemon=True).start()
+            threading.Thread(target=step, name=step.__name__.strip("_"), daemon=True).start()
         if self._connect():
             while not self.ending.wait(LOOK_S):
                 self.looking_s = time.monotonic()
@@ -546,6 +597,9 @@ class Bridge:
     def _beat(self) -> None:
         while True:
             self.send(Beat(0.0, 1.0))
+            for link in list(self.links.values()):
+                if link.is_delivering:  # nor does its node's silence mean anything meanwhile
+                    link.tell(Beat(0.0, 1.0))
             since_s = self.looking_s
             if since_s and time.monotonic() - since_s > SILENCE_S:
                 self._tell("the cluster's head does not answer")
@@ -566,7 +620,9 @@ class Bridge:
         with contextlib.suppress(EOFError, OSError):
             while (order := self.conn.recv()) is not None:
                 link = self.by_index.get(order.index)
-                if link:
+                if link and order.item is None:
+                    threading.Thread(target=link.end, name=f"end-{link.index}", daemon=True).start()
+                elif link:
                     link.outbox.put(order.item)
         self.ending.set()
         time.sleep(7.0)
@@ -582,6 +638,8 @@ class Bridge:
                     raise ConnectionError("nothing answers at its address")
                 self.ray.init(address or "local", **self._settings(own=not address))
                 self._tell(None)
+                if address:
+                    self.send(Met(address))
                 return True
             # Around an attempt: whatever keeps us from the cluster now, it is tried again.
             except Exception as error:
@@ -599,7 +657,8 @@ class Bridge:
         from ray._private import services  # what ray.init() does, which waits two minutes for a dead one
 
         found: str | None = services.canonicalize_bootstrap_address(None)
-        return found if found and _answers(found) else None
+        # One that is named is waited for; one that only was here may be gone for good.
+        return found if found and (os.environ.get("RAY_ADDRESS") or _answers(found)) else None
 
     def _settings(self, own: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -640,6 +699,7 @@ class Bridge:
         """An actor is gone, or must be; another takes its place, later each time it does not come up."""
         with contextlib.suppress(Exception):  # of an actor that never was
             self.ray.kill(link.actor)
+        link.outbox.put(None)
         self.by_index.pop(link.index, None)
         for place in [place for place, one in self.links.items() if one is link]:
             self.failures[place] = 0 if link.is_up else self.failures[place] + 1

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from messages import Limits
+from messages import Limits, misspelt
 from work import uploads
 from work.uploads import Upload
 
@@ -105,6 +105,9 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
     url = environ.get("REICHAN_URL", "http://127.0.0.1:8001").rstrip("/")
     mount = environ.get("REICHAN_MOUNT", "incoming").strip("/")
     params = json.loads(environ.get("REICHAN_WATCH_PARAMS") or "{}")
+    if why := misspelt(params):
+        print(f"REICHAN_WATCH_PARAMS: {why}", file=sys.stderr)
+        return 1
     at_once = bool(arguments)  # xau; xiu tells on standard input, and paths below its own share
     told = received(arguments, "" if at_once else sys.stdin.read())
     status = 0

@@ -1,8 +1,9 @@
 """The worker process: a page's way from its bytes to the disk, and what else a job needs done.
 
-Map: Watch (is a step still moving?) - Worker (pages; stage, settle, pack) - worker_main
+Map: Watch (is a step still moving?) - Worker (pages; stage, settle, pack; questions) - worker_main
 Rule: every task ends with one event, whatever a page, a driver or the disk does.
-Runs in: the worker process only; the main process never imports this file (it loads torch).
+Runs in: the worker process, and as `python infer.py` in a terminal (commands/cli.py); the main process
+never imports this file (it loads torch).
 Over upscaling.py: what becomes of the pixels.
 
                  pipe                decode threads     device thread     encode threads
@@ -42,6 +43,7 @@ from engine.pages import PageError
 from files import containers, inputs, sandbox, weightfiles
 from files.cache import Entry, PageCache
 from messages import (
+    CARD_LOST_STATUS,
     Beat,
     Cancel,
     ComputePage,
@@ -94,8 +96,14 @@ class Watch:
         now, me = time.monotonic(), threading.get_ident()
         with self.lock:
             if me in self.steps:
-                self.slowest_s = max(self.slowest_s, now - self.steps[me][0])
-                self.steps[me] = (now, max(60.0, 50 * self.slowest_s))
+                if not math.isinf(self.steps[me][1]):  # a file task's ticks tell nothing of a device
+                    self.slowest_s = max(self.slowest_s, now - self.steps[me][0])
+                    self.steps[me] = (now, max(60.0, 50 * self.slowest_s))
+
+    def slept(self, asleep_s: float) -> None:
+        """The machine was asleep so long, which is no step's fault."""
+        with self.lock:
+            self.steps = {me: (started + asleep_s, limit_s) for me, (started, limit_s) in self.steps.items()}
 
     def end(self) -> None:
         """This thread has nothing to do."""
@@ -114,6 +122,8 @@ class Worker:
     """One process's pipeline. Each task is answered by exactly one closing event, unless
     its job was cancelled."""
 
+    BEAT_S = 1.0
+    ASLEEP_S = 5.0  # a beat that is later than this by itself was held up by the machine's sleep
     BYTES_STEP_LIMIT_S = 300.0  # decoding, encoding or writing one page
 
     def __init__(self, conn: Connection, choice: EngineChoice, slot: int) -> None:
@@ -126,7 +136,7 @@ class Worker:
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
         self.cache = PageCache(choice.cache_root, upscaling.program(slot)) if choice.cache_root else None
-        at_once = max(kind.pages for kind in upscaling.DEVICES.values() if kind.count())
+        at_once = max(kind.pages for kind in upscaling.DEVICES.values() if kind.usable())
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
         encoders = max(1, min(16 if at_once > 1 else 2, cores - 1))
@@ -163,7 +173,11 @@ class Worker:
     def _beat(self) -> None:
         while True:
             self.send(replace(self.watch.worst(), card=upscaling.card_memory(self.slot)))
-            time.sleep(1)
+            began_s = time.monotonic()
+            time.sleep(self.BEAT_S)
+            late_s = time.monotonic() - began_s - self.BEAT_S  # Windows' clock goes on in its sleep
+            if late_s > self.ASLEEP_S:
+                self.watch.slept(late_s)
 
     def _tick(self) -> None:
         self.watch.tick()
@@ -184,11 +198,20 @@ class Worker:
             case Pack():
                 self.files.submit(self._file_step, task, self._pack)
             case Preview():
-                self.decoders.submit(self._preview, task)
+                failed = functools.partial(Previewed, task.key)
+                self.decoders.submit(self._answer, lambda: self._preview(task), failed)
             case Survey():
-                self.decoders.submit(self._survey, task)
+                self.decoders.submit(
+                    self._answer, lambda: survey.survey(task), lambda why: Surveyed(task.key, error=why)
+                )
             case Probe():
-                self.files.submit(self._probe)
+                self.files.submit(self._answer, self._probe, lambda _why: Probed([], []))
+
+    def _end_if_card_is_lost(self) -> None:
+        """End this process, in which every page would fail; in the next one the card may be back."""
+        if upscaling.card_is_lost(self.slot):
+            log.error("the card no longer answers this process: ending it, so that another takes over")
+            os._exit(CARD_LOST_STATUS)
 
     # Each step of a page hands over to the next one's thread.
     def _page_step(self, task: ComputePage, step: Callable[..., None], *values: Any) -> None:
@@ -208,6 +231,7 @@ class Worker:
         # Around an attempt: whatever a page does to a decoder or a driver is that page's failure.
         except Exception as error:
             log.exception("a page's step failed", extra=logs.of(task.job_id, task.n))
+            self._end_if_card_is_lost()
             reason = f"{type(error).__name__}: {storage.reason_of(error)}"
             if isinstance(error, OSError) and error.errno in storage.OUR_DISK:
                 refused = storage.DiskRefused(error)
@@ -349,6 +373,7 @@ class Worker:
         # Around an attempt: the job fails with the reason, the worker stays.
         except Exception as error:
             log.exception("%s failed", type(task).__name__, extra=logs.of(task.job_id))
+            self._end_if_card_is_lost()
             if isinstance(error, OSError):  # of the input, it would be InputUnusable
                 refused = storage.DiskRefused(error)
                 self.send(TaskFailed(task.job_id, task.attempt, 0, refused.code, refused.detail))
@@ -432,7 +457,7 @@ class Worker:
             yield from spreads.divided(staged, task.staging, task.params, task.limits)
 
     def _keep_others(self, task: Stage) -> int:
-        """Their bytes."""
+        """Copy the other files of a cbz to the outputs, cancellable between two; their bytes in all."""
         total_bytes = 0
         for kept_bytes in containers.keep(task.source, task.outputs, task.limits, task.reserve_bytes):
             self._tick()
@@ -443,34 +468,30 @@ class Worker:
         digest, size_bytes = containers.pack(task.outputs, task.artifact, task.report)
         self.send(Packed(task.job_id, task.attempt, digest, size_bytes))
 
-    def _preview(self, task: Preview) -> None:
-        self.watch.begin(self.BYTES_STEP_LIMIT_S)
-        error = None
-        try:
-            if task.crop:
-                write_part(task)
-            else:
-                mark = storage.mark_of(task.source.name)
-                part = functools.partial(spreads.taken, mark=mark)
-                pages.write_preview(task.source, task.target, task.width, task.limits, part)
-        except (PageError, OSError) as problem:
-            error = str(problem)
-        finally:
-            self.watch.end()
-        self.send(Previewed(task.key, error))
-
-    def _survey(self, task: Survey) -> None:
+    def _answer(self, work: Callable[[], object], failed: Callable[[str], object]) -> None:
+        """Do what was asked outside any job, and send the one event that answers it."""
         self.watch.begin(self.BYTES_STEP_LIMIT_S)
         try:
-            answer = survey.survey(task)
-        except (PageError, OSError, storage.StorageError) as problem:
-            answer = Surveyed(task.key, error=storage.reason_of(problem))
+            event = work()
+        # Around an attempt: without an answer the question would stay open for ever.
+        except Exception as problem:
+            if not isinstance(problem, (PageError, OSError, storage.StorageError)):
+                log.exception("a question can't be answered")
+            event = failed(storage.reason_of(problem) or type(problem).__name__)
         finally:
             self.watch.end()
-        self.send(answer)
+        self.send(event)
 
-    def _probe(self) -> None:
-        self.send(Probed(upscaling.describe_devices(), describe_models(self.choice.model_root)))
+    def _preview(self, task: Preview) -> Previewed:
+        if task.crop:
+            write_part(task)
+        else:
+            part = functools.partial(spreads.taken, mark=storage.mark_of(task.source.name))
+            pages.write_preview(task.source, task.target, task.width, task.limits, part)
+        return Previewed(task.key)
+
+    def _probe(self) -> Probed:
+        return Probed(upscaling.describe_devices(), describe_models(self.choice.model_root))
 
 
 def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> bool:
@@ -545,7 +566,7 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     settle_torch()
     if choice.sandbox:
         for kind in upscaling.DEVICES.values():
-            kind.count()  # a driver's first use may need rights that are about to go
+            kind.usable()  # a driver's first use may need rights that are about to go
         sandbox.drop_rights()
     Worker(conn, choice, slot).run()
 

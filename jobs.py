@@ -583,6 +583,12 @@ class JobTable:
             db.execute(f"UPDATE pages SET seal = {SEALS['pages']} WHERE job_id = ?", (job_id,))
             return reset
 
+    def forget_staged(self, job_id: str) -> None:
+        """Take no page from a working copy that may be of another input any more."""
+        with self.transaction() as db:
+            db.execute("UPDATE pages SET staged = '' WHERE job_id = ?", (job_id,))
+            db.execute(f"UPDATE pages SET seal = {SEALS['pages']} WHERE job_id = ?", (job_id,))
+
     def delete(self, job: Job, as_read: bool = False) -> bool:
         """Remove a job that is not running; False if it runs after all, or if it is no longer
         in the state and attempt in which it was read, where that is asked for."""

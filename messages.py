@@ -1,4 +1,4 @@
-"""What jobs.py and infer.py say to each other over the pipe; neither may import the other.
+"""What the dispatcher and a worker say to each other over the pipe; neither may import the other.
 
 Map: settings - tasks (to the worker) - events (from the worker)
 Rule: plain frozen records that unpickle without torch. Small ones: an event must fit the
@@ -7,8 +7,10 @@ pipe's buffer, so that no process can block another by dying in the middle of on
 
 from __future__ import annotations
 
+import difflib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,8 @@ LATER = (*OF_VOLUMES, "spreads", "reading_direction", "profile", "max_page_bytes
 
 
 def reported(params: Params) -> dict[str, Any]:
-    """Params as reports have them: without those LATER ones that are what they always were, so that
-    a plain job's report has the same bytes as before there were others."""
+    """Params as reports show them. A field of LATER is left out while it has its default: a job that does
+    not use it gets byte for byte the report that it got before that field was there."""
     values, usual = asdict(params), Params()
     return {
         name: value
@@ -94,6 +96,23 @@ class Plan:
         return cls(**values | {"choices": tuple(map(cls.of, values.get("choices", ())))})
 
 
+def camel(name: str) -> str:
+    """snake_case -> camelCase."""
+    head, *tail = name.split("_")
+    return head + "".join(map(str.capitalize, tail))
+
+
+def misspelt(names: Iterable[str]) -> str | None:
+    """What is wrong with the first of these keys that params have not: a request's are passed over, but
+    who sets them for many volumes, or by hand, has only mistyped them."""
+    known = [name for field in fields(Params) for name in (field.name, camel(field.name))]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            return f"params have no {name!r}" + (f"; is {near[0]!r} meant?" if near else "")
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an input may hold; checked before a byte of it is written. See setting_name."""
@@ -108,6 +127,9 @@ class Limits:
     path_bytes: int = 4096
     page_pixels: int = 100_000_000
     output_pixels: int = 1_200_000_000
+
+
+CARD_LOST_STATUS = 17  # with which a worker ends whose card answers it no longer
 
 
 def setting_name(limit: str) -> str:

@@ -24,8 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,11 +81,21 @@ class Service:
             self.table.listeners.append(self.live.publish)
             self.rebuild = rebuild.Rebuild(self.table, layout)
             self.api = api.Api(config, self.table, self.dispatcher, self.live, self.rebuild)
-            self.http = wire.HttpServer((config.host, config.port), self.api.handle, config.connections)
+            self.http = self._listen(config)
         except BaseException:
             self._ending.close()
             raise
         self.api.connections = lambda: len(self.http.peers)
+
+    def _listen(self, config: settings.Config) -> wire.HttpServer:
+        """Raises ConfigError where the address can't be had."""
+        try:
+            return wire.HttpServer((config.host, config.port), self.api.handle, config.connections)
+        except OSError as error:
+            raise settings.ConfigError(
+                f"can't listen on {config.host}, port {config.port}: {storage.reason_of(error)}; end "
+                "what uses it, or choose another, like --port 8002 (--host for the address)"
+            ) from error
 
     def _watch(self, config: settings.Config) -> Watch:
         """Raises ConfigError for REICHAN_WATCH_PARAMS that no job could have."""
@@ -229,6 +237,7 @@ def main() -> int:
     except (settings.ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 2
+    sidecar.let_clicks_be()
     with service:
         if parent:
             with contextlib.suppress(OSError):  # it may be gone already

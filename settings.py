@@ -1,13 +1,15 @@
 """What the person running the service chose: environment variables and flags, read once.
 
 Map: ConfigError - Config - Given (values from text) - read_config and what it reads
-Rule: nobody else reads os.environ; a bad value stops the start with one line that names it.
+Rule: no other file of the service reads a REICHAN_ variable; a bad value stops the start with one line
+that names it.
 Runs in: the main thread, before anything else; then everybody reads the frozen Config.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import json
 import re
@@ -16,9 +18,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import cluster
 import logs
-from messages import Limits
+from messages import Limits, misspelt
 from storage import Layout
 from work.retention import Keep
 
@@ -99,15 +100,19 @@ CHOICES = {
 # Fields of Limits that have a setting; ratio_from_bytes only says where ratio begins to matter.
 LIMIT_SETTINGS = tuple(item.name for item in fields(Limits) if item.name != "ratio_from_bytes")
 
+MOST = 1 << 53  # of a setting that has no other bound
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def whole(name: str, text: str, least: int = 1, most: int = 1 << 53) -> int:
+def whole(name: str, text: str, least: int = 1, most: int = MOST) -> int:
     """A setting's whole number, with K, M, G or T of 1024. Raises ConfigError."""
     match = re.fullmatch(r"([0-9]{1,16})([KMGT]?)", text.upper())
     value = int(match[1]) * UNITS[match[2]] if match else -1
     if not least <= value <= most:
-        raise ConfigError(f"{name} must be a whole number from {least}, like 20000 or 512M, not {text!r}")
+        bound = f" to {most}" if most < MOST else ""
+        raise ConfigError(
+            f"{name} must be a whole number from {least}{bound}, like 20000 or 512M, not {text!r}"
+        )
     return value
 
 
@@ -132,11 +137,11 @@ class Given:
             raise ConfigError(f"REICHAN_{name.upper()} must be one of {', '.join(CHOICES[name])}")
         return value
 
-    def whole(self, name: str, default: str, least: int = 1, most: int = 1 << 53) -> int:
+    def whole(self, name: str, default: str, least: int = 1, most: int = MOST) -> int:
         """A whole number, see whole()."""
         return whole(f"REICHAN_{name}", self.text(name, default), least, most)
 
-    def set_of(self, kind: type[Any], prefix: str, names: Iterable[str], most: int = 1 << 53) -> Any:
+    def set_of(self, kind: type[Any], prefix: str, names: Iterable[str], most: int = MOST) -> Any:
         """A record of whole numbers; its own defaults where nothing is set."""
         found = {name: f"{prefix}_{name.upper()}" for name in names}
         return kind(**{n: self.whole(name, "", most=most) for n, name in found.items() if self.text(name)})
@@ -150,6 +155,8 @@ def read_watch_params(text: str) -> dict[str, Any]:
         given = None
     if not isinstance(given, dict):
         raise ConfigError(f'REICHAN_WATCH_PARAMS must be a JSON object like {{"scale": 2}}, not {text!a}')
+    if why := misspelt(given):
+        raise ConfigError(f"REICHAN_WATCH_PARAMS: {why}")
     return given
 
 
@@ -217,8 +224,8 @@ def read_cluster(text: str) -> str | None:
         return None
     if text != "auto" and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/\[\]\s]+):[0-9]{1,5}", text):
         raise ConfigError(f"REICHAN_CLUSTER must be auto or the host:port of a Ray head, not {text!r}")
-    if not cluster.is_installed():
-        raise ConfigError("REICHAN_CLUSTER needs Ray, which is not installed: pip install -e '.[cluster]'")
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError('REICHAN_CLUSTER needs Ray, which is not installed: pip install -e ".[cluster]"')
     return text
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -60,6 +61,13 @@ OUR_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # not the page'
 
 
 # ---------------------------------------------------------------- errors
+WINDOWS_PATH = 248  # characters of a folder's path that Windows takes by itself; of a file's 260
+LONG_PATHS = (
+    "let Windows take long paths (LongPathsEnabled of "
+    r"HKLM\SYSTEM\CurrentControlSet\Control\FileSystem to 1), or choose a shorter REICHAN_STORAGE_ROOT"
+)
+
+
 class StorageError(Exception):
     """Base of this file's errors; `code` is stable and goes to clients as it is."""
 
@@ -128,6 +136,8 @@ class DiskRefused(StorageError):
 
     def __init__(self, error: OSError) -> None:
         remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
+        if os.name == "nt" and len(str(error.filename or "")) >= WINDOWS_PATH:
+            remedy = f"a path has more than {WINDOWS_PATH} characters: {LONG_PATHS}"
         super().__init__(f"the disk refused: {reason_of(error)}; {remedy} and resume the job")
 
 
@@ -137,8 +147,14 @@ class NameTaken(StorageError):
     code = "NAME_TAKEN"
 
 
+class FilesInUse(StorageError):
+    """Files that were to be removed are still there."""
+
+    code = "FILES_IN_USE"
+
+
 class OutputDamaged(StorageError):
-    """A finished page on disk is not the page that was recorded; or, without a number, another file."""
+    """A file in a job's folder of outputs is not the one recorded. page: its number; None: it is no page."""
 
     code = "OUTPUT_DAMAGED"
 
@@ -170,10 +186,15 @@ def reason_of(problem: Exception) -> str:
     return problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
 
 
+def printable(text: str) -> str:
+    """One line for a terminal, whatever a name from an archive holds: none of it may steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 # ---------------------------------------------------------------- layout
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The folders under the storage root (see design: Files)."""
+    """The folders under the storage root."""
 
     root: Path
     models: Path
@@ -360,27 +381,22 @@ def output_stems(names: Sequence[str]) -> list[str]:
             parts[0] = "_" + parts[0]  # the report itself must go there, or what makes an EPUB one
     folders = {fold("/".join(parts[:i])) for parts in safe for i in range(1, len(parts))}
     taken: set[str] = set()
+    # Counted on, so that thousands of pages of one name don't take millions of looks.
+    numbers: dict[str, Iterator[int]] = {}
+
+    def is_free(stem: str) -> bool:
+        key = fold(stem)
+        return key not in taken and not any(key + suffix in folders for suffix in PAGE_SUFFIXES)
+
     stems = []
     for parts in safe:
         whole = "/".join(parts)
-        for stem in _stem_candidates(whole):
-            key = fold(stem)
-            clash = any(key + suffix in folders for suffix in PAGE_SUFFIXES)
-            if key not in taken and not clash:
-                break
-        taken.add(key)
-        stems.append(stem)
+        bare = os.path.splitext(whole)[0]
+        more = numbers.setdefault(fold(bare), itertools.count(2))
+        candidates = itertools.chain((bare, whole), (f"{bare} ({n})" for n in more))
+        stems.append(next(filter(is_free, candidates)))
+        taken.add(fold(stems[-1]))
     return stems
-
-
-def _stem_candidates(whole: str) -> Iterator[str]:
-    stem = os.path.splitext(whole)[0]
-    yield stem
-    yield whole
-    n = 2
-    while True:
-        yield f"{stem} ({n})"
-        n += 1
 
 
 def fold(path: str) -> str:
@@ -509,11 +525,11 @@ def replacing(target: Path, temporary: Path | None = None) -> Iterator[BinaryIO]
             file.flush()
             os.fsync(file.fileno())
         target.parent.mkdir(parents=True, exist_ok=True)
-        _patiently(os.replace, temporary, target)
+        patiently(os.replace, temporary, target)
         sync_dir(target.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            _patiently(os.unlink, temporary)
+            patiently(os.unlink, temporary)
         _being_written.discard(temporary)
 
 
@@ -549,7 +565,7 @@ def sync_dir(folder: Path) -> None:
         os.close(fd)
 
 
-def _patiently(operation: Any, *paths: Path) -> None:
+def patiently(operation: Any, *paths: Path) -> None:
     """Run a rename or delete; on Windows, virus scanners and readers hold files briefly."""
     for wait_s in (0.05, 0.1, 0.2, 0.4, 0.8):
         try:
@@ -579,7 +595,7 @@ def remove_tree(folder: Path) -> None:
 def remove_file(path: Path) -> None:
     """Remove a file if it is there. Raises PermissionError on Windows while it is read."""
     with contextlib.suppress(FileNotFoundError):
-        _patiently(os.unlink, path)
+        patiently(os.unlink, path)
 
 
 def sweep_temporaries(folder: Path) -> int:

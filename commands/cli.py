@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -86,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return Volume(given.source, given.target, params, plan, engines).run()
     except (Usage, storage.StorageError, pages.PageError, OSError) as error:
-        print(f"infer.py: {getattr(error, 'detail', None) or error}", file=sys.stderr)
+        text = str(getattr(error, "detail", None) or error)
+        print("infer.py: " + storage.printable(text), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with the next page", file=sys.stderr)
@@ -111,6 +113,9 @@ def check_places(source: Path, target: Path) -> None:
         raise Usage(f"{target} must end in one of {', '.join(FORMATS)}, since {source.name} is one page")
     if not is_image(source) and target.suffix.lower() in FORMATS:
         raise Usage(f"{target} can't be an image, since {source.name} is a volume")
+    if target.suffix.lower() in storage.ARCHIVE_SUFFIXES - CONTAINERS.keys():
+        kinds = ", ".join(CONTAINERS)
+        raise Usage(f"{target} can't be written; OUT may be a folder, or end in one of {kinds}")
 
 
 def params_of(given: argparse.Namespace) -> Params:
@@ -171,6 +176,13 @@ class Volume:
 
     def run(self) -> int:
         """Compute what is missing, then put OUT in place; see main for the status."""
+        try:
+            return self._run()
+        finally:
+            with contextlib.suppress(OSError):  # of one with nothing in it nothing is to be gone on with
+                self.work.rmdir()
+
+    def _run(self) -> int:
         staging = self.work / ".staging"
         if self.params.container == "cbz":
             collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
@@ -196,7 +208,7 @@ class Volume:
                 self._record(before, progress)
                 before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
             self._record(before, progress)
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
         self._finish()
         return int(any(item["error"] for item in self.items))
 
@@ -289,7 +301,8 @@ class Volume:
             artifacts.remove_strays(
                 self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
             )
-            os.replace(self.work, self.target)
+            shutil.rmtree(self.work / ".staging", ignore_errors=True)
+            storage.patiently(os.replace, self.work, self.target)
 
 
 def _size_of(data: bytes) -> tuple[int, int]:
@@ -325,10 +338,11 @@ class Progress:
         )
         live = sys.stderr.isatty()
         if item["error"]:
-            print(f"{line} {item['source']}: kept as it is: {item['error']}", file=sys.stderr)
+            kept = f"{line} {item['source']}: kept as it is: {item['error']}"
+            print(storage.printable(kept), file=sys.stderr)
         elif live:
             bar = "#" * (20 * self.done // self.total)
             end = "\n" if self.done == self.total else "\r"  # see submit.Line.show
             print(f"{line} [{bar:<20}]", end=end, file=sys.stderr, flush=True)
         else:
-            print(f"{line} {item['source']}", file=sys.stderr)
+            print(storage.printable(f"{line} {item['source']}"), file=sys.stderr)

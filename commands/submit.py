@@ -21,9 +21,11 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import ssl
 import stat
+import subprocess
 import sys
 import time
 import urllib.parse
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import storage
+from messages import misspelt
 
 ALL_WELL, SOME_CARRIED, NOTHING_DONE, JOB_FAILED, NOT_FETCHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 STATUSES = """exit status: 0 submitted, or with --watch finished; 1 finished, some pages kept as they were;
@@ -126,6 +129,8 @@ def params_of(given: argparse.Namespace) -> dict[str, Any]:
             params[key] = json.loads(value)
         except ValueError:
             params[key] = value
+    if why := misspelt(params):
+        raise Failure(why)
     return params
 
 
@@ -178,7 +183,7 @@ class Service:
         line = self._connect()
         try:
             # A refusal may come, and the line end, before all of the body was taken.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
                 line.request(method, self.base + path, body, {**self.headers, **(headers or {})})
             answer = line.getresponse()
             if answer.status >= 400:
@@ -362,6 +367,7 @@ class Line:
 
     def show(self, text: str) -> None:
         """This instead of what stood there."""
+        text = storage.printable(text)
         if text == self.last and not self.live:
             return
         self.last = text
@@ -627,8 +633,9 @@ def place_for(folder: Path, name: str, sha256: str) -> Path:
 # ---------------------------------------------------------------- main
 def again(service: Service, job: str, given: argparse.Namespace) -> str:
     """The command that watches a job from anywhere."""
-    download = f" --download {str(given.download)!r}" if given.download else ""
-    return f"python server.py submit --job {job} --url {service.url} --watch{download}"
+    words = ["python", "server.py", "submit", "--job", job, "--url", service.url, "--watch"]
+    words += ["--download", str(given.download)] if given.download else []
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def closing(service: Service, state: dict[str, Any], given: argparse.Namespace, line: Line) -> int:
@@ -636,11 +643,11 @@ def closing(service: Service, state: dict[str, Any], given: argparse.Namespace, 
     if state["status"] == "FAILED":
         raise Failure(f"job {state['jobId']} failed: {state['lastError'] or state['message']}", JOB_FAILED)
     if state["message"]:
-        print(state["message"], file=sys.stderr)
+        print(storage.printable(state["message"]), file=sys.stderr)
     if state["failedPages"]:
         for page in service.ask("GET", f"/jobs/{state['jobId']}/pages")["pages"]:
             if page["error"]:
-                print(f"kept as it was: {page['name']}: {page['error']}", file=sys.stderr)
+                print(storage.printable(f"kept as it was: {page['name']}: {page['error']}"), file=sys.stderr)
     if given.download:
         try:
             print(f"artifact  {download(service, state, given.download, line)}")
@@ -661,7 +668,8 @@ def follow(service: Service, jobs: Sequence[str], given: argparse.Namespace, lin
             if len(jobs) == 1:
                 raise
             line.end()
-            print(f"submit: {failure}\ntry again with\n  {again(service, job, given)}", file=sys.stderr)
+            print(f"submit: {storage.printable(str(failure))}", file=sys.stderr)
+            print(f"try again with\n  {again(service, job, given)}", file=sys.stderr)
             status = max(status, failure.status)
     return status
 
@@ -689,7 +697,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return ALL_WELL
     except Failure as failure:
         line.end()
-        print(f"submit: {failure}", file=sys.stderr)
+        print(f"submit: {storage.printable(str(failure))}", file=sys.stderr)
         if failure.status == NOT_FETCHED and jobs and service:
             print(f"try again with\n  {again(service, jobs[0], given)}", file=sys.stderr)
         return failure.status

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def verify(artifact: Path, against: Path | None) -> int:
     """Print what is wrong, then the result. Raises OSError, storage.StorageError for what isn't there."""
+    if artifact.is_dir():
+        raise NotProvable(f"{artifact} is a folder; what is proved is the artifact, a .zip, .cbz or .epub")
     faults = 0
     with storage.open_regular(artifact.resolve(strict=True)) as file:
         digest, size_bytes = storage.sha256_of(file), file.tell()
@@ -95,8 +97,7 @@ def verify(artifact: Path, against: Path | None) -> int:
 
 def _say(what: str, name: str, fault: str) -> None:
     """One line, whatever an archive's names hold."""
-    line = f"{what:6} {name}: {fault}"
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+    print(storage.printable(f"{what:6} {name}: {fault}"))
 
 
 # ---------------------------------------------------------------- an artifact against its own report

@@ -8,6 +8,7 @@ Runs in: the worker (pack); whatever reads an artifact.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -170,4 +171,5 @@ def remove_strays(outputs: Path, wanted: set[str]) -> None:
         for name in files:
             path = Path(folder, name)
             if path.relative_to(outputs).as_posix() not in wanted:
-                storage._patiently(os.unlink, path)
+                with contextlib.suppress(PermissionError):  # on Windows, while it is read; it harms nothing
+                    storage.remove_file(path)

@@ -58,7 +58,7 @@ def refusal(params: Params) -> str | None:
 
 def _missing() -> str | None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    return f"a PDF needs {', '.join(missing)}: pip install '.[formats]'" if missing else None
+    return f'a PDF needs {", ".join(missing)}: pip install ".[formats]"' if missing else None
 
 
 def pack(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[str, int]:

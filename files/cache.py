@@ -188,7 +188,7 @@ class Keeper:
     """Bounds the cache in bytes: the least recently used pages go first. Any thread.
 
     The only one that removes sound entries; workers tell through PageDone what they used and
-    added. Pages under way come on top until they were told of.
+    added. Until that is told, what they added is not counted: for so long there may be more.
     """
 
     def __init__(self, root: Path, most_bytes: int) -> None:

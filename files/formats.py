@@ -174,7 +174,7 @@ class Container:
     def _refusal(self, code: str, detail: str) -> storage.InputUnusable:
         name = self.name
         if code == "EXTRA_MISSING":
-            return ExtraMissing(f"{name} is {detail}; reading those needs: pip install '.[formats]'")
+            return ExtraMissing(f'{name} is {detail}; reading those needs: pip install ".[formats]"')
         if code == "TOOL_MISSING":
             return ToolMissing(f"{name} is {KINDS[self.kind]}; {TOOLS}")
         if code == "ENCRYPTED":
@@ -278,7 +278,7 @@ IMAGE_TYPE = "image/"
 
 
 def spine_pages(
-    source: Path, archive: zipfile.ZipFile, read: Callable[[zipfile.ZipInfo], bytes]
+    source: Path, archive: zipfile.ZipFile, read: Callable[[zipfile.ZipInfo], bytes], limits: Limits
 ) -> list[str] | None:
     """Names of an EPUB's page images in reading order; None for a zip that is none.
 
@@ -304,7 +304,7 @@ def spine_pages(
     package = text(root)
     items = {one.get("id"): one for one in _elements(package, "item")}
     found: list[str] = []
-    for reference in _elements(package, "itemref"):
+    for reference in _elements(package, "itemref")[: limits.entries]:
         item = items.get(reference.get("idref"), {})
         name = _resolved(root, item.get("href", ""))
         if item.get("media-type", "").startswith(IMAGE_TYPE):
@@ -333,7 +333,9 @@ def _cover_of(package: bytes, items: dict[str | None, dict[str, str]]) -> str | 
 
 def _resolved(base: str, link: str) -> str:
     """The member that a link in the member `base` names."""
-    path = urllib.parse.unquote(urllib.parse.urlsplit(link).path) if ":" not in link[:12] else ""
+    path = ""
+    with contextlib.suppress(ValueError):  # "//[", say
+        path = urllib.parse.unquote(urllib.parse.urlsplit(link).path) if ":" not in link[:12] else ""
     return posixpath.normpath(posixpath.join(posixpath.dirname(base), path)) if path else ""
 
 

@@ -1,7 +1,6 @@
 """What a volume comes as: a folder or an archive, which pages it holds, and its working copy.
 
-Map: Entry, Listing - places in incoming/ - archives opened - folders and archives as lists - room -
-    staging - reading entries - manifest
+Map: Entry, Listing - places in incoming/ - what an input holds - room - staging - manifest
 Rule: nothing is unpacked or read whole before its size is known to be within the limits.
 Runs in: http-N threads and the watch (checks, before a job is taken), the worker (staging).
 
@@ -53,6 +52,9 @@ class Listing:
     others: list[Entry] = field(default_factory=list)  # those files; a folder's names as they are
 
 
+ZIP_END_BYTES = 76 + 22 + 65_535  # zip64's records, the end record, its longest comment
+ENTRY_BYTES = 1024  # of a zip's directory, for an entry with a long name, on the average
+
 Archive: TypeAlias = "zipfile.ZipFile | formats.Container"
 
 
@@ -89,14 +91,15 @@ def resolve_incoming(layout: storage.Layout, path: str) -> Path:
     return layout.incoming / place
 
 
-def check_input(place: Path, kind: str) -> None:
-    """Raises InputMissing unless `place` is there, of the kind "folder" or "zip"."""
+def check_input(place: Path, kind: str, limits: Limits) -> None:
+    """Raises InputMissing unless `place` is there, of the kind "folder" or "zip"; for one inside an
+    archive InputUnusable's family too."""
     what = "folder" if kind == "folder" else "archive"
     try:
         there = place.is_dir() if kind == "folder" else place.is_file()
     except OSError:  # a name too long for the file system
         there = False
-    if not there and not (kind == "zip" and _is_inside(place)):
+    if not there and not (kind == "zip" and _is_inside(place, limits)):
         raise storage.InputMissing(f"there is no {what} {place.name[:80]!r} in incoming/; upload it first")
 
 
@@ -122,16 +125,12 @@ def _folder_in(source: Path) -> list[str]:
     return inside.split("/") if inside and not _is_nested(inside) else []
 
 
-def _is_inside(place: Path) -> bool:
+def _is_inside(place: Path, limits: Limits) -> bool:
     on_disk, inside = located(place)
     if not inside:
         return False
-    with _opened_archive(on_disk) as archive:
-        if isinstance(archive, zipfile.ZipFile):
-            entries = _entry_names(archive.infolist())
-        else:
-            entries = [member.name for member in archive.members(Limits())]
-        names = map(_plain, entries)
+    with _opened_archive(on_disk, limits) as archive:
+        names = [_plain(name) for _, name in _checked(archive, limits)]
         return any(name == inside if _is_nested(inside) else name.startswith(inside + "/") for name in names)
 
 
@@ -142,11 +141,7 @@ def _plain(name: str) -> str:
 
 def list_entries(source: Path, limits: Limits, archive: Archive | None) -> Listing:
     """What list_input() lists, pages or none."""
-    if archive is None:
-        return list_folder(source, limits)
-    if isinstance(archive, zipfile.ZipFile):
-        return list_archive(source, archive, limits)
-    return list_container(source, archive, limits)
+    return list_folder(source, limits) if archive is None else list_archive(source, archive, limits)
 
 
 # ---------------------------------------------------------------- what an input holds
@@ -176,30 +171,30 @@ def opened(source: Path, limits: Limits) -> Iterator[Archive | None]:
     if on_disk.is_dir():
         yield None
         return
-    with _opened_archive(on_disk) as archive:
+    with _opened_archive(on_disk, limits) as archive:
         if not _is_nested(inside):
             yield archive
             return
         with tempfile.TemporaryFile() as copy:
             _unpack(archive, inside, copy, limits)
-            with _as_archive(copy, inside, None) as nested:
+            with _as_archive(copy, inside, None, limits) as nested:
                 yield nested
 
 
 @contextlib.contextmanager
-def _opened_archive(place: Path) -> Iterator[Archive]:
+def _opened_archive(place: Path, limits: Limits) -> Iterator[Archive]:
     try:
         file = storage.open_regular(place)
     except FileNotFoundError as error:
         raise storage.InputMissing(f"{place.name} is no longer in incoming/") from error
     except OSError as error:
         raise storage.InputUnusable(f"{place.name} can't be opened: {storage.reason_of(error)}") from error
-    with file, _as_archive(file, place.name, place) as archive:
+    with file, _as_archive(file, place.name, place, limits) as archive:
         yield archive
 
 
 @contextlib.contextmanager
-def _as_archive(file: IO[bytes], name: str, place: Path | None) -> Iterator[Archive]:
+def _as_archive(file: IO[bytes], name: str, place: Path | None, limits: Limits) -> Iterator[Archive]:
     """place: where the file lies; None for one without a name on disk."""
     from files import formats
 
@@ -216,20 +211,45 @@ def _as_archive(file: IO[bytes], name: str, place: Path | None) -> Iterator[Arch
         assert place is not None
         yield formats.Container(place, head, name)
     else:
-        with _as_zip(file, name) as archive:
+        with _as_zip(file, name, limits) as archive:
             yield archive
 
 
-def _as_zip(file: IO[bytes], name: str) -> zipfile.ZipFile:
+def _as_zip(file: IO[bytes], name: str, limits: Limits) -> zipfile.ZipFile:
+    _check_directory(file, limits)
     try:
         return zipfile.ZipFile(file)
     except UnicodeDecodeError as error:
         raise storage.InputUnusable(f"{name} has an entry whose name is broken UTF-8") from error
-    # zipfile raises more than BadZipFile on damaged files (checks, finding 4).
+    # zipfile raises more than BadZipFile on damaged files.
     except (zipfile.BadZipFile, OSError, ValueError, IndexError, NotImplementedError) as error:
         raise storage.InputUnusable(
             f"{name} is not a readable zip archive ({error}); was it cut on the way?"
         ) from error
+
+
+def _check_directory(file: IO[bytes], limits: Limits) -> None:
+    """Raises LimitExceeded for a zip of too many entries, before zipfile makes an object of each.
+
+    Counts what begins as an entry of its directory (APPNOTE 4.3.12 to 4.3.16), where zipfile will look
+    for that. What is no zip is left to zipfile's words.
+    """
+    size_bytes = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size_bytes - ZIP_END_BYTES))
+    tail = file.read()
+    plain = len(tail) - 22  # of an archive without a comment
+    at = plain if tail[plain:].startswith(b"PK\5\6") and tail.endswith(b"\0\0") else tail.rfind(b"PK\5\6")
+    length_bytes, end = int.from_bytes(tail[at + 12 : at + 16], "little"), size_bytes - len(tail) + at
+    if tail[max(0, at - 20) :].startswith(b"PK\6\7") and tail[max(0, at - 76) :].startswith(b"PK\6\6"):
+        length_bytes, end = int.from_bytes(tail[at - 36 : at - 28], "little"), end - 76  # zip64
+    if at < 0 or length_bytes > end:
+        return
+    found = length_bytes // ENTRY_BYTES
+    if found <= limits.entries:
+        file.seek(end - length_bytes)
+        found = file.read(length_bytes).count(b"PK\1\2")
+    if found > limits.entries:
+        raise storage.LimitExceeded("entries", found, limits.entries, "entries in the archive")
 
 
 def _unpack(archive: Archive, inside: str, copy: IO[bytes], limits: Limits) -> None:
@@ -247,27 +267,33 @@ def _unpack(archive: Archive, inside: str, copy: IO[bytes], limits: Limits) -> N
 
 def _entry_at(archive: Archive, inside: str, limits: Limits) -> Entry:
     """The entry of this name, once the whole archive passed its checks. Raises InputUnusable's family."""
-    if isinstance(archive, zipfile.ZipFile):
-        infos = archive.infolist()
-        if len(infos) > limits.entries:
-            raise storage.LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
-        _check_sizes(infos, _archive_bytes(archive), limits)
-        _check_overlap(infos)
-        named: Iterable[tuple[zipfile.ZipInfo | formats.Member, str]]
-        named = zip(infos, _entry_names(infos), strict=True)
-    else:
-        members = archive.members(limits)
-        _check_sizes(members, archive.size_bytes, limits)
-        named = ((member, member.name) for member in members if not member.is_special)
-    for entry, name in named:
-        if _plain(name) == inside:
+    for entry, name in _checked(archive, limits):
+        if _plain(name) == inside and not _is_special(entry):
             return Entry(name, Path(inside), entry)
     raise storage.InputMissing(f"{inside} is no longer in the archive")
 
 
-def _archive_bytes(archive: zipfile.ZipFile) -> int:
+def _checked(archive: Archive, limits: Limits) -> list[tuple[zipfile.ZipInfo | formats.Member, str]]:
+    """All entries with their names, once number, sizes and places are within the limits."""
+    if not isinstance(archive, zipfile.ZipFile):
+        members = archive.members(limits)
+        _check_sizes(members, archive.size_bytes, limits)
+        return [(member, member.name) for member in members]
+    infos = archive.infolist()
+    if len(infos) > limits.entries:
+        raise storage.LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
     assert archive.fp is not None
-    return archive.fp.seek(0, os.SEEK_END)
+    _check_sizes(infos, archive.fp.seek(0, os.SEEK_END), limits)
+    _check_overlap(infos)
+    return list(zip(infos, _entry_names(infos), strict=True))
+
+
+def _is_special(entry: zipfile.ZipInfo | formats.Member) -> bool:
+    """Whether it is a link or a device."""
+    if not isinstance(entry, zipfile.ZipInfo):
+        return entry.is_special
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    return entry.create_system == 3 and kind not in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
 def list_folder(root: Path, limits: Limits) -> Listing:
@@ -315,82 +341,63 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: storage.natural_key(entry.name))
 
 
-def list_archive(source: Path, archive: zipfile.ZipFile, limits: Limits) -> Listing:
+def list_archive(source: Path, archive: Archive, limits: Limits) -> Listing:
     """List an archive, refusing it whole if any entry lies or leads outside; of a folder in it (see
     located) what that holds, by names without it."""
-    infos = archive.infolist()
-    folder = _folder_in(source)
-    if len(infos) > limits.entries:
-        raise storage.LimitExceeded("entries", len(infos), limits.entries, "entries in the archive")
-    _check_sizes(infos, _archive_bytes(archive), limits)
-    _check_overlap(infos)
     pages: list[Entry] = []
     others: list[Entry] = []
     manifest = None
-    for info, name in zip(infos, _entry_names(infos), strict=True):
-        mode = info.external_attr >> 16
-        if info.create_system == 3 and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+    for entry, parts in _files_in(source, archive, limits):
+        found = Entry("/".join(parts), source, entry)
+        if storage.is_page_name(parts):
+            if isinstance(entry, zipfile.ZipInfo) and entry.flag_bits & 1:
+                raise storage.InputUnusable(f"{source.name} is encrypted; upload it without a password")
+            pages.append(found)
+        elif not storage.is_junk(parts):
+            others.append(found)
+            if parts == ["manifest.json"] and entry.file_size <= MANIFEST_BYTES:
+                manifest = found  # the last of several; each reading may take a process
+    shown = pages
+    if isinstance(archive, zipfile.ZipFile):
+        shown = _in_reading_order(source, archive, pages, limits)
+    members = {page.member for page in shown}
+    others += [page for page in pages if page.member not in members]
+    read = manifest and parse_manifest(_read_member(archive, manifest, limits))
+    return Listing(_in_order(shown), len(others), read or None, _in_order(others))
+
+
+def _files_in(
+    source: Path, archive: Archive, limits: Limits
+) -> Iterator[tuple[zipfile.ZipInfo | formats.Member, list[str]]]:
+    """The files of an archive, or of the folder in it that the input is: entries and their paths there."""
+    folder = _folder_in(source)
+    for entry, name in _checked(archive, limits):
+        if _is_special(entry):
             raise storage.UnsafeName(f"entry {name[:80]!a} is a link or a device, not a file")
         if re.fullmatch(r"\.[./\\]*", name) and ".." not in name:
             continue  # "./", the archive's own root
         parts = storage.member_parts(name, limits)
-        if name.endswith(("/", "\\")) or parts[: len(folder)] != folder:
-            continue
-        parts = parts[len(folder) :]
-        if not parts:
-            continue  # a file where the folder is
-        if storage.is_page_name(parts):
-            if info.flag_bits & 1:
-                raise storage.InputUnusable(f"{source.name} is encrypted; upload it without a password")
-            pages.append(Entry("/".join(parts), source, info))
-        elif not storage.is_junk(parts):
-            others.append(Entry("/".join(parts), source, info))
-            if parts == ["manifest.json"] and info.file_size <= MANIFEST_BYTES:
-                manifest = parse_manifest(_read_member(archive, info))
-    shown = _in_reading_order(source, archive, pages)
-    members = {entry.member for entry in shown}
-    others += [page for page in pages if page.member not in members]
-    return Listing(_in_order(shown), len(others), manifest, _in_order(others))
+        is_folder = name.endswith(("/", "\\")) if isinstance(entry, zipfile.ZipInfo) else entry.is_folder
+        if not is_folder and parts[: len(folder)] == folder and parts != folder:
+            yield entry, parts[len(folder) :]
 
 
-def _in_reading_order(source: Path, archive: zipfile.ZipFile, pages: list[Entry]) -> list[Entry]:
+def _in_reading_order(
+    source: Path, archive: zipfile.ZipFile, pages: list[Entry], limits: Limits
+) -> list[Entry]:
     """The pages of an EPUB that its documents show, in their order; of another zip all of them."""
     from files import formats
 
-    order = formats.spine_pages(source, archive, lambda info: _read_member(archive, info))
+    def read(info: zipfile.ZipInfo) -> bytes:
+        return _read_member(archive, Entry(info.filename, source, info), limits)
+
+    order = formats.spine_pages(source, archive, read, limits)
     if order is None:
         return pages
     held = {page.member.filename: page for page in pages if isinstance(page.member, zipfile.ZipInfo)}
     shown = [held[name] for name in order if name in held]
     names = formats.numbered([page.name for page in shown])
     return [Entry(name, page.path, page.member) for name, page in zip(names, shown, strict=True)] or pages
-
-
-def list_container(source: Path, archive: formats.Container, limits: Limits) -> Listing:
-    """list_archive() for what is no zip: the same checks."""
-    members = archive.members(limits)
-    folder = _folder_in(source)
-    _check_sizes(members, archive.size_bytes, limits)
-    pages: list[Entry] = []
-    others: list[Entry] = []
-    manifest = None
-    for member in members:
-        if member.is_special:
-            raise storage.UnsafeName(f"entry {member.name[:80]!a} is a link or a device, not a file")
-        parts = storage.member_parts(member.name, limits)
-        if member.is_folder or parts[: len(folder)] != folder:
-            continue
-        parts = parts[len(folder) :]
-        if not parts:
-            continue  # a file where the folder is
-        if storage.is_page_name(parts):
-            pages.append(Entry("/".join(parts), source, member))
-        elif not storage.is_junk(parts):
-            others.append(Entry("/".join(parts), source, member))
-            if parts == ["manifest.json"] and member.file_size <= MANIFEST_BYTES:
-                with contextlib.suppress(*ENTRY_ERRORS), archive.open(member, limits) as file:
-                    manifest = parse_manifest(file.read())
-    return Listing(_in_order(pages), len(others), manifest, _in_order(others))
 
 
 def _entry_names(infos: Sequence[zipfile.ZipInfo]) -> list[str]:
@@ -502,10 +509,10 @@ def stage_input(
     """
     with opened(source, limits) as archive:
         listing = list_input(source, limits, archive)
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)  # Windows leaves what is being shown just now
         sizes = [(page.name, entry_bytes(page)) for page in listing.pages]
         check([(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes])
-        staging.mkdir(parents=True)
+        staging.mkdir(parents=True, exist_ok=True)
         suffixes = [os.path.splitext(entry.name)[1].lower() for entry in listing.pages]
         targets = [staging / f"{n:05d}{suffix}" for n, suffix in enumerate(suffixes, 1)]
         if archive is None or isinstance(archive, zipfile.ZipFile):
@@ -541,7 +548,7 @@ def read_entry(
 
 def _stage_page(entry: Entry, archive: Archive | None, target: Path, limits: Limits) -> SourcePage:
     digest, size_bytes, error = hashlib.sha256(), 0, None
-    with open(target, "xb") as copy:
+    with open(target, "wb") as copy:
         try:
             with open_entry(entry, archive, limits) as source:
                 while chunk := source.read(storage.CHUNK_BYTES):
@@ -627,10 +634,11 @@ def open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     return archive.open(info)
 
 
-def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+def _read_member(archive: Archive, entry: Entry, limits: Limits) -> bytes:
+    """b"" where it can't be read."""
     try:
-        with open_member(archive, info) as file:
-            return file.read(info.file_size)  # read() without a size would trust the stream
+        with open_entry(entry, archive, limits) as file:
+            return file.read(entry_bytes(entry))  # read() without a size would trust the stream
     except ENTRY_ERRORS:
         return b""
 

@@ -1,10 +1,10 @@
 """What a worker process gives up before it opens what strangers uploaded.
 
-Map: what is refused - the filter as a BPF program - drop_rights
+Map: what is refused - the filter as a BPF program - drop_rights - take_stdin
 Rule: refuse only what decoding, computing and drivers surely never need. Files, ioctl,
 memory, threads, child processes and local sockets stay; whoever breaks a decoder keeps those.
-Runs in: a worker process, once, after its imports. Standard library only. What is given up
-can't be taken back, and holds for every thread and child of the process.
+Runs in: a worker process, once, after its imports; an archive's reader (unpack.py). Standard library
+only. What is given up can't be taken back, and holds for every thread and child of the process.
 
 Linux on x86-64 and ARM64; on other systems nothing happens. Numbers of calls: the kernel's
 asm/unistd_64.h and asm-generic/unistd.h; the filter: its Documentation/userspace-api/seccomp_filter.rst.
@@ -88,11 +88,9 @@ def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("<HBBI", code, if_true, if_false, value)
 
 
-def filter_program(machine: str, network: bool) -> bytes:
-    """The BPF program for a machine: calls not refused pass, refused ones fail with EPERM.
-
-    network: whether sockets to other machines stay possible. Raises KeyError for an unknown machine.
-    """
+def filter_program(machine: str) -> bytes:
+    """The BPF program for a machine: calls not refused pass, refused ones fail with EPERM. Raises
+    KeyError for an unknown machine."""
     arch, _, socket_number = MACHINES[machine]
     refuse, allow = _step(RETURN, REFUSE), _step(RETURN, ALLOW)
     # Another table of calls (32 bit) would pass under other numbers.
@@ -103,12 +101,10 @@ def filter_program(machine: str, network: bool) -> bytes:
         number = numbers[machine == "aarch64"]
         if number is not None:
             steps += [_step(EQUAL, number, 0, 1), refuse]
-    if not network:
-        steps += [_step(EQUAL, socket_number, 1), allow, _step(LOAD, ARGUMENT_AT)]
-        for family in LOCAL_FAMILIES:
-            steps += [_step(EQUAL, family, 0, 1), allow]
-        steps.append(refuse)
-    return b"".join([*steps, allow])
+    steps += [_step(EQUAL, socket_number, 1), allow, _step(LOAD, ARGUMENT_AT)]
+    for family in LOCAL_FAMILIES:
+        steps += [_step(EQUAL, family, 0, 1), allow]
+    return b"".join([*steps, refuse, allow])
 
 
 class _Program(ctypes.Structure):
@@ -117,13 +113,13 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
 
-def _install(machine: str, network: bool) -> None:
+def _install(machine: str) -> None:
     """Take away new rights, then install the filter for all threads. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     # Without it only root may install a filter; with it no setuid program gives rights back.
     if libc.prctl(PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0))):
         raise OSError(ctypes.get_errno(), "no_new_privs was refused")
-    steps = filter_program(machine, network)
+    steps = filter_program(machine)
     program = _Program(len(steps) // 8, steps)
     numbers = (MACHINES[machine][1], SET_MODE_FILTER, FLAG_TSYNC)
     # Positive: the id of a thread that already has a filter of its own.
@@ -132,11 +128,10 @@ def _install(machine: str, network: bool) -> None:
 
 
 # ---------------------------------------------------------------- for workers
-def drop_rights(network: bool = False) -> bool:
+def drop_rights() -> bool:
     """Give up what this process doesn't need; whether that worked, which is logged if not.
 
-    network: keep sockets, for a worker that talks to its dispatcher over them. Look for
-    devices before: a driver's first use may start a setuid program, which then has no rights.
+    Look for devices before: a driver's first use may start a setuid program, which then has no rights.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -146,7 +141,7 @@ def drop_rights(network: bool = False) -> bool:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        _install(platform.machine(), network)
+        _install(platform.machine())
     except KeyError:
         log.warning("no system call filter for %s: the worker keeps its rights", platform.machine())
         return False
@@ -156,3 +151,16 @@ def drop_rights(network: bool = False) -> bool:
         )
         return False
     return True
+
+
+def take_stdin() -> int:
+    """Another descriptor of stdin; under its own number there is nothing to be read any more.
+
+    On Windows whoever looks at a pipe that another thread reads hangs: children at their start, and
+    OpenBLAS (numpy issue 24290). Raises OSError where there is no stdin.
+    """
+    stdin = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return stdin

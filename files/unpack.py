@@ -43,7 +43,7 @@ Wanted = dict[int, str]  # a member's index -> the file that it shall become
 
 # ---------------------------------------------------------------- events
 class Refused(Exception):
-    """The archive as a whole can't be read; code is formats.REFUSALS'."""
+    """The archive as a whole can't be read; code: see formats.Container._refusal."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -559,9 +559,10 @@ def main() -> int:
     global EVENTS, RAW  # noqa: PLW0603 - one request a process
     EVENTS = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    request = json.loads(sys.stdin.readline())
+    parent = os.fdopen(sandbox.take_stdin(), encoding="utf-8")
+    request = json.loads(parent.readline())
     # The parent's end of the pipe closes with it, however it ends.
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).start()
+    threading.Thread(target=lambda: (parent.read(), os._exit(3)), name="parent", daemon=True).start()
     settle(request["limits"])
     try:
         if request["kind"] == "pdf":

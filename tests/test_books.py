@@ -23,7 +23,7 @@ import storage
 from commands import cli, verify
 from engine import budgets
 from files import artifacts, books, containers, formats
-from messages import Params
+from messages import Limits, Params
 from work import submissions
 
 DIRECTIONS = ("rtl", "ltr")
@@ -83,7 +83,7 @@ def test_an_epub_has_every_page_in_order_as_it_was(tmp_path, direction):
     spine = [book.get_item_with_id(name) for name, _ in book.spine]
     assert [item.get_name() for item in spine] == [f"page-{n:05d}.xhtml" for n in range(1, 5)]
     with zipfile.ZipFile(made) as archive:
-        order = formats.spine_pages(made, archive, archive.read)
+        order = formats.spine_pages(made, archive, archive.read, Limits())
     assert order == ["ch 1/表紙.jpg", "ch 1/2.png", "ch 1/10.png", "_META-INF/11.jpg"]
 
 
@@ -229,7 +229,7 @@ def test_what_a_book_can_t_hold_is_refused_at_once(params, says):
 
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "img2pdf, pikepdf: pip install '.[formats]'" in str(books.refusal(Params(container="pdf")))
+    assert 'img2pdf, pikepdf: pip install ".[formats]"' in str(books.refusal(Params(container="pdf")))
     assert books.refusal(Params(container="epub")) is None
     with pytest.raises(books.ExtraMissing, match="formats"):
         packed(tmp_path, "pdf")

@@ -34,7 +34,9 @@ import jobs
 import server
 import settings
 import storage
+from files import inputs
 from web import api, live, routes, wire
+from work import submissions
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="it looks at the service through /proc")
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -477,6 +479,77 @@ def test_r10_twenty_submits_with_one_key_make_one_row(service, client):
     assert submit("other").json()["jobId"] not in found and rows(service) == 2
     for key in ("", "k" * 256):
         assert [*submit(key).faults()] == ["Idempotency-Key"]
+
+
+def test_a_repeated_key_is_answered_though_the_disk_is_full_by_now(service, client, monkeypatch):
+    def submit(key: str) -> Reply:
+        return client.call("POST", "/jobs", submission("one.zip"), {"Idempotency-Key": key})
+
+    first = submit("k").json()
+    monkeypatch.setattr(storage, "free_bytes", lambda _layout: 0)
+    assert submit("k").json() == first
+    assert submit("another").problem().code == "DISK_FULL"
+
+
+@pytest.mark.parametrize("action", ["submit", "resume"])
+def test_the_job_table_answers_while_an_archive_is_opened(service, client, monkeypatch, action):
+    """It may take a reader minutes."""
+    incoming = service.config.layout.incoming
+    (incoming / "all.zip").write_bytes(volume({"v/1.png": png(), "w/1.png": png()}))
+    job = jobs.cancel(service.table, queued(service).id, 1.0)
+    opening, go = threading.Event(), threading.Event()
+    opened = inputs._opened_archive
+
+    def slowly(*of: Any) -> Any:
+        opening.set()
+        assert go.wait(10)
+        return opened(*of)
+
+    monkeypatch.setattr(inputs, "_opened_archive", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        if action == "submit":
+            asked = pool.submit(client.call, "POST", "/jobs", submission("all.zip/v"))
+        else:
+            body = {"inputPath": "all.zip/v", "inputType": "zip"}
+            asked = pool.submit(client.call, "POST", f"/jobs/{job.id}/resume", body)
+        assert opening.wait(10)
+        answered = client.call("GET", "/health").status
+        go.set()
+        assert (answered, asked.result().status // 100) == (200, 2)
+
+
+def test_an_empty_body_is_empty_however_it_is_framed(service, client):
+    job = jobs.cancel(service.table, queued(service).id, 1.0)
+    path = f"/jobs/{job.id}/resume"
+    assert client.call("POST", path, iter([b"x"])).problem().status == 415
+    assert client.call("POST", path, iter([])).json()["status"] == "PENDING"
+
+
+def test_a_waiting_job_is_cancelled_before_its_files_go(service, client, monkeypatch):
+    """Else it could start while they do, and find its finished pages gone."""
+    job = queued(service)
+    claimed = []
+    remove = submissions.remove_files
+
+    def amid(*of: Any) -> None:
+        claimed.append(jobs.claim(service.table, 1.0))
+        remove(*of)
+
+    monkeypatch.setattr(submissions, "remove_files", amid)
+    assert client.call("DELETE", f"/jobs/{job.id}").status == 204
+    assert claimed == [None]
+
+
+def test_files_that_cannot_be_removed_keep_their_job(service, client, monkeypatch):
+    job = finished(service)
+    outputs = service.config.layout.output_dir(job.title, job.volume, job.id)
+    outputs.mkdir(parents=True)
+    with monkeypatch.context() as held:
+        held.setattr(storage, "remove_tree", lambda folder: None)
+        problem = client.call("DELETE", f"/jobs/{job.id}").problem()
+        assert (problem.status, problem.code) == (409, "FILES_IN_USE")
+    assert client.call("GET", f"/jobs/{job.id}").status == 200
+    assert client.call("DELETE", f"/jobs/{job.id}").status == 204
 
 
 def test_requests_leave_nothing_behind_while_no_worker_answers(service, client):

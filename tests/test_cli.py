@@ -186,6 +186,7 @@ def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, chan
         ("in/第1話/001.png", "out.png", ["--format", "jpg"], "leave one out"),
         ("in", "out", ["--model", "nothing"], "no weights"),
         ("empty.cbz", "out", [], "not a readable zip"),
+        ("in", "out.cbr", [], "can't be written"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_refused(volume, tmp_path, capsys, source, target, flags, says):
@@ -194,7 +195,7 @@ def test_a_command_that_makes_no_sense_is_refused(volume, tmp_path, capsys, sour
     before = contents(volume)
     assert run(tmp_path / source, tmp_path / target, *flags) == 2
     assert says in capsys.readouterr().err
-    assert contents(volume) == before
+    assert contents(volume) == before and not list(tmp_path.glob("*.partial"))
 
 
 def test_the_command_itself_runs(volume, tmp_path):

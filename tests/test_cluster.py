@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -23,14 +24,18 @@ import faults
 import pytest
 from client import Client, JobState, check_artifact
 from helpers import require
-from serving import PLAN, png, still, until, volume
+from serving import PLAN, png, running, still, until, volume
 from test_cache import made
 
 import cluster
+import jobs
 import server
 import settings
 from commands import verify
-from messages import ComputePage, EngineChoice, Limits, PageDone, Params
+from messages import Beat, ComputePage, EngineChoice, Limits, PageDone, Params, Settle, Settled
+from work import dispatch
+from work.node import Declined
+from work.runs import Run
 
 HERE = Path(__file__).parent
 SETTINGS = {
@@ -81,7 +86,7 @@ class Ring:
 @pytest.fixture(scope="module")
 def ring() -> Iterator[Ring]:
     """The cluster that the tests share; each brings its nodes."""
-    require(cluster.is_installed() and sys.platform == "linux", "Ray is not installed: .[cluster]")
+    require(importlib.util.find_spec("ray") and sys.platform == "linux", "Ray is not installed: .[cluster]")
     place = Path(tempfile.mkdtemp(prefix="ring-"))  # short: Ray's sockets lie in it
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
@@ -241,7 +246,8 @@ def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_
         assert service.table.get(job).attempt == 1
 
 
-def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring):
+def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring, monkeypatch):
+    monkeypatch.setattr(dispatch, "STRANGERS_PAGES", 1 << 10)  # their pace is not what is looked at
     with (
         nodes(ring, 2),
         serving(tmp_path, ring.address, faults.held_up_on_unlike_machines, max_concurrency=2) as (
@@ -304,20 +310,110 @@ def test_the_service_waits_for_a_head_that_restarts_and_goes_on(tmp_path, ring, 
 
 
 # ---------------------------------------------------------------- without
-def test_a_paused_queue_lets_the_bridge_grow_idle(tmp_path, monkeypatch):
+def test_a_paused_queue_lets_the_bridge_grow_idle(tmp_path):
     """Though jobs run: the nodes give their cards back."""
-    monkeypatch.setattr(cluster.Dispatcher, "_turn", lambda _: None)
     with still(tmp_path) as service:
         config = service.config
         made = cluster.ClusterDispatcher("auto", service.table, config.layout, EngineChoice(), 1)
     bridge = SimpleNamespace(used_s=0.0, tasks=())
     made.workers[cluster.BRIDGE], made.runs["job"] = bridge, None
     made.paused_s = 1.0
-    made._turn()
+    made._keep_bridge()
     assert bridge.used_s == 0.0
     made.paused_s = None
-    made._turn()
+    made._keep_bridge()
     assert bridge.used_s > 0.0
+
+
+def test_a_plan_that_no_machine_follows_any_more_is_settled_anew_after_a_while(tmp_path, monkeypatch):
+    """The machine with the card is off: a job that began on it is not to hold up the queue for ever."""
+    with still(tmp_path) as service:
+        table, config = service.table, service.config
+        made = cluster.ClusterDispatcher("auto", table, config.layout, EngineChoice(), 1)
+        given: list[Any] = []
+        bridge = SimpleNamespace(post=given.append, used_s=0.0, tasks={}, capacity=1)
+        node = cluster.NodeSlot(3, "host", False, bridge)
+        node.capacity, made.nodes[3] = 4, node
+        job = running(service)
+        made.runs[job.id] = Run(job, tmp_path, tmp_path)
+        made._hear(node, Declined(job.id, job.attempt, 1, None, "it would compute in fp32, not by fp16"))
+        made._see_unfollowed()
+        assert made.health()["status"] == "waiting" and "no machine" in made.health()["detail"]
+        assert "no machine" in table.get(job.id).message and table.get(job.id).state == jobs.RUNNING
+        monkeypatch.setattr(cluster, "UNFOLLOWED_S", -1.0)
+        made._see_unfollowed()
+        assert (table.get(job.id).state, table.get(job.id).message) == (jobs.PENDING, None)
+        made.runs[job.id] = run = Run(jobs.claim(table, 2000.0), tmp_path, tmp_path)
+        monkeypatch.setattr(made, "_want_file_slot", lambda: None)
+        made._ask_for_plan(run)
+        assert given[-1].item.plan is None and run.job.plan == PLAN
+        made._hear(node, Settled(job.id, run.job.attempt, PLAN))
+        assert run.settled == PLAN and not made.unplanned
+
+
+def test_a_plan_whose_machine_comes_back_is_kept(tmp_path):
+    with still(tmp_path) as service:
+        made = cluster.ClusterDispatcher("auto", service.table, service.config.layout, EngineChoice(), 1)
+        for index in (3, 4):
+            made.nodes[index] = cluster.NodeSlot(index, "host", False, SimpleNamespace(post=lambda _: None))
+            made.nodes[index].capacity = 4
+        job, back = running(service), made.nodes.pop(4)
+        made.runs[job.id] = Run(job, tmp_path, tmp_path)
+        made._hear(made.nodes[3], Declined(job.id, job.attempt, 1, None, "it would compute otherwise"))
+        assert made.unfollowed_s
+        made.nodes[4] = back
+        made._see_unfollowed()
+        assert not made.unfollowed_s and service.table.get(job.id).message is None
+        assert made.health()["status"] == "ready"
+
+
+class Stuck:
+    """An actor's method that fails, or never returns."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.called = error, threading.Event()
+
+    def remote(self, *_: Any) -> None:
+        self.called.set()
+        if self.error:
+            raise self.error
+        threading.Event().wait(30)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the object store is full (injected)"), None])
+def test_a_node_that_can_be_told_nothing_more_is_lost_not_waited_for(tmp_path, error):
+    lost, killed = threading.Event(), threading.Event()
+    why: list[Any] = []
+    never = SimpleNamespace(remote=lambda: None)
+    actor = SimpleNamespace(give=Stuck(error), collect=never, close=never)
+    ray = SimpleNamespace(get=lambda *_, **__: threading.Event().wait(30), kill=lambda _: killed.set())
+    bridge = SimpleNamespace(ray=ray, cache=None, close=lambda _: None)
+    bridge.lose = lambda link, reason: (why.append(reason), lost.set())
+    link = cluster.Link(bridge, 7, actor)
+    threading.Thread(target=link._send_all, daemon=True).start()
+    link.outbox.put(Settle("job", 1, Params(model="no model"), None))
+    bridge.choice = EngineChoice(model_root=tmp_path)
+    assert actor.give.called.wait(10)
+    if error:
+        assert lost.wait(10) and "object store is full" in why[0].why and not why[0].blame
+    else:
+        link.end()  # as the dispatcher's kill does
+        assert killed.is_set()
+
+
+def test_while_pages_are_written_here_their_node_s_silence_means_nothing(monkeypatch):
+    sent: list[Any] = []
+
+    def nap(_: float) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(cluster.time, "sleep", nap)
+    link = SimpleNamespace(is_delivering=True, tell=sent.append)
+    bridge = SimpleNamespace(send=sent.append, links={1: link, 2: SimpleNamespace(is_delivering=False)})
+    bridge.looking_s = None
+    with pytest.raises(InterruptedError):
+        cluster.Bridge._beat(bridge)
+    assert sent == [Beat(0.0, 1.0), Beat(0.0, 1.0)]
 
 
 def test_a_slow_disk_holds_back_the_node(tmp_path, monkeypatch):

@@ -295,4 +295,4 @@ def test_without_the_extra_the_job_fails_and_names_it(tmp_path, model_root, monk
         job = client.submit("v.zip", params={"model": "2x_MangaJaNai_1200p_V1"})
         state = client.watch(job)[0][-1]
         assert (state.status, service.table.get(job).error_code) == ("FAILED", "MODEL_BAD")
-    assert "pip install '.[models]'" in state.message
+    assert 'pip install ".[models]"' in state.message

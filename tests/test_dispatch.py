@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import faults
 import pytest
 from client import Client, check_artifact
-from serving import png, volume
+from serving import png, queued, running, still, until, volume
 
+import jobs
 import server
 import settings
-from work import dispatch
+import storage
+from files import inputs
+from messages import SourcePage
+from work import dispatch, submissions
+from work.runs import Run
+from work.workers import Slot
 
 
 @contextlib.contextmanager
@@ -178,3 +189,146 @@ def test_an_input_that_became_a_link_elsewhere_is_not_followed(tmp_path):
         client.call("POST", f"/jobs/{first}/cancel")
         state, code = client.wait(job), client.full_state(job)["errorCode"]
     assert (state.status, code) == ("FAILED", "INPUT_UNUSABLE")
+
+
+# ---------------------------------------------------------------- the dispatcher itself, without a worker
+class Hand(Slot):
+    """A worker that only takes."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.capacity = 4
+        self.posted: list[Any] = []
+
+    def post(self, item: Any) -> None:
+        """Keep it."""
+        self.posted.append(item)
+
+    def kill(self, why: str) -> None:
+        """Remember."""
+        self.doom = why
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise sqlite3.OperationalError("database or disk is full (injected)")
+
+
+def test_a_step_that_fails_keeps_no_other_from_being_taken_and_is_told_once(tmp_path, monkeypatch, caplog):
+    with still(tmp_path) as service:
+        made, taken = service.dispatcher, []
+        monkeypatch.setattr(made, "_claim", full)
+        for name in ("_deal", "_wait", "_check_deadlines"):
+            monkeypatch.setattr(made, name, lambda name=name: taken.append(name))
+        made._turn()
+        made._turn()
+    assert taken == ["_deal", "_wait", "_check_deadlines"] * 2
+    assert caplog.text.count("the dispatcher stumbled (full)") == 1
+
+
+def test_a_death_that_a_full_disk_keeps_out_of_the_table_leaves_no_job_running(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, job = service.dispatcher, running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        run.pages[1] = jobs.Page(job.id, 1, "1.png", "1.png", "0" * 64, 1, None, "1")
+        slot = Hand()
+        slot.tasks[run.key(1)] = None
+        with monkeypatch.context() as broken:
+            broken.setattr(service.table, "change_page", full)
+            broken.setattr(service.table, "change", full)
+            made._lose(run, slot, "killed")
+        assert service.table.get(job.id).state == jobs.RUNNING and not made.runs
+        made._take_up_lost()
+        assert service.table.get(job.id).state == jobs.PENDING
+
+
+def test_a_job_that_cannot_be_packed_fails_and_stops_nobody(tmp_path, monkeypatch):
+    """Its folder became a link since, say."""
+
+    def taken(*_: Any) -> None:
+        raise storage.NameTaken("outputs/t is a link (injected)")
+
+    with still(tmp_path) as service:
+        made, job = service.dispatcher, running(service)
+        made.workers[0] = Hand()
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path, file_task="pack")
+        monkeypatch.setattr(dispatch, "to_report", taken)
+        assert made._deal_one(run)
+        job = service.table.get(job.id)
+        assert (job.state, job.error_code) == (jobs.FAILED, "NAME_TAKEN") and not made.runs
+        made.workers.clear()
+
+
+def test_where_no_process_can_be_started_jobs_wait_while_a_worker_is_up(tmp_path, monkeypatch):
+    def none(*_: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with still(tmp_path, max_concurrency=2) as service:
+        made, job = service.dispatcher, running(service)
+        monkeypatch.setattr(dispatch, "WorkerSlot", none)
+        made.workers[0], made.runs[job.id] = Hand(), Run(job, tmp_path, tmp_path)
+        for _ in range(dispatch.CARELESS_DEATHS):
+            made.not_before_s = 0.0
+            assert made._hire() is None
+        assert service.table.get(job.id).state == jobs.RUNNING
+        made.workers.clear()
+        made.not_before_s = 0.0
+        assert made._hire() is None
+        job = service.table.get(job.id)
+        assert (job.state, job.error_code) == (jobs.FAILED, "WORKER_CANNOT_START")
+
+
+def test_a_machine_that_slept_blames_no_worker_for_its_silence(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, slot, now = service.dispatcher, Hand(), [1000.0]
+        made.workers[0] = slot
+        slot.conn = slot.process = SimpleNamespace(sentinel=None)
+        slot.heard_s = slot.used_s = now[0]
+        slot.obey_by_s[("job", 1, 1)] = now[0] + 2
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+        def sleep(_ready: Any, _timeout_s: float) -> list[Any]:
+            now[0] += 8 * 3600
+            return []
+
+        monkeypatch.setattr(dispatch.multiprocessing.connection, "wait", sleep)
+        made._wait()
+        made._check_deadlines()
+        assert slot.doom is None
+        now[0] += dispatch.BEAT_LIMIT_S + 1
+        made._check_deadlines()
+        assert slot.doom
+        made.workers.clear()
+
+
+def test_workers_that_ended_leave_no_thread_behind(tmp_path, notes):
+    with serving(tmp_path, faults.cannot_boot) as (service, client):
+        client.call("PUT", "/incoming/v.zip", widths(32))
+        client.wait(client.submit("v.zip"))
+        assert (notes / "boots").stat().st_size >= dispatch.CARELESS_DEATHS
+        names = lambda: [one.name for one in threading.enumerate() if one.name.startswith("send-")]  # noqa: E731
+        until(lambda: len(names()) <= len(service.dispatcher.workers))
+
+
+def test_a_cancel_while_a_job_waits_removes_its_working_copy(tmp_path):
+    with still(tmp_path) as service:
+        made, job = service.dispatcher, queued(service)
+        place = service.config.layout.staging / job.id
+        place.mkdir()
+        jobs.cancel(service.table, job.id, 1.0)
+        made.tidy(job.id)
+        made._tidy()
+        assert not place.exists() and not made.untidy
+
+
+def test_a_resume_with_another_input_takes_no_page_from_the_old_working_copy(tmp_path):
+    with still(tmp_path) as service:
+        table, layout, job = service.table, service.config.layout, queued(service)
+        page = jobs.Page(job.id, 1, "1.png", "00001.png", "0" * 64, 1, None, "1")
+        table.replace_pages(job.id, [page])
+        (layout.incoming / "two.zip").write_bytes(volume({"1.png": png(shade=9)}))
+        jobs.cancel(table, job.id, 1.0)
+        submissions.resume(table, layout, job.id, ("two.zip", "zip"))
+        assert [one.staged for one in table.pages(job.id)] == [""]
+        assert not inputs.staged_pages_intact(
+            layout.staging / job.id, [SourcePage("1.png", "", "0" * 64, 1, None)]
+        )

@@ -609,6 +609,39 @@ def test_an_epubs_links_reach_nothing_but_its_own_images(tmp_path):
     assert refusal(evil).code == "UNSAFE_NAME"
 
 
+def test_links_of_an_epub_that_are_none_show_nothing(tmp_path):
+    documents = {"1.xhtml": '<img src="//[a"/><img src="b.png"/>'}
+    source = epub(tmp_path / "v.epub", ["1.xhtml"], documents, files=IMAGES)
+    assert list(staged_bytes(source, tmp_path / "staging")) == ["OEBPS/b.png"]
+
+
+def test_an_epub_that_repeats_its_documents_is_read_no_further_than_an_archive_may_hold(
+    tmp_path, monkeypatch
+):
+    read = []
+    images_in = formats._images_in
+    monkeypatch.setattr(formats, "_images_in", lambda data: read.append(1) or images_in(data))
+    source = epub(tmp_path / "v.epub", ["1.xhtml"] * 5000, {"1.xhtml": '<img src="b.png"/>'}, files=IMAGES)
+    assert len(staged_bytes(source, tmp_path / "staging", entries=50)) == 1 and len(read) == 50
+
+
+@pytest.mark.parametrize("pack", [seven_zip, rar])
+def test_of_many_manifests_one_is_read(pack, tmp_path, monkeypatch):
+    """Each takes a process."""
+    pages, made = {"1.png": png()}, {"files": [{"target": "1.png"}]}
+    source = pack(tmp_path / "v.7z", pages | {"manifest.json": json.dumps(made).encode()})
+    members = formats.Container.members
+    monkeypatch.setattr(
+        formats.Container, "members", lambda *of: [member for member in members(*of) for _ in range(9)]
+    )
+    opened = []
+    read = formats.Container.open
+    monkeypatch.setattr(formats.Container, "open", lambda *of: opened.append(1) or read(*of))
+    with inputs.opened(source, Limits()) as archive:
+        assert inputs.list_archive(source, archive, Limits()).manifest == made
+    assert len(opened) == 1
+
+
 def test_an_epub_with_locked_pages_is_refused(tmp_path):
     locked = {"META-INF/encryption.xml": '<e><CipherReference URI="OEBPS/a.png"/></e>'}
     source = epub(tmp_path / "v.epub", ["1"], {"1": '<img src="a.png"/>'}, files=IMAGES | locked)
@@ -631,7 +664,7 @@ def test_without_the_extra_the_error_names_it(module, tmp_path, monkeypatch):
     kind, make = SAMPLES[module]
     error = refusal(make(tmp_path / "volume.x"))
     assert error.code == "EXTRA_MISSING" and kind in error.detail
-    assert "pip install '.[formats]'" in error.detail
+    assert 'pip install ".[formats]"' in error.detail
 
 
 def test_without_a_program_that_unpacks_rar_only_stored_ones_are_read(tmp_path, monkeypatch):
@@ -785,9 +818,9 @@ def test_volumes_of_every_kind_in_one_input_are_told_apart(tmp_path, pack):
     for volume in volumes.find(outer, Limits()):
         wanted = set(PAGES) if volume.is_archive else {"1.png"}
         assert set(staged_bytes(outer.joinpath(*volume.parts), tmp_path / "staging")) == wanted
-        inputs.check_input(outer.joinpath(*volume.parts), "zip")
+        inputs.check_input(outer.joinpath(*volume.parts), "zip", Limits())
     with pytest.raises(storage.InputMissing):
-        inputs.check_input(outer / "v9.cbr", "zip")
+        inputs.check_input(outer / "v9.cbr", "zip", Limits())
 
 
 def test_a_container_proves_what_was_made_of_it(tmp_path):

@@ -110,7 +110,7 @@ def test_a_path_too_long_for_the_file_system_is_outside_incoming(layout):
 def test_an_input_that_is_not_there_or_of_another_kind_is_missing(layout, kind, path):
     (layout.incoming / "other").mkdir() if kind == "zip" else (layout.incoming / "other").write_bytes(b"")
     with pytest.raises((storage.InputMissing, storage.OutsideIncoming)):
-        inputs.check_input(inputs.resolve_incoming(layout, path), kind)
+        inputs.check_input(inputs.resolve_incoming(layout, path), kind, Limits())
 
 
 # ---------------------------------------------------------------- staging
@@ -451,7 +451,7 @@ def test_an_empty_page_whose_bytes_arrive_beside_it_is_left_out(tmp_path):
 def test_a_full_disk_ends_the_attempt_and_is_not_blamed_on_a_page(tmp_path, monkeypatch):
     require(os.path.exists("/dev/full"), "there is no /dev/full")
     source = make_folder(tmp_path / "v", {"1.png": b"p" * storage.CHUNK_BYTES})
-    full = lambda path, mode: open("/dev/full" if mode == "xb" else path, mode.replace("x", "w"))  # noqa: E731
+    full = lambda path, mode: open("/dev/full" if mode == "wb" else path, mode)  # noqa: E731
     monkeypatch.setattr(inputs, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         stage(source, tmp_path / "staging")
@@ -523,7 +523,7 @@ SERIES = {
 def test_a_folder_or_an_archive_in_an_archive_is_an_input(layout, tmp_path, method, inside, want, left_out):
     make_zip(layout.incoming / "all.zip", SERIES, method)
     source = inputs.resolve_incoming(layout, f"incoming/all.zip/{inside}")
-    inputs.check_input(source, "zip")
+    inputs.check_input(source, "zip", Limits())
     staged, listing = stage(source, tmp_path / "staging")
     want = want or {"v1/2.png": b"two", "v1/10.png": b"ten", "v10/1.png": b"of another volume"}
     assert [(page.name, page.sha256) for page in staged] == [(name, sha(data)) for name, data in want.items()]
@@ -537,7 +537,7 @@ def test_what_is_not_in_the_archive_is_missing(layout, tmp_path, inside):
     make_zip(layout.incoming / "all.zip", SERIES)
     source = inputs.resolve_incoming(layout, f"all.zip/{inside}")
     with pytest.raises(storage.InputMissing):
-        inputs.check_input(source, "zip")
+        inputs.check_input(source, "zip", Limits())
     with pytest.raises((storage.InputMissing, storage.NoPages)):
         stage(source, tmp_path / "staging")
 
@@ -764,3 +764,43 @@ def test_broken_unicode_in_a_manifest_does_not_break_the_report():
     manifest = inputs.parse_manifest(b'{"files": ["\\ud800.png"]}')
     told = inputs.reconcile(manifest, ["1.png"])
     assert json.loads(artifacts.report_bytes({"reconciliation": told}))["reconciliation"]["expected"] == 1
+
+
+@pytest.mark.parametrize("comment", [b"", b"a comment"])
+@pytest.mark.parametrize("before", [b"", b"#!self-extracting\n"])
+def test_too_many_entries_are_refused_before_the_archive_is_opened(tmp_path, monkeypatch, comment, before):
+    """zipfile makes an object of each, a kilobyte or so, before anybody can count them."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for n in range(101):
+            archive.writestr(f"{n}.png", b"")
+        archive.comment = comment
+    source = tmp_path / "v.zip"
+    source.write_bytes(before + data.getvalue())
+    with inputs.opened(source, Limits(entries=101)) as opened:
+        assert opened is not None
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(storage.LimitExceeded, match="entries in the archive: 101"), inputs.opened(
+        source, Limits(entries=100)
+    ):
+        pass
+
+
+def test_too_many_entries_of_a_zip64_are_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 50)
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for n in range(101):
+            archive.writestr(f"{n}.png", b"")
+    assert b"PK\6\7" in (tmp_path / "v.zip").read_bytes()
+    with pytest.raises(storage.LimitExceeded, match="entries in the archive: 101"), inputs.opened(
+        tmp_path / "v.zip", Limits(entries=100)
+    ):
+        pass
+
+
+def test_twenty_thousand_pages_of_one_name_are_named_at_once():
+    names = ["a.png"] * 20_000
+    started_s = time.process_time()
+    stems = storage.output_stems(names)
+    assert time.process_time() - started_s < 10 and len({*stems}) == len(names)  # it took ten minutes
+    assert stems[:4] == ["a", "a.png", "a (2)", "a (3)"]

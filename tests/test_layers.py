@@ -24,7 +24,7 @@ MAY = {  # a layer -> what it may import beside itself and SHARED
     "files": {"storage", "engine.pages"},
     "storage": {"commands"},  # its command line
     "commands": {"engine", "files", "storage", "infer", "settings"},
-    "settings": {"storage", "work", "cluster"},
+    "settings": {"storage", "work"},
     "copyparty_hook": {"work"},
     "messages": set(),
     "logs": set(),

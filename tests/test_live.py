@@ -209,6 +209,8 @@ def test_changes_are_merged_to_ten_frames_a_second_and_the_last_one_comes(servic
 def test_a_running_job_is_heard_of_though_nothing_changes(service, client, monkeypatch):
     monkeypatch.setattr(live, "SILENCE_S", 0.2)
     job = running(service)
+    until(lambda: not service.live._changed.is_set() and not service.live._woken)
+    time.sleep(3 * live.FRAME_GAP_S)  # the rounds rest: what is heard now owes nothing to a change
     with client.socket(f"/ws/jobs/{job.id}") as line:
         first, second, third = told(line), told(line), told(line)
         assert first == second == third
@@ -269,14 +271,55 @@ def test_a_client_that_returns_to_all_jobs_misses_none_however_many_changed(serv
         assert told(line).processed == 1
 
 
-def test_a_waiting_job_that_is_deleted_closes_with_4404(service, client):
+def test_a_waiting_job_that_is_deleted_is_over_for_its_watchers(service, client):
     job, other = queued(service), queued(service)
     with client.socket(f"/ws/jobs/{job.id}") as line, client.socket(f"/ws/jobs/{other.id}") as beside:
         told(line), told(beside)
         assert client.call("DELETE", f"/jobs/{job.id}").status == 204
-        assert code_of(line) == 4404
+        state = told(line)
+        assert (state.status, state.cancelled) == ("FAILED", True)
+        assert code_of(line) == 1000
         with pytest.raises(TimeoutError):
             beside.recv(0.3)
+
+
+def test_a_job_that_ends_and_is_deleted_at_once_still_ends_for_its_watchers(service, client, monkeypatch):
+    """And for those of all jobs it is gone: they would show a job that nobody finds."""
+    job, other = running(service), None
+    with client.socket(f"/ws/jobs/{job.id}") as line, client.socket("/ws/jobs") as everyone:
+        told(line), told(everyone)
+        monkeypatch.setattr(live, "FRAME_GAP_S", 0.5)
+        progress(service, job, 1)  # a round; the next one is half a second away
+        assert told(line).processed == told(everyone).processed == 1
+        end(service, job)
+        submissions.delete(service.table, service.config.layout, job.id)
+        service.live.end(job.id)
+        other = queued(service)
+        assert told(line).status == "FAILED" and code_of(line) == 1000
+        assert told(everyone).job_id == other.id
+
+
+def test_a_job_that_is_deleted_with_nothing_left_to_say_closes_with_4404(service, client):
+    job = queued(service)
+    with client.socket(f"/ws/jobs/{job.id}") as line:
+        told(line)
+        service.live.end(job.id)
+        assert code_of(line) == 4404
+
+
+def test_a_client_that_returns_gets_all_it_missed_though_nothing_changes(service, client, monkeypatch):
+    for _ in range(40):
+        queued(service)
+    tell, full = live.WebSocketLine.tell, [-1]  # the socket takes nothing at first
+
+    def at_first_nothing(line: live.WebSocketLine, now_s: float) -> bool:
+        monkeypatch.setattr(live, "BUFFERED_BYTES", full.pop() if full else 0)
+        return tell(line, now_s)
+
+    monkeypatch.setattr(live.WebSocketLine, "tell", at_first_nothing)
+    until(lambda: not service.live._woken)
+    with client.socket("/ws/jobs?after=0") as line:
+        assert len({told(line).job_id for _ in range(40)}) == 40
 
 
 def test_a_resumed_job_goes_on_for_its_watchers_of_all_jobs(service, client, quick):

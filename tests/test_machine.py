@@ -313,7 +313,17 @@ class Machine(RuleBasedStateMachine):
     @rule(n=which, path=st.sampled_from((None, *INPUTS, "../a.zip")))
     @survives
     def resume(self, n: int, path: str | None) -> None:
-        job, before, given = self.pick(n), self.dump(), (path, "zip") if path else None
+        self._resume(self.pick(n), path)
+
+    @precondition(lambda self: any(job.state == SUCCESS and job.failed_pages for job in self.jobs))
+    @rule()
+    @survives
+    def resume_a_success(self) -> None:
+        """One whose failed pages are tried again: bare chance seldom finds one."""
+        self._resume(next(job for job in self.jobs if job.state == SUCCESS and job.failed_pages), None)
+
+    def _resume(self, job: MJob, path: str | None) -> None:
+        before, given = self.dump(), (path, "zip") if path else None
         unfinished = not job.pages or any(page.failed or not page.where for page in job.pages.values())
         source = path or job.path
 
@@ -346,11 +356,16 @@ class Machine(RuleBasedStateMachine):
         if job.state == RUNNING:
             self.refused(jobs.JobIsRunning, delete)
             return
+        waited = job.state == PENDING  # then it is cancelled before its files go
         try:
             self.call(delete)
+        except CutOff:
+            if waited and self.table.get(job.id).is_over:
+                job.end(FAILED, self.now_s, cancelled=True)
+            raise
         finally:
             assert not self.folder(job).exists() and not list(self.root.glob(f"*/*{job.id}*"))
-        self.lost[job.id] = job.ends
+        self.lost[job.id] = job.ends + waited
         self.jobs.remove(job)
 
     @rule(what=st.sampled_from(["cancel", "resume", "delete", "prioritize"]))
@@ -511,14 +526,14 @@ class Machine(RuleBasedStateMachine):
     def read(self, n: int) -> None:
         self.rows.append(self.table.get(self.pick(n).id))
 
-    @precondition(lambda self: self.rows)
+    @with_jobs
     @rule(n=which, values=st.sampled_from([{}, {"processed": 99}]))
     @survives
     def advance(self, n: int, values: dict[str, Any]) -> None:
         """Every move that isn't legal, or comes late, changes nothing."""
-        row = self.rows[-1 - n % len(self.rows)]
-        late = self.modelled(row) is None
-        for move in MOVES:
+        rows = [self.table.get(self.pick(n).id), *self.rows[-1 - n % max(1, len(self.rows)) :][:1]]
+        for row, move in itertools.product(rows, MOVES):
+            late = self.modelled(row) is None
             legal = (row.state, move) in LEGAL
             call = functools.partial(jobs.advance, self.table, row, move, self.now_s, **values)
             if late or not legal:

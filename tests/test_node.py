@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,8 @@ import pytest
 from serving import png, until
 
 import storage
-from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled
-from work.node import CODE, MODELS, Declined, Node, Weights, can_follow, code_hash
+from messages import ComputePage, EngineChoice, Limits, PageDone, Params, Plan, Settle, Settled, TaskFailed
+from work.node import CODE, MODELS, Declined, Node, Spooled, Weights, can_follow, code_hash
 from work.workers import run_worker
 
 PLAN = Plan("m", "a" * 64, "wheel", "cuda", "fp16", "native", 512, 18, 4)
@@ -72,6 +74,34 @@ def test_a_node_has_the_weights_that_the_service_has(tmp_path):
         node._keep_weights(Weights("other" if name == "other.pth" else "own", name, b"trusted"), data)
     here = {path.name: path.read_bytes() for path in (tmp_path / MODELS).iterdir()}
     assert here == {"other.pth": b"3", "trusted.sha256": b"trusted"}
+
+
+def bare_node(spool: Path) -> Node:
+    """A node without its worker."""
+    node = object.__new__(Node)
+    node.spool, node.pages, node.news, node.own = spool, {}, deque(), {}
+    node.lock = threading.RLock()
+    node.changed = threading.Condition(node.lock)
+    node.is_lost, node.beat, node.held, node.asked = False, None, [], []
+    return node
+
+
+@pytest.mark.parametrize("plan", [PLAN, None])
+def test_a_page_that_cannot_be_read_back_goes_elsewhere_and_is_not_forgotten(tmp_path, plan):
+    node = bare_node(tmp_path)
+    task = ComputePage("job", 1, 1, Path("1.png"), Path("1"), Params(), plan, Limits())
+    node.pages["job", 1, 1] = Spooled(task, tmp_path / "gone")
+    node._on_event(PageDone("job", 1, 1, "page.jpg", "0" * 64, 1, 1, 1, "L", 0.1))
+    ((event, data),) = node.collect()
+    assert (type(event), event.code, data) == (Declined if plan else TaskFailed, "DISK", None)
+
+
+def test_a_node_whose_worker_ended_takes_nothing_any_more(tmp_path):
+    node = bare_node(tmp_path)
+    node.is_lost = True
+    task = ComputePage("job", 1, 1, Path("1.png"), Path("1"), Params(), None, Limits())
+    node.give([(task, png())])
+    assert not node.pages and not node.news and not list(tmp_path.iterdir())
 
 
 def test_a_node_with_another_version_of_the_service_is_refused():

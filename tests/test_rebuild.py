@@ -373,7 +373,8 @@ def test_a_rebuilt_job_with_a_bad_page_is_resumed_once_its_input_is_named(layout
     layout.database.unlink()
     job = before.ids("SUCCESS")[-1]
     with serving(layout) as client:
-        assert client.call("POST", f"/jobs/{job}/resume").problem().status == 422
+        problem = client.call("POST", f"/jobs/{job}/resume").problem()
+        assert problem.status == 422 and "inputPath" in problem.detail
         client.post(job, "resume", {"inputPath": "incoming/v.zip", "inputType": "zip"})
         last = client.watch(job)[0][-1]
     assert (last.status, last.artifact_hash) == ("SUCCESS", before.jobs[job].artifact_hash)

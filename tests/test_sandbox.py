@@ -57,7 +57,7 @@ def early():
     told["early thread"] = attempts()
 thread = threading.Thread(target=early, daemon=True)
 thread.start()
-told["dropped"] = sandbox.drop_rights(network=sys.argv[1] == "network")
+told["dropped"] = sandbox.drop_rights()
 go.set()
 thread.join()
 told["main"] = attempts()
@@ -89,11 +89,6 @@ def test_dropped_rights_are_gone_in_every_thread_and_child(user):
     assert told["child"].splitlines()[-1] == "0"
 
 
-def test_a_worker_that_needs_the_network_keeps_it():
-    told = attempt("network")
-    assert (told["dropped"], told["main"]["2"], told["early thread"]["2"]) == (True, "ok", "ok")
-
-
 def test_elsewhere_nothing_happens():
     told = attempt("elsewhere")
     assert (told["dropped"], told["main"]["2"]) == (False, "ok")
@@ -101,8 +96,8 @@ def test_elsewhere_nothing_happens():
 
 @pytest.mark.parametrize("machine", ["riscv64", platform.machine()])
 def test_what_can_t_be_dropped_is_logged_and_no_error(monkeypatch, caplog, machine):
-    def refused(machine: str, network: bool) -> None:
-        sandbox.filter_program(machine, network)
+    def refused(machine: str) -> None:
+        sandbox.filter_program(machine)
         raise OSError(22, "the filter was refused")
 
     monkeypatch.setattr(sandbox, "_install", refused)
@@ -118,7 +113,7 @@ def test_what_can_t_be_dropped_is_logged_and_no_error(monkeypatch, caplog, machi
 
 @pytest.mark.parametrize("machine", sandbox.MACHINES)
 def test_a_program_ends_in_an_answer_and_no_jump_leaves_it(machine):
-    steps = sandbox.filter_program(machine, network=False)
+    steps = sandbox.filter_program(machine)
     count = len(steps) // 8
     assert len(steps) % 8 == 0 and count < 4096  # BPF_MAXINSNS
     for at in range(count):

@@ -42,6 +42,19 @@ def test_a_limit_that_is_no_number_stops_the_start_and_is_named(text):
         config(MAX_PAGES=text)
 
 
+def test_a_bound_that_is_passed_is_told():
+    with pytest.raises(settings.ConfigError, match="from 0 to 86400"):
+        config(WATCH_S="100000")
+
+
+def test_a_mistyped_name_in_the_watch_s_params_stops_the_start_and_tells_the_likely_one():
+    with pytest.raises(settings.ConfigError, match="no 'scal'; is 'scale' meant"):
+        config(WATCH_PARAMS='{"scal": 3}')
+    for name in ("jpegQuality", "jpeg_quality", "profile"):
+        value = '"kobo-sage"' if name == "profile" else "90"
+        assert name in config(WATCH_PARAMS=f'{{"{name}": {value}}}').watch_params
+
+
 def test_the_readme_states_every_limit():
     text = Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")
     for name in (*settings.LIMIT_SETTINGS, "upload_bytes"):
@@ -66,7 +79,7 @@ def test_an_unknown_form_of_log_stops_the_start_with_one_line():
 
 def test_without_ray_the_start_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(settings.ConfigError, match=r"pip install -e '.\[cluster\]'"):
+    with pytest.raises(settings.ConfigError, match=r'pip install -e ".\[cluster\]"'):
         settings.read_config({"REICHAN_CLUSTER": "auto"}, NO_FLAGS)
 
 

@@ -273,7 +273,9 @@ def test_a_refusal_names_each_bad_field(service, tmp_path):
     ("arguments", "says"),
     [(["nowhere.zip"], "is not there"), ([], "either a PATH or a --job"), (["."], "holds no pages"),
      (["server.py"], "is no folder and no .7z, "), (["--job", "none", "--watch"], "there is no job"),
-     (["v.zip", "--param", "x"], "KEY=VALUE"), (["v.zip", "--priority", "101"], "-100 to 100")],
+     (["v.zip", "--param", "x"], "KEY=VALUE"),
+     (["v.zip", "--param", "outputFormt=png"], "is 'outputFormat' meant"),
+     (["v.zip", "--priority", "101"], "-100 to 100")],
 )  # fmt: skip
 def test_what_can_t_be_done_is_said_in_one_line(service, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from serving import png, queued, still, until, volume
 import jobs
 import server
 import settings
+from files import inputs
 from messages import Limits, Params
 from work import submissions, uploads, watch
 
@@ -192,6 +194,37 @@ def test_a_submitted_folder_covers_what_lies_below_it(watched):
     wanted = submissions.Submission("T", "1", "folder", "T", Params(), None)
     submissions.submit(watched.service.table, watched.service.config.layout, wanted, None, "", Limits())
     assert watched.look() == ["T"]
+
+
+def test_a_folder_that_is_moved_in_is_new_however_old_its_files_are(watched):
+    require(sys.platform != "win32", "there a folder's move leaves no trace")
+    right = watched.incoming.parent / "right"
+    right.mkdir()
+    (right / "1.png").write_bytes(png(shade=7))
+    time.sleep(0.05)
+    watched.put("T/01/1.png", png())
+    assert watched.look() == ["T/01"]
+    shutil.rmtree(watched.incoming / "T/01")
+    time.sleep(0.05)
+    right.rename(watched.incoming / "T/01")
+    assert watched.look() == ["T/01", "T/01"]
+
+
+def test_one_upload_that_nobody_can_look_at_keeps_no_other_waiting(watched, monkeypatch, caplog):
+    watched.put("a.zip", volume({"1.png": png()}))
+    watched.put("b.zip", volume({"1.png": png(shade=1)}))
+    listed = inputs.list_input
+
+    def stumbling(place: Path, *of: Any) -> Any:
+        if place.name == "a.zip":
+            raise ValueError("nobody foresaw this (injected)")
+        return listed(place, *of)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(inputs, "list_input", stumbling)
+        assert watched.look() == ["b.zip"]
+        assert "looking at 'a.zip' stumbled" in caplog.text
+    assert watched.look(watch.LONGEST_WAIT_S) == ["b.zip", "a.zip"]
 
 
 def test_a_refused_upload_is_told_once_and_tried_again_when_it_changes(watched, caplog):

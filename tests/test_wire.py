@@ -723,6 +723,22 @@ def test_an_answer_may_be_waited_for_longer_than_a_body_may_stall(hasty):
         assert one(answer)[0::2] == (200, b"page")
 
 
+def test_an_answer_held_in_memory_may_take_longer_than_a_stall(hasty):
+    body = bytes(range(256)) * (16 << 12)  # 16 MiB: more than sockets hold
+
+    def handle(_handler: wire.Handler, _request: wire.Request) -> wire.Answer:
+        return wire.Answer(200, {}, body)
+
+    with serving(handle) as http, dial(http.server_port) as line:
+        line.sendall(GET + CLOSE + b"\r\n")
+        got, start_s = bytearray(), time.monotonic()
+        while piece := line.recv(1 << 20):
+            got += piece
+            time.sleep(0.05)
+        assert time.monotonic() - start_s > 2 * wire.STALL_S
+    assert got.endswith(body)
+
+
 @contextlib.contextmanager
 def serving_a_file(root: Path) -> Iterator[tuple[wire.HttpServer, list[io.BufferedReader]]]:
     """A server of one file that no socket's buffer holds, and what it opened."""

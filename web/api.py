@@ -18,9 +18,7 @@ import os
 import re
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -137,9 +135,11 @@ class Api:
         if key is not None and not 1 <= len(key) <= 255:
             raise jobs.InvalidFields([("Idempotency-Key", "must have 1 to 255 characters")])
         wanted = submissions.parse_submission(body, weightfiles.model_names(self.layout.models))
-        self._check_room(0)
+        body_hash = submissions.request_hash(body)
+        if not submissions.submitted(self.table, key, body_hash):
+            self._check_room(0)
         limits, reserve = self.config.limits, self.dispatcher.reserve_bytes
-        given = (self.table, self.layout, wanted, key, submissions.request_hash(body), limits, reserve)
+        given = (self.table, self.layout, wanted, key, body_hash, limits, reserve)
         with _blaming("input.path"):
             made = self.dispatcher.cache.with_room(lambda: volumes.submit(*given))
         self.dispatcher.wake()
@@ -191,14 +191,14 @@ class Api:
                 raise jobs.InvalidFields([("inputPath", fault)])
             given = (path, kind)
         with _blaming("inputPath"):
-            job = submissions.resume(self.table, self.layout, id, given)
+            job = submissions.resume(self.table, self.layout, id, given, self.config.limits)
         self.dispatcher.wake()
         return self._state_answer(job)
 
     def cancel(self, _request: Request, id: str) -> Answer:
         """POST /jobs/{id}/cancel."""
         job = jobs.cancel(self.table, id, self.table.clock())
-        self.dispatcher.wake()
+        self.dispatcher.tidy(id)
         return self._state_answer(job)
 
     def prioritize(self, request: Request, id: str) -> Answer:

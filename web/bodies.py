@@ -23,12 +23,16 @@ JSON_DEPTH = 64  # of a manifest; it is stored, and read again in any thread
 # ---------------------------------------------------------------- JSON bodies
 def json_body(request: Request, optional: bool = False) -> dict[str, Any]:
     """The body as a JSON object. Raises Refused 400, 413, 415."""
-    has_body = request.body.chunked or bool(request.body.length)
     media = (request.headers.one("content-type") or "").partition(";")[0].strip().lower()
+    # Of a chunked body only its end tells that it is empty.
+    read_first = optional and not media and request.body.chunked
+    data = request.body.read(BODY_BYTES) if read_first else b""
+    has_body = bool(data) if read_first else request.body.chunked or bool(request.body.length)
     # A web page can send text/plain anywhere without asking; application/json it can't.
     if ((has_body or not optional) and media not in ("application/json", "")) or (has_body and not media):
         raise Refused(415, "MEDIA_TYPE", "send the body as Content-Type: application/json")
-    data = request.body.read(BODY_BYTES)
+    if not read_first:
+        data = request.body.read(BODY_BYTES)
     return {} if optional and not data else json_object(data)
 
 

@@ -45,6 +45,9 @@ CLOSE_S = 5.0  # for the other side's close frame
 MESSAGE_BYTES = 64 << 10  # of a client's message
 MESSAGES = 100  # that a client may send in MESSAGES_S; they are ignored anyway
 MESSAGES_S = 10.0
+# Left in a socket's buffer before the next frame: where everything is written later (Windows' proactor),
+# one frame at a time would be one a round.
+BUFFERED_BYTES = 16 << 10 if os.name == "nt" else 0
 READ_BYTES = 8 << 10  # parsed in one go: some thousand of the smallest frames, a few ms
 
 
@@ -72,7 +75,7 @@ class Watcher:
     """One WebSocket's share of the changes. Newer states replace older ones that were not
     sent yet, so a slow reader skips; a terminal one is never replaced.
 
-    offer() may be called by any thread, the rest belongs to the loop.
+    offer() and drop() may be called by any thread, the rest belongs to the loop.
     """
 
     def __init__(self, job_id: str | None, after: int) -> None:
@@ -97,6 +100,11 @@ class Watcher:
             if waiting and not waiting[-1].is_terminal:
                 waiting.pop()
             waiting.append(frame)
+
+    def drop(self, job_id: str) -> None:
+        """A job was deleted."""
+        with self.lock:
+            self.pending.pop(job_id, None)
 
     def take(self, now_s: float) -> list[StateFrame]:
         """What is to be sent now: news in order of seq, then running jobs silent for SILENCE_S."""
@@ -197,10 +205,17 @@ class Live:
         self._wake()
 
     def end(self, job_id: str) -> None:
-        """A job was deleted: its watchers wait for nothing any more."""
+        """A job was deleted: its watchers still hear how it ended, and wait for nothing more. Those of
+        all jobs hear nothing: they would take it for one that is there."""
         with self.lock:
+            unheard = [(job, self.frame(job)) for job in self._news.pop(job_id, [])]
             for watcher in self.watchers:
-                watcher.unknown |= watcher.job_id == job_id
+                if watcher.job_id == job_id:
+                    for job, frame in unheard:
+                        watcher.offer(job, frame)
+                    watcher.unknown = True
+                elif watcher.job_id is None:
+                    watcher.drop(job_id)
         self._wake()
 
     def frame(self, job: Job) -> StateFrame:
@@ -298,6 +313,8 @@ class Live:
             self._distribute()  # older than the present state that it was offered, some of it
             line.tell(time.monotonic())
             self._lines.add(line)
+            # A round, for what the line did not take at once, and so that the looks for silence begin.
+            self._changed.set()
             await line.run(buffered)
         except asyncio.CancelledError:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
@@ -350,16 +367,15 @@ class WebSocketLine:
         """Write what is due, while the peer reads it. Whether there is more."""
         if self.protocol.state is not State.OPEN or self.writer.is_closing():
             return False
-        if self.watcher.unknown:
-            self._say_goodbye(4404, "there is no such job")
-            return False
         if not self.backlog and (self.watcher.pending or self.watcher.quiet_s(now_s) == 0):
             self.backlog.extend(self.watcher.take(now_s))
         # What the socket doesn't take at once waits here, where the next states can overtake it.
-        while self.backlog and not self.writer.transport.get_write_buffer_size():
+        while self.backlog and self.writer.transport.get_write_buffer_size() <= BUFFERED_BYTES:
             self.writer.write(self.backlog.popleft().wire)
         if not self.backlog and self.watcher.is_finished():
             self._say_goodbye(CloseCode.NORMAL_CLOSURE, "")
+        elif self.watcher.unknown and not (self.backlog or self.watcher.pending):
+            self._say_goodbye(4404, "there is no such job")
         return bool(self.backlog or self.watcher.pending)
 
     def _say_goodbye(self, code: int, reason: str) -> None:

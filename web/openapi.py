@@ -17,7 +17,7 @@ from typing import Any
 
 import jobs
 from engine import devices
-from messages import Params
+from messages import Params, camel
 from work import submissions
 
 COOKIE = "reichan_session"  # stands for the token, see POST /session
@@ -98,7 +98,7 @@ ANYWHERE = {400: "Problem", 403: "Problem", 421: "Problem"}
 def _params_schema() -> dict[str, Any]:
     defaults = Params()
     properties: dict[str, Any] = {
-        submissions.camel(name): {
+        camel(name): {
             "type": ["integer", "null"] if nullable else "integer",
             "minimum": least,
             "maximum": most,
@@ -107,7 +107,7 @@ def _params_schema() -> dict[str, Any]:
         for name, (least, most, nullable) in submissions.RANGES.items()
     }
     properties |= {
-        submissions.camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
+        camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
         for name, allowed in submissions.CHOICES.items()
     }
     properties |= {

@@ -41,6 +41,7 @@ from messages import (
     Surveyed,
     TaskFailed,
     Workload,
+    camel,
 )
 from storage import Layout
 from web import forms, reader
@@ -159,7 +160,7 @@ class Source:
 def source_of(layout: Layout, wanted: Wanted, limits: Limits) -> Source:
     """Raises storage.OutsideIncoming, InputMissing; where a variant is split InputUnusable's family."""
     kind, path = wanted.input or ("", "")
-    path = submissions.checked_input(layout, path, kind)
+    path = submissions.checked_input(layout, path, kind, limits)
     place = layout.incoming / path
     if all(params.split == "none" for params in wanted.variants):
         return Source(place)
@@ -213,7 +214,7 @@ class Previews:
         """Take in an image that was sent. Raises Refused 422, OSError."""
         kind = storage.sniff(bytes(data[:16]))
         if kind not in reader.IMAGES:
-            raise Refused(422, "NO_IMAGE", "what was sent is no JPEG, PNG, WebP, GIF or BMP")
+            raise Refused(422, "NO_IMAGE", "what was sent is no image of a kind that is read here")
         key = hashlib.sha256(data).hexdigest()[:32]
         path = self._cache.folder / f"{key}.{kind}"
         with self._lock:
@@ -379,7 +380,7 @@ class Previews:
         if load is not None and done.plan is not None:
             told = predict.to_json(predict.forecast(load, self.dispatcher.rates.rate(params, done.plan)))
         return {
-            "params": {submissions.camel(key): value for key, value in asdict(params).items()},
+            "params": {camel(key): value for key, value in asdict(params).items()},
             "after": f"/preview/{Path(done.output).stem}",
             "width": done.width,
             "height": done.height,

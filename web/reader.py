@@ -33,13 +33,22 @@ import jobs
 import storage
 from files import weightfiles
 from jobs import JobError
-from messages import OF_VOLUMES, ComputePage, EngineChoice, Limits, PageDone, PageFailed, Params, TaskFailed
+from messages import (
+    OF_VOLUMES,
+    ComputePage,
+    EngineChoice,
+    Limits,
+    PageDone,
+    PageFailed,
+    Params,
+    TaskFailed,
+    camel,
+)
 from storage import Layout
 from web import forms
 from web.wire import Refused
 from work import submissions
 from work.dispatch import Dispatcher
-from work.submissions import camel
 
 log = logging.getLogger("reader")
 
@@ -66,7 +75,7 @@ def params_of(query: dict[str, str], models: dict[str, str], model: str = DEFAUL
     """Params from a query, other keys ignored. models: see submissions.parse_params; model: where the
     query names none. Raises InvalidFields."""
     given: dict[str, Any] = {"model": model}
-    numbers = {*map(submissions.camel, submissions.RANGES)}
+    numbers = {*map(camel, submissions.RANGES)}
     for name in query.keys() & {*PARAMETERS}:
         is_whole = name in numbers and re.fullmatch(r"[0-9]{1,9}", query[name])
         given[name] = int(query[name]) if is_whole else query[name]

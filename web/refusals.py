@@ -31,6 +31,7 @@ STATUS_OF: dict[type[Exception], int] = {
     storage.InputMissing: 422,
     storage.InputUnusable: 422,
     storage.NameTaken: 409,
+    storage.FilesInUse: 409,
     storage.NoRoom: 507,
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,6 +1,6 @@
-"""The service as a child of another program: what it tells its parent, and when it ends with it.
+"""The service and what started it: what it tells a parent, when it ends with it, a console's clicks.
 
-Map: take_stdout, ready_line - call_at_end_of_stdin
+Map: take_stdout, ready_line - let_clicks_be - call_at_end_of_stdin
 Rule: a parent, however it dies, closes its end of our stdin; that is all we rely on, on any system.
 Runs in: main; a thread that does nothing but wait for the end of stdin.
 """
@@ -8,12 +8,16 @@ Runs in: main; a thread that does nothing but wait for the end of stdin.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import TextIO
+
+from files import sandbox
 
 log = logging.getLogger("sidecar")
 
@@ -31,17 +35,23 @@ def ready_line(url: str, token: str | None) -> str:
     return json.dumps({"url": url, "token": token, "pid": os.getpid()})
 
 
+def let_clicks_be() -> None:
+    """On Windows a click into the console holds up whoever writes there, and so all work, until a key is
+    pressed (QuickEdit): not in this one."""
+    if sys.platform == "win32":
+        stdin, quick_edit, extended = -10, 0x40, 0x80
+        kernel, mode = ctypes.windll.kernel32, ctypes.c_uint32()
+        console = kernel.GetStdHandle(stdin)
+        if kernel.GetConsoleMode(console, ctypes.byref(mode)):
+            kernel.SetConsoleMode(console, (mode.value & ~quick_edit) | extended)
+
+
 def call_at_end_of_stdin(ended: Callable[[], None]) -> None:
     """Call `ended` from a thread once stdin is at its end. Raises OSError where there is no stdin."""
     try:
-        stdin = os.dup(0)
+        stdin = sandbox.take_stdin()  # nor has a worker any business with our parent
     except OSError as error:
         raise OSError("--exit-with-stdin takes a stdin that its parent holds open: a pipe") from error
-    # On Windows a child that inherits a pipe which is being read hangs at its start; on all systems a
-    # worker has no business with our parent.
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
 
     def wait() -> None:
         with contextlib.suppress(OSError):

@@ -374,7 +374,8 @@ class Body:
 
 # ---------------------------------------------------------------- conditions and ranges
 def _tags(value: str) -> list[tuple[bool, str]]:
-    """(weak, opaque tag) of an entity-tag list; bare ones count as quoted (see contract)."""
+    """(weak, opaque tag) of an entity-tag list; bare ones, which the desktop client sends,
+    count as quoted."""
     found = re.findall(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"|([^",\s]+)', value)
     return [(bool(weak), tag or bare) for weak, tag, bare in found]
 
@@ -733,9 +734,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer, head_only: bool, close: bool) -> None:
         head, body = head_bytes(answer, close), answer.body
-        self.peer.enter("answer", STALL_S)
+        whole = memoryview(head + body if isinstance(body, bytes) and not head_only else head)
         try:
-            self.wfile.write(head + body if isinstance(body, bytes) and not head_only else head)
+            for at in range(0, len(whole), CHUNK_BYTES):
+                piece = whole[at : at + CHUNK_BYTES]
+                self.peer.enter("answer", STALL_S + len(piece) / SLOWEST_BYTES_S)
+                self.wfile.write(piece)
             self.server.turns.end(self.peer.number)
             if not isinstance(body, bytes) and not head_only:
                 self._send_file(body, answer.offset, answer.size_bytes())

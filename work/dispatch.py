@@ -75,15 +75,17 @@ from work.questions import Question, Questions
 from work.retention import Keep, Retention
 from work.runs import Run
 from work.submissions import artifact_of, closing_message, to_report
-from work.workers import Slot, WorkerSlot, exit_reason, kind_of_death, run_worker
+from work.workers import Slot, WorkerSlot, exit_reason, keep_awake, kind_of_death, run_worker
 
 log = logging.getLogger("dispatch")
 
+ASLEEP_S = 10.0  # a turn later than this was held up by the machine's sleep: workers were not silent
 BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
 BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
 DIED_TWICE = "the worker process died twice while computing this page"
+STRANGERS_PAGES = 2  # that a worker beside others has at once, before its pace is known
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
@@ -132,8 +134,11 @@ class Dispatcher:
         self.paused_s: float | None = None  # monotonic, since when the queue stands still
         self.probed: Probed | None = None
         self.questions = Questions()
+        self._stumbled: dict[str, str] = {}  # step of a turn -> what it stumbled over last
+        self.awake = False  # see _stay_awake
         self._stopping = threading.Event()
         self._woken = threading.Event()
+        self._wake_lock = threading.Lock()  # of the pipe's writing end
         self._wake_r, self._wake_w = multiprocessing.Pipe(duplex=False)
         self._thread = threading.Thread(target=self._loop, name="dispatcher", daemon=True)
 
@@ -156,10 +161,11 @@ class Dispatcher:
 
     def wake(self) -> None:
         """The table changed; look at it."""
-        if not self._woken.is_set():
-            self._woken.set()
-            with contextlib.suppress(OSError):
-                self._wake_w.send_bytes(b"!")
+        with self._wake_lock:
+            if not self._woken.is_set():
+                self._woken.set()
+                with contextlib.suppress(OSError):
+                    self._wake_w.send_bytes(b"!")
 
     def ask(self, key: str, question: Question) -> Future[Any]:
         """Have a worker answer this, or compute a page outside any job; see Questions."""
@@ -175,6 +181,11 @@ class Dispatcher:
                 return False
             time.sleep(0.02)
         return True
+
+    def tidy(self, job_id: str) -> None:
+        """A job was cancelled, perhaps one that waited: remove what its attempts left."""
+        self.untidy.add(job_id)
+        self.wake()
 
     def _is_held(self, job_id: str) -> bool:
         """Whether a worker has a task of this job, of any attempt."""
@@ -196,12 +207,9 @@ class Dispatcher:
         except OSError as error:
             log.warning("the cache of pages can't be read: %s", storage.reason_of(error))
         while not self._stopping.is_set():
-            try:
-                self._turn()
-            # Around an attempt: one job's bad luck must not stop the others' work.
-            except Exception:
-                log.exception("the dispatcher stumbled; it goes on")
-                time.sleep(0.5)
+            self._turn()
+        for slot in self.workers.values():
+            slot.post(None)  # all at once; none is to wait for the one before it
         for slot in self.workers.values():
             slot.stop(wait_s=slot.stop_s)
         for run in self.runs.values():
@@ -209,23 +217,49 @@ class Dispatcher:
                 lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
         self.questions.cancel_all()
 
+    def _steps(self) -> Sequence[Callable[[], None]]:
+        """What a turn consists of."""
+        return (
+            self._drop_ended_runs,
+            self._take_up_lost,
+            self._tidy,
+            self._record_failures,
+            self.retention.turn,
+            self._see_pause,
+            self._claim,
+            self._stay_awake,
+            self._deal,
+            self._wait,
+            self._check_deadlines,
+        )
+
     def _turn(self) -> None:
-        self._drop_ended_runs()
-        self._tidy()
-        self._record_failures()
-        self.retention.turn()
-        self._see_pause()
-        self._claim()
-        self._deal()
-        self._wait()
-        self._check_deadlines()
+        for step in self._steps():
+            try:
+                step()
+            # Around an attempt: one job's bad luck, or the table's, must not stop the others' work.
+            except Exception as error:
+                self._stumble(step.__name__, error)
+            else:
+                self._stumbled.pop(step.__name__, None)
+
+    def _stumble(self, step: str, error: Exception) -> None:
+        if self._stumbled.get(step) != str(error):  # once, if it is the same at every turn
+            log.error("the dispatcher stumbled (%s); it goes on", step, exc_info=error)
+        self._stumbled[step] = str(error)
+        time.sleep(0.1)
 
     def _wait(self) -> None:
         """Sleep until an event, a death, a wake-up, or the next deadline."""
         waiting: list[Any] = [self._wake_r]
         for slot in self.workers.values():
             waiting += [slot.conn, slot.process.sentinel]
-        ready = multiprocessing.connection.wait(waiting, timeout=0.25 if self.workers else 5.0)
+        timeout_s, began_s = 0.25 if self.workers else 5.0, time.monotonic()
+        ready = multiprocessing.connection.wait(waiting, timeout_s)
+        late_s = time.monotonic() - began_s - timeout_s
+        if late_s > ASLEEP_S:
+            for holder in self.holders():
+                holder.excuse(late_s)
         if self._wake_r in ready:
             self._woken.clear()
             self._wake_r.recv_bytes()
@@ -269,6 +303,13 @@ class Dispatcher:
                 continue
             self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
 
+    def _stay_awake(self) -> None:
+        """While jobs run, so does the machine."""
+        is_busy = bool(self.runs) and self.paused_s is None
+        if is_busy != self.awake:
+            self.awake = is_busy
+            keep_awake(is_busy)
+
     def _see_pause(self) -> None:
         """While the queue is paused nothing is claimed, and no task of a job dealt; what is under way
         ends, and then the workers, which give the device's memory back after their idle time."""
@@ -298,6 +339,14 @@ class Dispatcher:
             if ended:
                 self._abandon(run)
 
+    def _take_up_lost(self) -> None:
+        """Let jobs wait again that run in the table alone: their attempt ended while it could not be
+        written."""
+        for job in self.table.in_state(RUNNING):
+            if job.id not in self.runs and job.id not in self.unrecorded:
+                with contextlib.suppress(JobError):
+                    lose_worker(self.table, job, self.table.clock())
+
     def _abandon(self, run: Run) -> None:
         self.untidy.add(run.job.id)
         self.runs.pop(run.job.id, None)
@@ -305,10 +354,12 @@ class Dispatcher:
             for key in list(slot.tasks):
                 if key[:2] == (run.job.id, run.job.attempt) and not isinstance(key, str):
                     slot.cancel(key, time.monotonic())
+            if slot.kept_for == run.job.id:
+                slot.kept_for = None
 
     def _tidy(self) -> None:
         """Remove what jobs that are over leave, once no worker can add to it any more."""
-        for job_id in [one for one in self.untidy if not self._is_held(one)]:
+        for job_id in [one for one in list(self.untidy) if not self._is_held(one)]:
             try:
                 job = self.table.get(job_id)
             except UnknownJob:
@@ -331,6 +382,9 @@ class Dispatcher:
 
     # -- dealing
     def _deal(self) -> None:
+        for slot in self.holders():
+            if slot.kept_for not in self.runs:
+                slot.kept_for = None  # that job is over
         self._deal_asked()
         while self.paused_s is None:
             # The job with the fewest pages under way comes first: several share fairly.
@@ -369,8 +423,8 @@ class Dispatcher:
             self._hire()
 
     def _for_single(self) -> Slot | None:
-        """A worker for a page outside any job: beyond its room, for somebody waits for that page, but a
-        few only, and none where a suspect page is alone or about to be."""
+        """A worker for a page outside any job. Somebody waits for it, so it may be more than the worker has
+        room for, by SINGLES at most; but not one where a suspect page is alone, or about to be."""
         able = [slot for slot in self._page_slots(None) if slot.is_open() and slot.singles() < SINGLES]
         if able:
             return min(able, key=lambda slot: len(slot.tasks))
@@ -407,13 +461,14 @@ class Dispatcher:
         for slot in kept or [slot for slot in able if slot.room() > 0]:
             if not slot.tasks:
                 return slot
-        if able and not kept:
-            min(able, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
+        free = [slot for slot in able if slot.kept_for not in self.runs]  # the others are other jobs' in turn
+        if free and not kept:
+            min(free, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
         return None if able else self._for_pages(run)
 
     def _for_pages(self, run: Run) -> Slot | None:
-        """The worker with the most room; without one, another is started where there may be more."""
-        slot = self._idlest(self._page_slots(run))
+        """The worker that will be done first; without one, another is started where there may be more."""
+        slot = self._quickest(self._page_slots(run))
         if slot is None:
             self._want_page_slot()
         return slot
@@ -425,10 +480,25 @@ class Dispatcher:
             self._want_file_slot()
         return slot
 
+    def _quickest(self, slots: Sequence[Slot]) -> Slot | None:
+        """Of workers on unlike cards the one whose next page would be done first, at the pace of its last
+        ones. None where all together would be done with the rest before it: nobody is to wait for the last
+        pages of a slow card."""
+        able, now_s = [slot for slot in slots if slot.is_open()], time.monotonic()
+        paces = {slot.index: pace_s for slot in able if (pace_s := slot.pace_s(now_s)) is not None}
+        if len(able) < 2 or len(paces) < len(able):
+            few = [slot for slot in able if slot.index in paces or len(slot.tasks) < STRANGERS_PAGES]
+            return self._idlest(few if len(able) > 1 else able)
+
+        def done_s(slot: Slot) -> float:
+            return (len(slot.tasks) + 1) * paces[slot.index]
+
+        rest = sum(len(run.todo) + len(run.in_flight) for run in self.runs.values())
+        rest_s = rest / sum(1 / max(pace_s, 1e-3) for pace_s in paces.values())
+        best = min((slot for slot in able if slot.room() > 0), key=done_s, default=None)
+        return best if best and done_s(best) <= max(rest_s, min(map(done_s, able))) else None
+
     def _idlest(self, slots: Sequence[Slot]) -> Slot | None:
-        for slot in slots:
-            if slot.kept_for not in self.runs:
-                slot.kept_for = None  # that job is over
         return max((slot for slot in slots if slot.room() > 0), key=Slot.room, default=None)
 
     def _hire(self) -> WorkerSlot | None:
@@ -437,7 +507,11 @@ class Dispatcher:
         free = next((i for i in range(workers) if i not in self.workers), None)
         if free is None or time.monotonic() < self.not_before_s:
             return None
-        self.workers[free] = WorkerSlot(free, self.entry, self.choice)
+        try:
+            self.workers[free] = WorkerSlot(free, self.entry, self.choice)
+        except OSError as error:  # no process, file or memory to be had
+            self._on_boot_failure(storage.reason_of(error))
+            return None
         return self.workers[free]
 
     def _send_page(self, run: Run, slot: Slot, n: int, carry: str | None) -> None:
@@ -490,7 +564,11 @@ class Dispatcher:
                 self.reserve_bytes,
             )
         else:
-            report = to_report(job, self.table.pages(job.id), self.layout)
+            try:
+                report = to_report(job, self.table.pages(job.id), self.layout)
+            except storage.StorageError as error:  # its folder is one no longer
+                self._fail(run, error.code, error.detail)
+                return True
             artifact = artifact_of(job, self.layout)
             task = Pack(job.id, job.attempt, run.outputs, artifact, report)
         run.file_task = None
@@ -534,7 +612,7 @@ class Dispatcher:
             case Dropped(job_id, attempt, n):
                 slot.free((job_id, attempt, n))
             case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n):
-                self._on_page(event, slot.free((job_id, attempt, n)))
+                self._on_page(slot, event, slot.free((job_id, attempt, n)))
             case Staged(job_id, attempt) | Packed(job_id, attempt) | TaskFailed(job_id, attempt):
                 slot.free((job_id, attempt, event.n if isinstance(event, TaskFailed) else 0))
                 run = self._run_of(event)
@@ -547,9 +625,11 @@ class Dispatcher:
         run = self.runs.get(event.job_id)
         return run if run and run.job.attempt == event.attempt else None
 
-    def _on_page(self, event: PageDone | PageFailed, task: Task | None) -> None:
+    def _on_page(self, slot: Slot, event: PageDone | PageFailed, task: Task | None) -> None:
         if isinstance(event, PageDone) and event.cache_key:
             self.cache.used(event.cache_key)
+        if isinstance(event, PageDone) and not (event.carried or event.cached):
+            slot.count_page(time.monotonic())
         run = self._run_of(event)
         if run is None:
             return
@@ -578,7 +658,6 @@ class Dispatcher:
         else:
             run.cached.discard(event.n)  # damaged since, and computed after all
         run.left -= 1
-        run.pages[event.n] = replace(page, status="upscaled")
         underway = min(run.in_flight, default=None)
         with contextlib.suppress(StaleAttempt):  # cancelled meanwhile: the next turn drops the run
             finish_page(
@@ -654,7 +733,6 @@ class Dispatcher:
         page = run.pages[event.page]
         reopen_page(self.table, run.job, page.n)
         run.left += 1
-        run.pages[page.n] = replace(page, status="pending")
         run.todo.append(page.n)
 
     def _finish(self, run: Run, event: Packed) -> None:
@@ -719,7 +797,7 @@ class Dispatcher:
         """A worker died: blame the page it had alone, suspect those it had together."""
         del self.workers[slot.index]
         slot.process.join()
-        slot.conn.close()
+        slot.stop(wait_s=0)
         why = slot.doom or exit_reason(slot.process.exitcode)
         log.error("worker %d ended: %s", slot.index, why)
         self.metrics.worker_deaths.add(1, kind_of_death(slot))
@@ -737,27 +815,34 @@ class Dispatcher:
     def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
         """One attempt is spent. The next finds on disk and in the table where to go on."""
         blamed = [key[2] for key in slot.tasks if not isinstance(key, str) and key[:2] == run.key(0)[:2]]
+        self._abandon(run)
         # Killed for a cancelled neighbour's sake: nobody here is to blame.
         if slot.doom != "cancel":
             for n in filter(None, blamed):
-                deaths = run.pages[n].deaths + slot.exclusive
-                self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
+                self._suspect(run, n, run.pages[n].deaths + slot.exclusive)
             if 0 in blamed and not slot.singles():  # a reader's page is likelier to have done it
                 count = self.careless_deaths.get(run.job.id, 0) + 1
                 self.careless_deaths[run.job.id] = count
                 if count >= CARELESS_DEATHS:
                     self._fail(run, "WORKER_DIED", f"the worker process died {count} times: {why}")
                     return
-        self._abandon(run)
-        with contextlib.suppress(JobError):
+        with contextlib.suppress(JobError, sqlite3.OperationalError):  # _take_up_lost tries again
             lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+
+    def _suspect(self, run: Run, n: int, deaths: int) -> None:
+        """Note that a page may have ended its worker. Where a full disk keeps that out, the job goes on."""
+        try:
+            self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
+        except sqlite3.OperationalError as error:
+            about = logs.of(run.job.id, n)
+            log.warning("the table can't say of a page that it is suspect: %s", error, extra=about)
 
     def _on_boot_failure(self, why: str) -> None:
         """Workers can't start: say so in the jobs, and don't try again at once."""
         self.boot_failures += 1
         self.not_before_s = time.monotonic() + min(60.0, 2.0**self.boot_failures)
-        if self.boot_failures < CARELESS_DEATHS:
-            return
+        if self.boot_failures < CARELESS_DEATHS or any(slot.capacity for slot in self._file_slots()):
+            return  # with one that is up, the jobs go on
         for run in list(self.runs.values()):
             self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
         self.questions.disappoint_all(f"the worker process can't start: {why}")

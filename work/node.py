@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ def _is_alive(pid: int) -> bool:
 class Node:
     """The Ray actor: a worker process like any, and what passes between it and the service.
 
-    Pages are files in between, as the worker knows them: so that it may be the same one, with the rights
-    that it gives up, its deadlines, and a death of its own.
+    Between service and worker a page is a file in the spool. So the worker is the same as on a single
+    machine: it gives up the same rights, has the same deadlines, and can die by itself.
     """
 
     def __init__(self, choice: EngineChoice, entry: Callable[..., None], code: str) -> None:
@@ -133,6 +133,7 @@ class Node:
         self.spool = new_spool()
         self.folders = 0
         self.lock = threading.RLock()  # of all below
+        self.is_lost = False  # its worker has ended
         self.pages: dict[tuple[str, int, int], Spooled] = {}
         self.own: dict[tuple[Params, Plan], Settled | TaskFailed | None] = {}  # None: being asked
         self.asked: list[tuple[Params, Plan]] = []  # in the order of the questions
@@ -148,6 +149,8 @@ class Node:
         """Tasks for the worker, pages with their bytes."""
         for item, data in batch:
             with self.lock:
+                if self.is_lost:
+                    return  # the service hears of that, and gives it to others
                 if isinstance(item, Weights):
                     self._keep_weights(item, data)
                 elif isinstance(item, ComputePage) and data is not None:
@@ -241,16 +244,21 @@ class Node:
         worker = self.worker
         while True:
             ready = multiprocessing.connection.wait([worker.conn, worker.process.sentinel])
-            with contextlib.suppress(EOFError, OSError):
-                while worker.conn.poll():
-                    event = worker.conn.recv()
-                    with self.lock:
-                        self._on_event(event)
+            for event in self._heard():
+                with self.lock:
+                    self._on_event(event)
             if worker.process.sentinel in ready:
                 worker.process.join()
+                with self.lock:
+                    self.is_lost = True
+                    self._put(Lost(0, workers.exit_reason(worker.process.exitcode), blame=True))
                 shutil.rmtree(self.spool, ignore_errors=True)
-                self._put(Lost(0, workers.exit_reason(worker.process.exitcode), blame=True))
                 return
+
+    def _heard(self) -> Iterator[Any]:
+        with contextlib.suppress(EOFError, OSError):  # it died: its sentinel follows
+            while self.worker.conn.poll():
+                yield self.worker.conn.recv()
 
     def _on_event(self, event: Any) -> None:
         match event:
@@ -259,26 +267,34 @@ class Node:
                 self.own[asked] = event
                 self._release()
                 if isinstance(event, TaskFailed):
-                    del self.own[asked]  # ask again, should it ever come back: somebody may have mended it
+                    del self.own[asked]  # asked again with the next page: somebody may have mended it
             case Beat():
                 self.beat = event
             case PageDone(job_id, attempt, n) | PageFailed(job_id, attempt, n) | Dropped(job_id, attempt, n):
                 spooled = self.pages.pop((job_id, attempt, n), None)
                 self._page_ended(event, spooled)
             case TaskFailed(job_id, attempt, n) if n and (job_id, attempt, n) in self.pages:
-                spooled = self.pages.pop((job_id, attempt, n))
-                shutil.rmtree(spooled.folder, ignore_errors=True)
-                if spooled.task.plan is None:
-                    self._put(event)
-                else:  # no weights, no device, no room: others may have them
-                    self._decline(spooled.task, event.code, event.detail)
+                self._lose_page(self.pages.pop((job_id, attempt, n)), event.detail, event.code)
             case _:
                 self._put(event)
+
+    def _lose_page(self, spooled: Spooled, detail: str, code: str = storage.DiskRefused.code) -> None:
+        """No weights, no device, no room: others may have them."""
+        shutil.rmtree(spooled.folder, ignore_errors=True)
+        task = spooled.task
+        if task.plan is None:
+            self._put(TaskFailed(task.job_id, task.attempt, task.n, code, detail))
+        else:
+            self._decline(task, code, detail)
 
     def _page_ended(self, event: Any, spooled: Spooled | None) -> None:
         data = None
         if spooled and isinstance(event, PageDone):
-            data = (spooled.folder / event.output).read_bytes()
+            try:
+                data = (spooled.folder / event.output).read_bytes()
+            except OSError as error:
+                self._lose_page(spooled, f"the node's disk refused: {storage.reason_of(error)}")
+                return
             if not event.carried:
                 event = replace(event, deviation=self._deviation(spooled.task, event.deviation))
         if spooled:

@@ -4,11 +4,11 @@ Map: Rate - of volumes, of a preview's pages - what is kept with a job - Rates
 Rule: a prediction rests on like work only: the same weights, device, precision and settings.
 Runs in: the dispatcher thread (jobs) and http-* threads (previews). Standard library only.
 
-A volume that ran without a break has measured all there is: seconds from its start to its end,
-pixels in, bytes out. What its pages did not take themselves is the same for a short volume as for a
-long one. Until it is staged a worker may have to start, which takes longer than some volumes: a job
-is told of after that, by what it took this time. Where nothing like it ran yet a preview's page stands
-in for a volume; that is forgotten with the service, volumes stay in the job table.
+A volume that ran without a break has measured all there is: seconds from its start to its end, pixels
+in, bytes out. The time beside its pages is about the same for a short volume as for a long one. The
+time until it is staged is measured for each job, since a worker may have to start first, which can take
+longer than a volume; so a job is foretold only once it is staged. Until a like volume has run, pages
+of previews stand in for it; those are kept in memory only, volumes in the job table.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ import jobs
 import storage
 from files import artifacts
 from jobs import SUCCESS, Job, JobTable, Page
-from messages import Params, Plan
+from messages import Params, Plan, camel
 from storage import Layout
 from work import submissions
 
@@ -271,7 +271,7 @@ def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) 
 def _params_of(report: dict[str, Any]) -> Params:
     """Settings that are younger than the report have their defaults."""
     given, names = report["params"], [item.name for item in fields(Params)]
-    keys = {name: submissions.camel(name) for name in names}
+    keys = {name: camel(name) for name in names}
     return Params(**{name: given[key] for name, key in keys.items() if key in given})
 
 
@@ -287,9 +287,8 @@ def _plan_of(report: dict[str, Any]) -> Plan:
         "halo_px": report["haloPx"],
         "batch": report["batch"],
     }
-    names = {name: "haloPx" if name == "halo_px" else submissions.camel(name) for name in plan}
     choices = [
-        Plan(**{name: one.get(names[name], value) for name, value in plan.items()})
+        Plan(**{name: one.get(camel(name), value) for name, value in plan.items()})
         for one in report["choices"]
     ]
     return Plan(**plan, choices=tuple(choices))

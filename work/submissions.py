@@ -1,7 +1,7 @@
 """What clients ask for, and what they are told: submissions, resumes, deletions; states and reports.
 
 Map: Submission - parse_submission, parse_params - submit, resume, delete - artifact_of - to_state, to_report
-Rule: nothing is stored of a request before all of it was found valid; contract.md has the words.
+Rule: nothing is stored of a request before all of it was found valid.
 Runs in: http-N threads, the dispatcher (reports), ws-loop (states). All SQL is jobs.py's.
 """
 
@@ -27,6 +27,7 @@ from messages import (
     Limits,
     Params,
     Plan,
+    camel,
     reported,
 )
 from storage import Layout
@@ -75,12 +76,6 @@ RANGES = {  # name: (least, most, may be null)
 TITLE_CHARACTERS = 300
 
 PRIORITIES = (-100, 100)  # least, most
-
-
-def camel(name: str) -> str:
-    """snake_case -> camelCase."""
-    head, *tail = name.split("_")
-    return head + "".join(map(str.capitalize, tail))
 
 
 def pick(body: dict[str, Any], name: str) -> Any:
@@ -205,17 +200,30 @@ def submit(
     """A new job, or the one that this Idempotency-Key made before.
 
     reserve_bytes: what must stay free on the disk beside the job's own; None: unchecked.
-    Raises KeyReused, storage.OutsideIncoming, storage.InputMissing, storage.NoRoom.
+    Raises KeyReused and as checked().
     """
+    before = submitted(table, key, body_hash)
+    if before:
+        return before[0]
+    ready = checked(layout, wanted, limits, reserve_bytes)
     with table.transaction():
+        # Another request with this key may have been quicker.
         before = submitted(table, key, body_hash)
-        if before:
-            return before[0]
-        place = checked_input(layout, wanted.input_path, wanted.input_type)
-        if reserve_bytes is not None:
-            sizes = inputs.input_sizes(layout.incoming / place, limits)
-            inputs.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
-        return insert(table, replace(wanted, input_path=place), key, body_hash)
+        return before[0] if before else insert(table, ready, key, body_hash)
+
+
+def checked(layout: Layout, wanted: Submission, limits: Limits, reserve_bytes: int | None) -> Submission:
+    """The same with its input's path below incoming/, found there, and with room for it. This may read
+    an archive: not to be done while the job table is locked.
+
+    Raises storage.OutsideIncoming, storage.InputMissing, storage.NoRoom, and for a place inside an
+    archive storage.InputUnusable's family.
+    """
+    place = checked_input(layout, wanted.input_path, wanted.input_type, limits)
+    if reserve_bytes is not None:
+        sizes = inputs.input_sizes(layout.incoming / place, limits)
+        inputs.check_room(layout.root, sizes, (), wanted.params, reserve_bytes)
+    return replace(wanted, input_path=place)
 
 
 def submitted(table: jobs.JobTable, key: str | None, body_hash: str) -> list[jobs.Job]:
@@ -249,31 +257,49 @@ def insert(table: jobs.JobTable, wanted: Submission, key: str | None, body_hash:
     return job
 
 
-def checked_input(layout: Layout, path: str, kind: str) -> str:
-    """A client's path below incoming/. Raises storage.OutsideIncoming, storage.InputMissing."""
+def checked_input(layout: Layout, path: str, kind: str, limits: Limits) -> str:
+    """A client's path below incoming/. Raises storage.OutsideIncoming, storage.InputMissing, and for
+    a place inside an archive storage.InputUnusable's family."""
     place = inputs.resolve_incoming(layout, path)
-    inputs.check_input(place, kind)
+    inputs.check_input(place, kind, limits)
     return place.relative_to(layout.incoming).as_posix()
 
 
-def resume(table: jobs.JobTable, layout: Layout, job_id: str, given: tuple[str, str] | None) -> jobs.Job:
+def resume(
+    table: jobs.JobTable,
+    layout: Layout,
+    job_id: str,
+    given: tuple[str, str] | None,
+    limits: Limits | None = None,
+) -> jobs.Job:
     """Queue what is left of a job that is over; other jobs are answered unchanged.
 
     given: another (path, type) of the input. Raises UnknownJob, storage.OutsideIncoming,
     and storage.InputMissing if work remains and the input is gone.
     """
+    job = table.get(job_id)
+    if not job.is_over or (job.state == jobs.SUCCESS and not job.failed_pages):
+        return job
+    if not job.input_path and given is None:
+        raise storage.InputMissing(
+            "where this job's input lies is not known, since it was rebuilt from its artifact; upload it "
+            "and resume with inputPath and inputType"
+        )
+    pages = table.pages(job_id)
+    # Without their files the pages must be computed again, and for that the input must be there.
+    lost = job.outputs_removed_s is not None
+    remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
+    path, kind = given or (job.input_path, job.input_type)
+    place = inputs.resolve_incoming(layout, path)
+    if remains:
+        inputs.check_input(place, kind, limits or Limits())
+    input_path = place.relative_to(layout.incoming).as_posix()
     with table.transaction():
-        job = table.get(job_id)
-        if not job.is_over or (job.state == jobs.SUCCESS and not job.failed_pages):
-            return job
-        pages = table.pages(job_id)
-        # Without their files the pages must be computed again, and for that the input must be there.
-        lost = job.outputs_removed_s is not None
-        remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
-        path, kind = given or (job.input_path, job.input_type)
-        place = inputs.resolve_incoming(layout, path)
-        if remains:
-            inputs.check_input(place, kind)
+        seen, job = job, table.get(job_id)
+        if (job.state, job.attempt) != (seen.state, seen.attempt):
+            return job  # another request was quicker
+        if remains or (input_path, kind) != (job.input_path, job.input_type):
+            table.forget_staged(job_id)
         redone = table.reset_failed_pages(job_id)
         # The artifact stays on disk, unseen, until the next one replaces it: removed from here, it
         # could be the next one already.
@@ -283,7 +309,7 @@ def resume(table: jobs.JobTable, layout: Layout, job_id: str, given: tuple[str, 
             "resume",
             table.clock(),
             retries=job.retries + 1,
-            input_path=place.relative_to(layout.incoming).as_posix(),
+            input_path=input_path,
             input_type=kind,
             cancelled=False,
             message=None,
@@ -301,12 +327,15 @@ def resume(table: jobs.JobTable, layout: Layout, job_id: str, given: tuple[str, 
 
 
 def delete(table: jobs.JobTable, layout: Layout, job_id: str) -> None:
-    """Remove a job with its outputs and artifact. Raises UnknownJob, JobIsRunning.
+    """Remove a job with its outputs and artifact. Raises UnknownJob, JobIsRunning, storage.FilesInUse.
 
     Files go first: what a crash leaves is a job that can be deleted again, never
-    files that belong to nobody.
+    files that belong to nobody. One that waits is cancelled before: it must not start
+    while its finished pages go.
     """
     job = table.get(job_id)
+    if job.state == jobs.PENDING:
+        job = jobs.cancel(table, job_id, table.clock())
     if job.state == jobs.RUNNING:
         raise jobs.JobIsRunning(f"job {job_id} is running; cancel it first")
     remove_files(layout, job)
@@ -322,13 +351,19 @@ def artifact_of(job: jobs.Job, layout: Layout) -> Path:
 
 
 def remove_files(layout: Layout, job: jobs.Job, outputs: bool = True, artifact: bool = True) -> None:
-    """Remove a job's pages (with previews and working copy), its artifact, or both."""
+    """Remove a job's pages (with previews and working copy), its artifact, or both. Raises FilesInUse."""
     if artifact:
         storage.remove_file(artifact_of(job, layout))
     if outputs:
-        storage.remove_tree(layout.output_dir(job.title, job.volume, job.id))
-        storage.remove_tree(layout.staging / job.id)
-        storage.remove_tree(layout.previews / job.id)
+        held = [layout.output_dir(job.title, job.volume, job.id)]
+        held += [layout.staging / job.id, layout.previews / job.id]
+        for folder in held:
+            storage.remove_tree(folder)
+        if any(folder.exists() for folder in held):
+            raise storage.FilesInUse(
+                f"files of job {job.id} can't be removed now: a program has them open, or their folder is "
+                "read-only; try again then"
+            )
 
 
 def note_removed(table: jobs.JobTable, job: jobs.Job, what: str, days: int) -> bool:

@@ -11,6 +11,7 @@ Runs in: the watch thread; copyparty_hook.py, which Copyparty starts. Standard l
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -66,7 +67,7 @@ class Upload:
     path: str  # below incoming/, "/" between folders
     kind: str  # "folder" or "zip", as in POST /jobs
     stamp: str  # of its files' names, sizes and times: another one after any change
-    changed_s: float  # when a file of it was last changed or renamed here, as the file system says
+    changed_s: float  # when a file of it was last changed or renamed, or it was moved here
     unfinished: str | None  # a file of it that is still being received
 
 
@@ -118,7 +119,8 @@ def _in_folder(
     if parts and not inside and any(storage.is_page_name([entry.name]) for entry in files):
         held = list(_files_below(folder, limits.depth))
         partial = next((name for name, _ in held if storage.is_unfinished(name.rpartition("/")[2])), None)
-        yield _upload(parts, "folder", [item for item in held if not storage.is_unfinished(item[0])], partial)
+        whole = [item for item in held if not storage.is_unfinished(item[0])]
+        yield _upload(parts, "folder", whole, partial, _moved_s(folder, len(parts)))
 
 
 def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
@@ -143,10 +145,28 @@ def _files_below(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[s
         yield from _files_below(folder / below, depth - 1, f"{prefix}{below}/")
 
 
+def _moved_s(folder: Path, depth: int) -> float:
+    """When a folder, or one of the `depth` that hold it, was moved here; 0 where that does not show.
+
+    A folder that is renamed gets another ctime, as does one in which something is made or removed; but
+    only the latter gets another mtime too.
+    """
+    moved_s = 0.0
+    for place in (folder, *folder.parents)[:depth] if os.name != "nt" else ():
+        with contextlib.suppress(OSError):
+            stat = place.stat()
+            moved_s = max(moved_s, stat.st_ctime if stat.st_ctime_ns > stat.st_mtime_ns else 0.0)
+    return moved_s
+
+
 def _upload(
-    parts: tuple[str, ...], kind: str, held: list[tuple[str, os.DirEntry[str]]], unfinished: str | None
+    parts: tuple[str, ...],
+    kind: str,
+    held: list[tuple[str, os.DirEntry[str]]],
+    unfinished: str | None,
+    changed_s: float = 0.0,
 ) -> Upload:
-    digest, changed_s = hashlib.sha256(), 0.0
+    digest = hashlib.sha256()
     for name, entry in held:
         try:
             stat = entry.stat(follow_symlinks=False)

@@ -145,7 +145,7 @@ def submit(
     before = submissions.submitted(table, key, body_hash)
     if before:
         return before
-    path = submissions.checked_input(layout, wanted.input_path, wanted.input_type)
+    path = submissions.checked_input(layout, wanted.input_path, wanted.input_type, limits)
     each = list(_submissions(layout, wanted, path, limits, reserve_bytes))
     with table.transaction():
         # Another request with this key may have been quicker.

@@ -151,11 +151,16 @@ class Watch:
             self._take(upload, content)
             self.memory.keep(upload.path, upload.stamp, content, present)
             self.waiting.pop(upload.path, None)
-        except (storage.NoRoom, OSError, sqlite3.Error) as error:
+        except uploads.Interrupted:
+            raise
+        # Around an attempt: what one upload makes us stumble over must not keep the next ones waiting.
+        except Exception as error:
             if isinstance(error, storage.NoRoom):
                 self.make_room()
             waiting.tries += 1
             waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2**waiting.tries)
+            if not isinstance(error, (storage.StorageError, OSError, sqlite3.Error)):
+                log.error("looking at %a stumbled", upload.path, exc_info=error)
             reason = storage.reason_of(error)
             # Free bytes, which NoRoom names, differ at each look.
             why = error.code if isinstance(error, storage.NoRoom) else reason
@@ -202,10 +207,17 @@ class Watch:
         # A folder's job takes the pages from below it, but no archives.
         first = len(parts) if upload.kind == "zip" else 1
         holders = ["/".join(parts[:n]) for n in range(first, len(parts) + 1)]
-        with self.table.transaction():
-            inside = upload.path if upload.kind == "zip" else None  # its volumes, see volumes.py
+        inside = upload.path if upload.kind == "zip" else None  # its volumes, see volumes.py
+
+        def is_taken() -> bool:
+            """Whether its sender, or the hook in Copyparty, was quicker."""
             newest_s = self.table.newest_submission(holders, inside)
-            if self.table.by_key(key) or (newest_s is not None and newest_s >= upload.changed_s):
-                return None  # its sender, or the hook in Copyparty, was quicker
-            room = self.limits, self.reserve_bytes
-            return submissions.submit(self.table, self.layout, wanted, key, "watch", *room)
+            return bool(self.table.by_key(key)) or (newest_s is not None and newest_s >= upload.changed_s)
+
+        room = self.limits, self.reserve_bytes
+        ready = None if is_taken() else submissions.checked(self.layout, wanted, *room)
+        with self.table.transaction():
+            if ready and not is_taken():
+                return submissions.insert(self.table, ready, key, "watch")
+        log.info("%s is not submitted: a job of its sender has it", ascii(upload.path))
+        return None

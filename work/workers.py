@@ -1,7 +1,8 @@
 """The dispatcher's end of a worker, and what runs at the other end.
 
-Map: Slot - WorkerSlot - deaths in words - run_worker
-Rule: nothing here waits for a worker: one that stopped must not hold up the others.
+Map: Slot - WorkerSlot - keep_awake - deaths in words - run_worker
+Rule: nothing here waits for a worker, but stop(), and that not long: one that stopped must not hold up
+the others.
 Runs in: the dispatcher thread, a send-N thread a worker; run_worker in the child.
 """
 
@@ -9,20 +10,25 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import logs
-from messages import BootFailed, Cancel, ComputePage, EngineChoice, Task
+from messages import CARD_LOST_STATUS, BootFailed, Cancel, ComputePage, EngineChoice, Task
 
+PACES = 8  # pages that tell a worker's pace; a node's come several at a time
+PACE_KEPT_S = 60.0  # of idleness; it may have been another program's fault
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 
 TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
@@ -45,6 +51,9 @@ class Slot(abc.ABC):
         self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
         self.doom: str | None = None  # why we killed it
         self.card: tuple[str, int, int] | None = None  # see Beat
+        self.computing_s = 0.0  # since when it computes the page that will be finished next
+        self.is_warm = False  # it computed more than one page
+        self.paces_s: deque[float] = deque(maxlen=PACES)  # seconds from page to page, of the last ones
 
     @abc.abstractmethod
     def post(self, item: Any) -> None:
@@ -56,6 +65,8 @@ class Slot(abc.ABC):
 
     def give(self, key: TaskKey | str, task: Task) -> None:
         """Send a task; it is in flight until its closing event."""
+        if not self.tasks:
+            self.computing_s = time.monotonic()
         self.tasks[key] = task
         self.post(task)
 
@@ -72,6 +83,26 @@ class Slot(abc.ABC):
         if not self.tasks:
             self.exclusive = False
         return task
+
+    def count_page(self, now_s: float) -> None:
+        """It finished a page that it computed."""
+        if len(self.paces_s) == 1 and not self.is_warm:
+            self.paces_s.clear()  # the first one loaded the model, and counted while there was no other
+            self.is_warm = True
+        self.paces_s.append(now_s - self.computing_s)
+        self.computing_s = now_s
+
+    def pace_s(self, now_s: float) -> float | None:
+        """Seconds a page, of late; None where nobody knows, or what was known is old."""
+        if not self.paces_s or (not self.tasks and now_s - self.used_s > PACE_KEPT_S):
+            return None
+        return sum(self.paces_s) / len(self.paces_s)
+
+    def excuse(self, asleep_s: float) -> None:
+        """The machine was asleep so long: nobody was silent or disobedient."""
+        self.heard_s += asleep_s
+        self.used_s += asleep_s
+        self.obey_by_s = {key: by_s + asleep_s for key, by_s in self.obey_by_s.items()}
 
     def is_open(self) -> bool:
         """Whether it is up, and no page has it, or waits to have it, for itself."""
@@ -128,12 +159,21 @@ class WorkerSlot(Slot):
 
     def stop(self, wait_s: float) -> None:
         """Ask it to end, then see to it."""
-        self._outbox.put(None)
+        self.post(None)
         self.process.join(wait_s)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
         self.conn.close()
+
+
+# ---------------------------------------------------------------- the machine
+def keep_awake(busy: bool) -> None:
+    """Let Windows not fall asleep, or fall asleep again: a computing program counts as nobody there. It
+    holds for the calling thread (SetThreadExecutionState). Other systems are left as they are set."""
+    if sys.platform == "win32":
+        continuous, system_required = 0x80000000, 0x1
+        ctypes.windll.kernel32.SetThreadExecutionState(continuous | (system_required if busy else 0))
 
 
 # ---------------------------------------------------------------- deaths in words
@@ -148,6 +188,8 @@ def kind_of_death(slot: WorkerSlot) -> str:
 
 def exit_reason(code: int | None) -> str:
     """Of a worker process, in words."""
+    if code == CARD_LOST_STATUS:
+        return "the worker's card stopped answering (a reset of its driver, or a fault)"
     if code is not None and code < 0:
         likely = ": probably out of memory, or killed by hand" if code == -9 else ""
         return f"the worker process was ended by signal {-code}{likely}"

@@ -1,0 +1,162 @@
+"""The worker process: each task and question is answered once, whatever befalls it; what is a hang."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import png, until
+
+import infer
+from engine import pages, survey, upscaling
+from messages import (
+    CARD_LOST_STATUS,
+    ComputePage,
+    EngineChoice,
+    Limits,
+    PageFailed,
+    Params,
+    Preview,
+    Previewed,
+    Probe,
+    Probed,
+    Settle,
+    Stage,
+    Survey,
+    Surveyed,
+    TaskFailed,
+)
+from work import workers
+
+
+class Line:
+    """The worker's end of its pipe."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def send(self, event: Any) -> None:
+        """What the dispatcher hears."""
+        self.events.put(event)
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> infer.Worker:
+    """One that is given tasks by hand, and beats not."""
+    choice = EngineChoice(device="cpu", precision="fp32", model_root=tmp_path)
+    return infer.Worker(Line(), choice, 0)  # type: ignore[arg-type]
+
+
+def answer(worker: infer.Worker, task: Any) -> Any:
+    """The one event that this task is answered with."""
+    worker._start(task)
+    event = worker.conn.events.get(timeout=60)  # type: ignore[attr-defined]
+    until(lambda: not worker.watch.steps)
+    assert worker.conn.events.empty()  # type: ignore[attr-defined]
+    return event
+
+
+def page_of(tmp_path: Path) -> ComputePage:
+    source = tmp_path / "1.png"
+    source.write_bytes(png())
+    params = Params(model="realesr-animevideov3")
+    return ComputePage("job", 1, 1, source, tmp_path / "out", params, None, Limits())
+
+
+def test_a_question_is_answered_whatever_it_stumbles_over(worker, tmp_path, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pages, "write_preview", broken)
+    monkeypatch.setattr(survey, "survey", broken)
+    monkeypatch.setattr(upscaling, "describe_devices", broken)
+    preview = Preview("p", tmp_path / "1.png", tmp_path / "2.jpg", 64, Limits())
+    assert answer(worker, preview) == Previewed("p", "MemoryError")
+    asked = Survey("s", tmp_path / "v.zip", 1, tmp_path, (Params(),), Limits())
+    assert answer(worker, asked) == Surveyed("s", error="MemoryError")
+    assert answer(worker, Probe()) == Probed([], [])
+
+
+class Ended(BaseException):
+    """In place of the process's end."""
+
+
+def test_a_worker_whose_card_is_lost_ends_and_fails_no_page(worker, tmp_path, monkeypatch):
+    """In its process every page would fail from then on; another process may find the card again."""
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    def fallen(*_: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure (injected)")
+
+    monkeypatch.setattr(os, "_exit", end)
+    events = worker.conn.events  # type: ignore[attr-defined]
+    page, settle = page_of(tmp_path), Settle("job", 1, Params(), None)
+    monkeypatch.setattr(upscaling, "card_is_lost", lambda slot: False)
+    worker._page_step(page, fallen)
+    worker._file_step(settle, fallen)
+    assert [type(events.get()) for _ in range(2)] == [PageFailed, TaskFailed]
+    monkeypatch.setattr(upscaling, "card_is_lost", lambda slot: True)
+    for step in (lambda: worker._page_step(page, fallen), lambda: worker._file_step(settle, fallen)):
+        with pytest.raises(Ended, match=str(CARD_LOST_STATUS)):
+            step()
+    assert events.empty() and "card" in workers.exit_reason(CARD_LOST_STATUS)
+
+
+def test_a_file_task_s_ticks_neither_limit_it_nor_stretch_what_a_device_may_take(monkeypatch):
+    now, watch = [0.0], infer.Watch()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch.begin(math.inf)  # staging a large archive
+    now[0] = 3000.0
+    watch.tick()
+    now[0] = 9000.0
+    beat = watch.worst()
+    assert beat.busy_s < beat.limit_s
+    watch.end()
+    watch.begin(infer.FIRST_STEP_LIMIT_S)  # a page on the device
+    for _ in range(3):
+        now[0] += 0.1
+        watch.tick()
+    now[0] += 61
+    beat = watch.worst()
+    assert beat.busy_s > beat.limit_s == 60
+
+
+def test_what_the_machine_slept_is_no_step_s_fault(worker, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    naps = iter([1.0, 3600.0])
+
+    def sleep(_: float) -> None:
+        nap_s = next(naps, None)
+        if nap_s is None:
+            raise Ended
+        now[0] += nap_s
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    worker.watch.begin(300)
+    with pytest.raises(Ended):
+        worker._beat()
+    beats = [worker.conn.events.get() for _ in range(3)]  # type: ignore[attr-defined]
+    assert [round(beat.busy_s) for beat in beats] == [0, 1, 2]
+
+
+def test_a_page_is_answered_once_it_is_on_disk(worker, tmp_path):
+    done = answer(worker, page_of(tmp_path))
+    assert (tmp_path / done.output).stat().st_size == done.size_bytes
+
+
+def test_an_input_that_cannot_be_staged_fails_its_task_alone(worker, tmp_path):
+    place = tmp_path / "v.zip"
+    place.write_bytes(b"PK no zip")
+    params = Params(model="realesr-animevideov3")
+    folders = tmp_path / "staging", tmp_path / "outputs"
+    stage = Stage("job", 1, place, *folders, params, None, (), None, Limits())
+    failed = answer(worker, stage)
+    assert isinstance(failed, TaskFailed) and failed.code == "INPUT_UNUSABLE"
