@@ -43,6 +43,7 @@ TRIED_ROWS = 64  # of it, where a whole one takes longer than
 WHOLE_PAGE_S = 3.0
 NEAR_DB = 40.0  # PSNR that a reduced precision must keep
 CUDA_BUILD = "https://download.pytorch.org/whl/cu128"
+OLD_CARDS_BUILD = "https://download.pytorch.org/whl/cu126"  # with kernels for compute capabilities before 7.5
 
 # What the plain networks make of a drawn page in colour, fp32, with the wheel's weights: every 48th
 # pixel from the 24th, across and down, blue, green and red (tests/test_doctor.py).
@@ -111,10 +112,27 @@ def check_storage(config: Config) -> Iterator[Check]:
                 yield Check("storage", f"{folder} can't be written: {problem}", remedy)
         if not any(problems.values()):
             yield Check("storage", f"{root} can be written")
+    if takes_long_paths() is False:
+        text = "Windows takes paths of 260 characters at most: volumes with long names may fail"
+        yield Check("storage", text, storage.LONG_PATHS)
     free = shutil.disk_usage(nearest(root)).free
     scarce = free < config.reserve_bytes + LITTLE_BYTES
     remedy = "make room, or set REICHAN_STORAGE_ROOT to a larger disk: a volume takes about 1 GB on its way"
     yield Check("storage", f"{free / 1e9:.1f} GB free", remedy if scarce else None)
+
+
+def takes_long_paths() -> bool | None:
+    """Whether Windows is set to take more than 260 characters; None on other systems."""
+    if sys.platform != "win32":
+        return None
+    import winreg
+
+    with (
+        contextlib.suppress(OSError),
+        winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key,
+    ):
+        return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+    return False
 
 
 def _user() -> str:
@@ -221,7 +239,10 @@ def check_cards(cards: list[str], facts: dict[str, Any]) -> Iterator[Check]:
     else:
         why = f" ({facts['cudaError']})" if facts["cudaError"] else ""
         text = f"torch {facts['torch']}, built for CUDA {facts['cuda']}, can't use the NVIDIA card{why}"
-        remedy = "update the NVIDIA driver, or install a torch build for an older CUDA (README: GPU)"
+        remedy = (
+            "update the NVIDIA driver; for a card before the RTX 20 series "
+            f'pip install --force-reinstall "torch>=2.10,<2.14" --index-url {OLD_CARDS_BUILD}'
+        )
         yield Check("torch", text, remedy)
 
 
