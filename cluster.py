@@ -38,7 +38,7 @@ import logs
 import storage
 from files import weightfiles
 from files.cache import PageCache
-from jobs import RUNNING, Job, JobError, lose_worker
+from jobs import Job, JobError, lose_worker
 from messages import (
     AUTO_MODEL,
     Beat,
@@ -206,14 +206,14 @@ class ClusterDispatcher(Dispatcher):
             if run is None or self._page_slots(run):
                 del self.unfollowed_s[job_id]
                 if run:
-                    self.table.change(run.job, RUNNING, message=None)
+                    self.table.change(run.job, message=None)
             elif time.monotonic() - since_s > UNFOLLOWED_S:
                 log.warning("%s: its plan is settled anew", NO_FOLLOWER, extra=logs.of(job_id))
                 del self.unfollowed_s[job_id]
                 self.unplanned.add(job_id)
                 self._abandon(run)
                 with contextlib.suppress(JobError, sqlite3.OperationalError):
-                    self.table.change(run.job, RUNNING, message=None)
+                    self.table.change(run.job, message=None)
                     lose_worker(self.table, run.job, self.table.clock())
 
     def _deal_file_task(self, run: Run) -> bool:
@@ -311,7 +311,7 @@ class ClusterDispatcher(Dispatcher):
                 self._fail(run, str(errors[0].code), errors[0].detail)
             elif run.job.id not in self.unfollowed_s:
                 self.unfollowed_s[run.job.id] = time.monotonic()
-                self.table.change(run.job, RUNNING, message=f"{NO_FOLLOWER}; it waits for one that can")
+                self.table.change(run.job, message=f"{NO_FOLLOWER}; it waits for one that can")
 
     # -- losses
     def _lose_node(self, node: NodeSlot, why: str, blame: bool) -> None:

@@ -496,9 +496,10 @@ class JobTable:
                 self._changed.add(job.id)
         return done
 
-    def change(self, job: Job, state: str, **values: Any) -> bool:
-        """Set columns of a job that still is as it was read (state and attempt); was it?"""
-        columns = {key: _to_column(value) for key, value in values.items()} | {"state": state}
+    def change(self, job: Job, **values: Any) -> bool:
+        """Set columns of a job that still is as it was read (state and attempt); was it? `state` is set by
+        advance() alone."""
+        columns = {key: _to_column(value) for key, value in values.items()}
         with self.transaction() as db:
             columns["seq"] = self._next_seq()
             done = db.execute(
@@ -709,7 +710,7 @@ def advance(table: JobTable, job: Job, move: str, now_s: float, **values: Any) -
     with table.transaction():
         # Guarding on the attempt, not just the state, stops a worker that outlived
         # its time from finishing its successor's work.
-        if not table.change(job, after, **values):
+        if not table.change(job, state=after, **values):
             raise StaleAttempt(job.id, job.attempt)
         moved = table.get(job.id)
     log.info("%s -> %s (%s)", job.state, after, move, extra=logs.of(job.id))
@@ -745,7 +746,7 @@ def prioritize(table: JobTable, job_id: str, priority: int) -> Job:
     with table.transaction():
         job = table.get(job_id)
         if job.priority != priority:
-            table.change(job, job.state, priority=priority)
+            table.change(job, priority=priority)
         return table.get(job_id)
 
 
@@ -783,7 +784,6 @@ def finish_page(table: JobTable, job: Job, event: PageDone, page: Page, **values
         )
         table.change(
             fresh,
-            RUNNING,
             processed=fresh.processed + 1,
             failed_pages=fresh.failed_pages + bool(event.error),
             **values,
@@ -800,7 +800,6 @@ def reopen_page(table: JobTable, job: Job, n: int) -> None:
         table.change_page(job.id, n, status="pending", output=None, sha256=None)
         table.change(
             fresh,
-            RUNNING,
             phase="inferring",
             processed=fresh.processed - 1,
             failed_pages=fresh.failed_pages - page.failed,
@@ -827,7 +826,6 @@ def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPag
     with table.transaction():
         changed = table.change(
             job,
-            RUNNING,
             phase="inferring",
             plan=event.plan,
             total=len(pages),

@@ -58,6 +58,31 @@ class Params:
         return self.reduction == "area" or (self.reduction == "auto" and self.has_target)
 
 
+# What a field of Params may be.
+CHOICES = {
+    "denoise": ("low", "medium", "high"),
+    "output_format": ("jpg", "png", "webp", "avif"),
+    "device": ("auto", "cuda", "cpu"),
+    "color": ("auto", "gray", "keep"),
+    "reduction": ("auto", "lanczos", "area"),
+    "container": ("zip", "cbz", "epub", "pdf"),
+    "split": ("none", "volumes"),
+    "spreads": ("keep", "split", "rotate"),
+    "reading_direction": ("rtl", "ltr"),
+}
+
+RANGES = {  # name: (least, most, may be null)
+    "scale": (1, 4, False),
+    "jpeg_quality": (1, 100, False),
+    "tile_size": (32, 1024, True),
+    "tile_pad": (0, 128, True),
+    "batch_size": (1, 16, True),
+    "target_width": (16, 65_500, True),
+    "target_height": (16, 65_500, True),
+    "max_page_bytes": (4096, 1 << 40, True),
+    "max_artifact_bytes": (1 << 16, 1 << 40, True),
+}
+
 OF_VOLUMES = ("container", "split")  # nothing that a single page (POST /pages) could have
 LATER = (*OF_VOLUMES, "spreads", "reading_direction", "profile", "max_page_bytes", "max_artifact_bytes")
 

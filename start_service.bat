@@ -15,8 +15,8 @@ echo Making the environment in .venv; this takes a few minutes.
 rem PyPI has only the CPU build for Windows; where an NVIDIA card answers, take the CUDA build.
 nvidia-smi -L >nul 2>nul || goto package
 rem Builds for CUDA 12.8 have no kernels for cards before the RTX 20 series (compute capability 7.5).
-set CUDA=cu128
-nvidia-smi --query-gpu=compute_cap --format=csv,noheader | findstr /r /c:"^[0-6]\." /c:"^7\.[0-4]" >nul && set CUDA=cu126
+set CUDA=cu126
+nvidia-smi --query-gpu=compute_cap --format=csv,noheader | findstr /r /c:"^7\.[5-9]" /c:"^[89]\." /c:"^[1-9][0-9]\." >nul && set CUDA=cu128
 .venv\Scripts\python.exe -m pip install "torch>=2.10,<2.14" --index-url https://download.pytorch.org/whl/%CUDA% || goto failed
 :package
 .venv\Scripts\python.exe -m pip install -e . || goto failed

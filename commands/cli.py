@@ -25,7 +25,7 @@ from typing import Any
 import storage
 from engine import budgets, pages, rolling, spreads, upscaling
 from files import artifacts, books, containers, inputs
-from messages import EngineChoice, Limits, Params, Plan, SourcePage, reported
+from messages import CHOICES, RANGES, EngineChoice, Limits, Params, Plan, SourcePage, reported
 
 LIMITS = Limits()
 DEFAULTS = Params()
@@ -44,21 +44,34 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("source", metavar="IN", type=Path, help="an image, a folder or an archive")
     kinds = ", ".join(CONTAINERS)
     flags.add_argument("target", metavar="OUT", type=Path, help=f"an image; a folder, or {kinds}")
-    flags.add_argument("--model", default=DEFAULTS.model)
-    flags.add_argument("--model-root", type=Path, default=Path("models"), help="your own weights")
-    flags.add_argument("--scale", type=int, choices=(1, 2, 3, 4), default=DEFAULTS.scale)
-    flags.add_argument("--denoise", choices=("low", "medium", "high"), default=DEFAULTS.denoise)
-    formats = ("jpg", "png", "webp", "avif")
-    flags.add_argument("--format", choices=formats, help="jpg, or as OUT's suffix says")
-    flags.add_argument("--quality", type=_from_to(1, 100), default=DEFAULTS.jpeg_quality, metavar="1..100")
-    flags.add_argument("--spreads", choices=("keep", "split", "rotate"), default=DEFAULTS.spreads)
-    flags.add_argument("--reading-direction", choices=("rtl", "ltr"), default=DEFAULTS.reading_direction)
-    flags.add_argument("--max-page-bytes", type=_from_to(4096, 1 << 40), help="a page's, at most")
-    flags.add_argument("--tile", type=_from_to(32, 65_536), help="input pixels of a tile")
-    flags.add_argument("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto")
-    flags.add_argument("--convolutions", choices=("auto", *rolling.KINDS), default="auto")
-    flags.add_argument("--device", choices=("auto", *upscaling.DEVICES), default="auto")
+    add = flags.add_argument
+    bundled = f"{upscaling.LINE_ART_MODEL}, {upscaling.SCREENTONE_MODEL}, auto (by the page), your own"
+    add("--model", default=DEFAULTS.model, help=f"{bundled} (%(default)s)")
+    add("--model-root", type=Path, default=Path("models"), help="your own weights (%(default)s, here)")
+    least, most, _ = RANGES["scale"]
+    add("--scale", type=int, choices=range(least, most + 1), default=DEFAULTS.scale, help="(%(default)s)")
+    add("--denoise", choices=CHOICES["denoise"], default=DEFAULTS.denoise, help="(%(default)s)")
+    add("--format", choices=CHOICES["output_format"], help="jpg, or as OUT's suffix says")
+    quality, of_lossy = DEFAULTS.jpeg_quality, "of JPEG, WebP and AVIF (%(default)s)"
+    add("--quality", type=_within("jpeg_quality"), default=quality, metavar="1..100", help=of_lossy)
+    add("--spreads", choices=CHOICES["spreads"], default=DEFAULTS.spreads, help="double pages (%(default)s)")
+    direction = "of the halves, and in a book (%(default)s)"
+    directions = CHOICES["reading_direction"]
+    add("--reading-direction", choices=directions, default=DEFAULTS.reading_direction, help=direction)
+    add("--max-page-bytes", type=_within("max_page_bytes"), metavar="BYTES", help="a page's, at most")
+    add("--tile", type=_from_to(32, 65_536), metavar="PIXELS", help="of a tile, in the input")
+    faster = "auto: reduced where it is native and near"
+    add("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto", help=faster)
+    measured = "fp32 on a processor; auto: measured"
+    add("--convolutions", choices=("auto", *rolling.KINDS), default="auto", help=measured)
+    add("--device", choices=("auto", *upscaling.DEVICES), default="auto", help="(%(default)s)")
     return flags
+
+
+def _within(name: str) -> Any:
+    """A number within the range of a field of Params."""
+    low, high, _ = RANGES[name]
+    return _from_to(low, high)
 
 
 def _from_to(low: int, high: int) -> Any:

@@ -216,8 +216,8 @@ def _as_archive(file: IO[bytes], name: str, place: Path | None, limits: Limits) 
 
 
 def _as_zip(file: IO[bytes], name: str, limits: Limits) -> zipfile.ZipFile:
-    _check_directory(file, limits)
     try:
+        _check_directory(file, limits)
         return zipfile.ZipFile(file)
     except UnicodeDecodeError as error:
         raise storage.InputUnusable(f"{name} has an entry whose name is broken UTF-8") from error

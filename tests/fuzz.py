@@ -97,7 +97,7 @@ def populated(service: Any) -> World:
             job.id, 2, "2.png", "00002.png", sha256, 1, "damaged", "2", "carried", **facts, error="why"
         )
         service.table.replace_pages(job.id, [page, bad])
-    service.table.change(done[1], jobs.SUCCESS, failed_pages=1)
+    service.table.change(done[1], state=jobs.SUCCESS, failed_pages=1)
     runs = running(service)
     victims = tuple(queued(service, f"victim {n}").id for n in range(VICTIMS))
     secrets = (TOKEN, str(layout.root), str(ROOT), "Traceback", "site-packages", 'File \\"', "sqlite3.")

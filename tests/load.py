@@ -712,7 +712,7 @@ def events(events: int, seed: int) -> list[Line]:
         good = Listener(Client(service.url), f"/ws/jobs/{job.id}")
         before_mb, largest, began_s = rss_mb(os.getpid()), 0, time.monotonic()
         for n in range(1, events + 1):
-            assert service.table.change(job, jobs.RUNNING, processed=n)
+            assert service.table.change(job, state=jobs.RUNNING, processed=n)
             if n % 1000 == 0:
                 largest = max(largest, wal.stat().st_size)
         took_s, grown_mb = time.monotonic() - began_s, rss_mb(os.getpid()) - before_mb
@@ -741,7 +741,7 @@ def ranges(ranges: int, mb: int, seed: int) -> list[Line]:
             job = finished(service)
             path = service.config.layout.artifact(job.title, job.volume, job.id)
             os.truncate(path, mb << 20)
-            assert service.table.change(job, jobs.SUCCESS, artifact_bytes=mb << 20)
+            assert service.table.change(job, state=jobs.SUCCESS, artifact_bytes=mb << 20)
         with served(Path(folder)) as service:
             client, size = service.client, (mb << 20) // 8
             before_mb = rss_mb(service.pid)

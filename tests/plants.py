@@ -65,7 +65,7 @@ def a_large_artifact() -> None:
         world = real(service)
         job = service.table.get(world.finished)
         os.truncate(service.config.layout.artifact(job.title, job.volume, job.id), 500 << 20)
-        service.table.change(job, jobs.SUCCESS, artifact_bytes=500 << 20)
+        service.table.change(job, state=jobs.SUCCESS, artifact_bytes=500 << 20)
         return world
 
     wrapped(fuzz, "populated", populated)

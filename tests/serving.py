@@ -78,7 +78,7 @@ def running(service: server.Service, title: str = "t", container: str = "zip") -
     job = queued(service, title, container)
     claimed = jobs.claim(service.table, 1000.0)
     assert claimed is not None and claimed.id == job.id
-    assert service.table.change(claimed, jobs.RUNNING, plan=PLAN, total=1, phase="inferring")
+    assert service.table.change(claimed, state=jobs.RUNNING, plan=PLAN, total=1, phase="inferring")
     return service.table.get(job.id)
 
 

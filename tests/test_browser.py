@@ -269,7 +269,7 @@ def test_what_others_do_is_seen_at_once(tmp_path, visit):
         page = visit(service.url)
         see(page, "Nothing here yet")
         job = running(service, "Live")
-        service.table.change(job, jobs.RUNNING, total=24, processed=12, eta_s=60.0)
+        service.table.change(job, state=jobs.RUNNING, total=24, processed=12, eta_s=60.0)
         see(page, re.compile(r"12 of 24 pages · 12 pages/min · .*left"), "#running")
         done = service.table.get(job.id)
         jobs.advance(service.table, done, "fail", 2000.0, last_error="every page failed")

@@ -325,7 +325,7 @@ def test_r05_an_input_that_is_not_in_incoming_is_422_and_makes_no_row(service, c
     reply = client.call("POST", "/jobs", submission(path, kind))
     assert (reply.status, [*reply.faults()], rows(service)) == (422, ["input.path"], 0)
     job = queued(service)
-    service.table.change(job, jobs.FAILED)
+    service.table.change(job, state=jobs.FAILED)
     reply = client.call("POST", f"/jobs/{job.id}/resume", {"inputPath": path, "inputType": kind})
     assert (reply.status, [*reply.faults()]) == (422, ["inputPath"])
     assert service.table.get(job.id).state == "FAILED"
@@ -635,7 +635,7 @@ def test_d05_a_download_under_way_ends_whole_whatever_becomes_of_the_artifact(se
         begun = line.recv(1000)
         if change == "rebuilt":
             digest = storage.write_whole(path, new)
-            service.table.change(job, "SUCCESS", artifact_hash=digest, artifact_bytes=len(new))
+            service.table.change(job, state="SUCCESS", artifact_hash=digest, artifact_bytes=len(new))
         else:
             assert client.call("DELETE", f"/jobs/{job.id}").status == 204
         ((status, headers, body),) = answers(begun + drain(line))

@@ -65,7 +65,7 @@ def code_of(line: ClientConnection) -> int:
 
 
 def progress(service: server.Service, job: jobs.Job, processed: int) -> None:
-    assert service.table.change(job, jobs.RUNNING, processed=processed)
+    assert service.table.change(job, state=jobs.RUNNING, processed=processed)
 
 
 def end(service: server.Service, job: jobs.Job) -> jobs.Job:

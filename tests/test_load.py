@@ -42,10 +42,10 @@ def test_what_a_change_costs_does_not_grow_with_the_manifest(tmp_path, monkeypat
         job = running(service)
         names = [f"{n}.png" for n in range(1000)]
         long = {"expected": 1000, "matched": 0, "missing": names, "extra": names}
-        assert service.table.change(job, jobs.RUNNING, manifest={"files": names}, reconciliation=long)
+        assert service.table.change(job, state=jobs.RUNNING, manifest={"files": names}, reconciliation=long)
         read, loads = [], json.loads
         monkeypatch.setattr(jobs.json, "loads", lambda text: read.append(len(text)) or loads(text))
-        assert service.table.change(job, jobs.RUNNING, processed=1)
+        assert service.table.change(job, state=jobs.RUNNING, processed=1)
         row = service.table.get(job.id)
         submissions.to_state(row, service.config.layout)
         assert read and max(read) < 1000

@@ -714,8 +714,8 @@ def an_edge_too_few(patch: pytest.MonkeyPatch) -> None:
 def no_guard_on_the_attempt(patch: pytest.MonkeyPatch) -> None:
     change = JobTable.change
 
-    def unguarded(self: JobTable, job: Job, state: str, **values: Any) -> bool:
-        return change(self, replace(job, attempt=self.get(job.id).attempt), state, **values)
+    def unguarded(self: JobTable, job: Job, **values: Any) -> bool:
+        return change(self, replace(job, attempt=self.get(job.id).attempt), **values)
 
     patch.setattr(JobTable, "change", unguarded)
 

@@ -144,7 +144,7 @@ def test_a_job_resumed_between_look_and_removal_keeps_its_pages(world):
     service._look_at_s = world.passed_s + 1e9
     service._look()  # now it is to be removed
     assert service.todo
-    assert world.table.change(job, jobs.PENDING, finished_s=None)
+    assert world.table.change(job, state=jobs.PENDING, finished_s=None)
     for _ in range(5):
         service.turn()
     assert world.table.get(job.id).state == jobs.PENDING
@@ -160,7 +160,7 @@ def test_a_job_that_changes_while_its_files_go_keeps_its_row(world, monkeypatch)
         remove(*arguments)
         fresh = world.table.get(job.id)
         if fresh.state == jobs.SUCCESS:
-            assert world.table.change(fresh, jobs.PENDING, finished_s=None)
+            assert world.table.change(fresh, state=jobs.PENDING, finished_s=None)
 
     monkeypatch.setattr(retention.submissions, "remove_files", slowly)
     live_through(world, service, 2)
@@ -202,7 +202,7 @@ def test_a_job_says_what_it_lost_and_clients_are_told_what_to_do(world):
 
 def test_a_failed_job_without_its_pages_is_resumed_from_the_input_or_told_that_it_is_gone(world):
     job = ended(world)
-    assert world.table.change(world.table.get(job.id), jobs.FAILED, artifact_hash=None)
+    assert world.table.change(world.table.get(job.id), state=jobs.FAILED, artifact_hash=None)
     live_through(world, keeper(world, Keep(outputs_days=1)), 2)
     upload = world.layout.incoming / "one.zip"
     data = upload.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -53,6 +54,13 @@ def test_a_mistyped_name_in_the_watch_s_params_stops_the_start_and_tells_the_lik
     for name in ("jpegQuality", "jpeg_quality", "profile"):
         value = '"kobo-sage"' if name == "profile" else "90"
         assert name in config(WATCH_PARAMS=f'{{"{name}": {value}}}').watch_params
+
+
+def test_a_port_that_is_taken_is_said_with_a_way_out(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(settings.ConfigError, match=f"port {port}: .*--port"):
+            server.Service(settings.Config(storage_root=tmp_path, port=port))
 
 
 def test_the_readme_states_every_limit():

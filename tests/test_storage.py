@@ -475,3 +475,9 @@ def test_the_lock_is_free_again_after_the_block(layout):
         pass
     with storage.locked(layout):
         pass
+
+
+def test_no_name_steers_a_terminal():
+    assert storage.printable("作品 1.jpg: \x1b]0;owned\x07\x1b[2J\u202egpj\n") == (
+        "作品 1.jpg: \\x1b]0;owned\\x07\\x1b[2J\\u202egpj\\n"
+    )

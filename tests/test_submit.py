@@ -362,7 +362,7 @@ def test_a_watch_tells_what_was_predicted_and_what_became_of_it(service):
     told = predict.forecast(messages.Workload(10, 10_000_000, 40_000_000), rate)
     with start(service, "--job", job.id, "--watch") as process:
         until(service.live.count)
-        service.table.change(job, jobs.RUNNING, forecast=told)
+        service.table.change(job, state=jobs.RUNNING, forecast=told)
         facts = told | {"actualSeconds": 10.0, "actualBytes": 8_000_000}
         jobs.advance(service.table, service.table.get(job.id), "finish", 3000.0, forecast=facts)
         out, _ = process.communicate(timeout=30)

@@ -13,6 +13,7 @@ import pytest
 from helpers import require
 
 import server
+from commands import doctor
 
 ROOT = Path(server.__file__).parent
 UNIT = ROOT / "contrib/manga-upscale.service"
@@ -70,4 +71,8 @@ def test_a_cuda_build_is_asked_for_within_the_tested_versions():
     cuda = re.compile(r'pip install "(torch[^"]+)" --index-url (\S+)')
     asked = [cuda.search(path.read_text(encoding="utf-8")) for path in (BAT, ROOT / "README.md")]
     assert [match and match[1] for match in asked] == [torch, torch]
-    assert asked[0][2] == asked[1][2]
+    # The same builds everywhere, the first for cards before the RTX 20 series.
+    builds = re.findall(r"set CUDA=(\w+)", BAT.read_text(encoding="utf-8"))
+    urls = [asked[0][2].replace("%CUDA%", build) for build in builds]
+    assert urls == [doctor.OLD_CARDS_BUILD, doctor.CUDA_BUILD] and asked[1][2] == doctor.CUDA_BUILD
+    assert f"`{builds[0]}` in place of `{builds[1]}`" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -265,7 +265,7 @@ class Api:
             raise Refused(410, error.code, error.detail) from error
         if not preview:
             return Answer(200, _image_headers(data), data)
-        copy = preview.with_name(f"{preview.stem}.{page.staged}")  # of which it may be a half
+        copy = preview.with_name(f"{preview.stem}.{page.staged or 'page'}")  # of which it may be a half
         storage.write_whole(copy, data)
         try:
             return self._image(request, self._preview(copy, preview, width))

@@ -17,8 +17,8 @@ from typing import Any
 
 import jobs
 from engine import devices
-from messages import Params, camel
-from work import submissions
+from messages import CHOICES, RANGES, Params, camel
+from work import submissions, uploads
 
 COOKIE = "reichan_session"  # stands for the token, see POST /session
 
@@ -104,11 +104,11 @@ def _params_schema() -> dict[str, Any]:
             "maximum": most,
             "default": getattr(defaults, name),
         }
-        for name, (least, most, nullable) in submissions.RANGES.items()
+        for name, (least, most, nullable) in RANGES.items()
     }
     properties |= {
         camel(name): {"type": "string", "enum": list(allowed), "default": getattr(defaults, name)}
-        for name, allowed in submissions.CHOICES.items()
+        for name, allowed in CHOICES.items()
     }
     properties |= {
         "model": {"type": "string", "default": defaults.model},
@@ -184,7 +184,7 @@ def schemas() -> dict[str, Any]:
 
 
 def _request_schemas(params: dict[str, Any]) -> dict[str, Any]:
-    longest, (least, most) = submissions.TITLE_CHARACTERS, submissions.PRIORITIES
+    longest, (least, most) = uploads.TITLE_CHARACTERS, submissions.PRIORITIES
     title = {"type": "string", "minLength": 1, "maxLength": longest, "pattern": NOT_BLANK}
     path = {"type": "string", "minLength": 1, "pattern": f"^{NO_CONTROLS}+$"}
     kind = {"type": "string", "enum": ["folder", "zip"]}

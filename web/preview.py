@@ -214,7 +214,7 @@ class Previews:
         """Take in an image that was sent. Raises Refused 422, OSError."""
         kind = storage.sniff(bytes(data[:16]))
         if kind not in reader.IMAGES:
-            raise Refused(422, "NO_IMAGE", "what was sent is no image of a kind that is read here")
+            raise Refused(422, "NO_IMAGE", "what was sent is no JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG XL")
         key = hashlib.sha256(data).hexdigest()[:32]
         path = self._cache.folder / f"{key}.{kind}"
         with self._lock:

@@ -34,7 +34,9 @@ import storage
 from files import weightfiles
 from jobs import JobError
 from messages import (
+    CHOICES,
     OF_VOLUMES,
+    RANGES,
     ComputePage,
     EngineChoice,
     Limits,
@@ -65,7 +67,7 @@ IMAGES = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jxl")
 # Of the query; the small model is the default, since somebody waits.
 DEFAULTS = Params(model="realesr-animevideov3")
 PARAMETERS = (
-    *(camel(name) for name in (*submissions.RANGES, *submissions.CHOICES) if name not in OF_VOLUMES),
+    *(camel(name) for name in (*RANGES, *CHOICES) if name not in OF_VOLUMES),
     "model",
     "profile",
 )
@@ -75,7 +77,7 @@ def params_of(query: dict[str, str], models: dict[str, str], model: str = DEFAUL
     """Params from a query, other keys ignored. models: see submissions.parse_params; model: where the
     query names none. Raises InvalidFields."""
     given: dict[str, Any] = {"model": model}
-    numbers = {*map(camel, submissions.RANGES)}
+    numbers = {*map(camel, RANGES)}
     for name in query.keys() & {*PARAMETERS}:
         is_whole = name in numbers and re.fullmatch(r"[0-9]{1,9}", query[name])
         given[name] = int(query[name]) if is_whole else query[name]

@@ -297,9 +297,10 @@ class Dispatcher:
                 return
             try:
                 outputs = self.layout.output_dir(job.title, job.volume, job.id)
-            except storage.StorageError as error:
-                advance(self.table, job, "fail", self.table.clock(), **_failure(error.code, error.detail))
-                self._count_failure(error.code)
+            except (storage.StorageError, OSError) as error:
+                refused = storage.DiskRefused(error) if isinstance(error, OSError) else error
+                advance(self.table, job, "fail", self.table.clock(), **_failure(refused.code, refused.detail))
+                self._count_failure(refused.code)
                 continue
             self.runs[job.id] = Run(job, self.layout.staging / job.id, outputs)
 
@@ -320,7 +321,7 @@ class Dispatcher:
             log.info("the queue is paused; %d running jobs are held", len(self.runs))
             for run in self.runs.values():  # nobody knows when they will be done
                 run.held = True
-                self.table.change(run.job, RUNNING, eta_s=None)
+                self.table.change(run.job, eta_s=None)
         elif not paused and self.paused_s is not None:
             for run in self.runs.values():
                 if run.started_s:  # no page's rate is to blame for the pause
@@ -721,7 +722,7 @@ class Dispatcher:
             detail = f"none of the {len(pages)} pages could be upscaled; {pages[0].name}: {pages[0].error}"
             self._fail(run, "ALL_PAGES_FAILED", detail)
             return
-        if self.table.change(run.job, RUNNING, phase="packing", current_page=None, eta_s=None):
+        if self.table.change(run.job, phase="packing", current_page=None, eta_s=None):
             run.job = self.table.get(run.job.id)
             run.file_task = "pack"
 

@@ -261,7 +261,7 @@ class Rates:
             return job
         staged_s = max(0.0, self.table.clock() - job.started_s) if job.started_s is not None else 0.0
         told = forecast(workload, self.rate(job.params, job.plan), round(staged_s, 3))
-        if not self.table.change(job, job.state, forecast=told):
+        if not self.table.change(job, forecast=told):
             return job
         return self.table.get(job.id)
 

@@ -23,7 +23,9 @@ from engine import devices
 from files import inputs, weightfiles
 from messages import (
     AUTO_MODEL,
+    CHOICES,
     CONTAINER_FORMATS,
+    RANGES,
     Limits,
     Params,
     Plan,
@@ -32,6 +34,7 @@ from messages import (
 )
 from storage import Layout
 from work import predict
+from work.uploads import TITLE_CHARACTERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +49,6 @@ class Submission:
     manifest: dict[str, Any] | None
     priority: int = 0
 
-
-CHOICES = {
-    "denoise": ("low", "medium", "high"),
-    "output_format": ("jpg", "png", "webp", "avif"),
-    "device": ("auto", "cuda", "cpu"),
-    "color": ("auto", "gray", "keep"),
-    "reduction": ("auto", "lanczos", "area"),
-    "container": ("zip", "cbz", "epub", "pdf"),
-    "split": ("none", "volumes"),
-    "spreads": ("keep", "split", "rotate"),
-    "reading_direction": ("rtl", "ltr"),
-}
-
-
-RANGES = {  # name: (least, most, may be null)
-    "scale": (1, 4, False),
-    "jpeg_quality": (1, 100, False),
-    "tile_size": (32, 1024, True),
-    "tile_pad": (0, 128, True),
-    "batch_size": (1, 16, True),
-    "target_width": (16, 65_500, True),
-    "target_height": (16, 65_500, True),
-    "max_page_bytes": (4096, 1 << 40, True),
-    "max_artifact_bytes": (1 << 16, 1 << 40, True),
-}
-
-
-TITLE_CHARACTERS = 300
 
 PRIORITIES = (-100, 100)  # least, most
 
@@ -373,7 +348,7 @@ def note_removed(table: jobs.JobTable, job: jobs.Job, what: str, days: int) -> b
     column, words = jobs.REMOVED[what]
     note = f"{words} removed after {days} days (REICHAN_KEEP_{what.upper()})"
     message = f"{job.message}. {note}" if job.message else note
-    return table.change(job, job.state, message=message, **{column: table.clock()})
+    return table.change(job, message=message, **{column: table.clock()})
 
 
 # ---------------------------------------------------------------- what they are told

@@ -27,7 +27,7 @@ NUMBERED = re.compile(
     r"(?P<title>.*?)[\s_.,\-]*(?:\b(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
     re.IGNORECASE,
 )
-TITLE_CHARACTERS = 300  # submissions.TITLE_CHARACTERS; that module is not for Copyparty's process
+TITLE_CHARACTERS = 300  # of a title, or a volume's name
 
 
 # ---------------------------------------------------------------- names

@@ -123,7 +123,7 @@ def names_of(volumes: Sequence[Volume]) -> list[str]:
 
 
 def _as_text(name: str) -> str:
-    return name.strip()[: submissions.TITLE_CHARACTERS] or "_"
+    return name.strip()[: uploads.TITLE_CHARACTERS] or "_"
 
 
 # ---------------------------------------------------------------- submit
