@@ -93,6 +93,7 @@ def ring() -> Iterator[Ring]:
             patch.setenv(name, value)
         patch.setenv("FAULTS", str(place))
         patch.setenv("TMPDIR", str(place))
+        patch.setenv("HOME", str(place))  # where Ray keeps its token
         made = Ring(place)
         made.start()
         try:

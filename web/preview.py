@@ -214,7 +214,8 @@ class Previews:
         """Take in an image that was sent. Raises Refused 422, OSError."""
         kind = storage.sniff(bytes(data[:16]))
         if kind not in reader.IMAGES:
-            raise Refused(422, "NO_IMAGE", "what was sent is no JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG XL")
+            kinds = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG XL"
+            raise Refused(422, "NO_IMAGE", f"what was sent is no {kinds}")
         key = hashlib.sha256(data).hexdigest()[:32]
         path = self._cache.folder / f"{key}.{kind}"
         with self._lock:
