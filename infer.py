@@ -136,10 +136,11 @@ class Worker:
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
         self.cache = PageCache(choice.cache_root, upscaling.program(slot)) if choice.cache_root else None
-        at_once = max(kind.pages for kind in upscaling.DEVICES.values() if kind.usable())
+        kinds = [kind for kind in upscaling.DEVICES.values() if kind.usable()]
+        at_once = max(kind.pages for kind in kinds)
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
-        encoders = max(1, min(16 if at_once > 1 else 2, cores - 1))
+        encoders = max(1, min(2 if all(kind.rolls for kind in kinds) else 16, cores - 1))
         self.capacity = encoders + at_once + 1  # some in each step, and one decoded
         self.decoders = ThreadPoolExecutor(max(1, encoders // 2), "decode")
         self.device = Lanes(at_once, "device")
@@ -436,12 +437,15 @@ class Worker:
     ) -> Iterator[SourcePage | inputs.Listing]:
         """The pages of an earlier attempt's intact working copy, else of a new one.
 
-        With every page finished the working copy isn't needed, nor is the input.
+        With every page finished the working copy isn't needed, nor is the input, unless it is another one
+        since (see JobTable.forget_staged).
         """
         sources = [page.source for page in task.known]
         is_cbz = task.params.container == "cbz"
         kept = not is_cbz or containers.is_kept(task.outputs)
-        complete = bool(known) and all(_still_done(task, page, page.source) for page in known.values())
+        same_input = all(page.source.staged for page in known.values())
+        done_before = all(_still_done(task, page, page.source) for page in known.values())
+        complete = bool(known) and same_input and done_before
         if sources and kept and (complete or inputs.staged_pages_intact(task.staging, sources)):
             yield from sources
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import queue
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import png, until
+from serving import png, until, volume
 
 import infer
 from engine import pages, survey, upscaling
@@ -18,6 +19,7 @@ from messages import (
     CARD_LOST_STATUS,
     ComputePage,
     EngineChoice,
+    KnownPage,
     Limits,
     PageFailed,
     Params,
@@ -26,6 +28,7 @@ from messages import (
     Probe,
     Probed,
     Settle,
+    SourcePage,
     Stage,
     Survey,
     Surveyed,
@@ -160,3 +163,20 @@ def test_an_input_that_cannot_be_staged_fails_its_task_alone(worker, tmp_path):
     stage = Stage("job", 1, place, *folders, params, None, (), None, Limits())
     failed = answer(worker, stage)
     assert isinstance(failed, TaskFailed) and failed.code == "INPUT_UNUSABLE"
+
+
+@pytest.mark.parametrize("staged", ["00001.png", ""])
+def test_a_job_that_is_finished_but_for_its_artifact_looks_at_its_input_only_if_that_is_another(
+    worker, tmp_path, staged
+):
+    """`staged` is emptied where a resume names another input."""
+    old, outputs = png(), tmp_path / "outputs"
+    outputs.mkdir()
+    (outputs / "1.jpg").write_bytes(b"page")
+    source = SourcePage("1.png", staged, hashlib.sha256(old).hexdigest(), len(old), None)
+    known = KnownPage(source, "1.jpg", hashlib.sha256(b"page").hexdigest())
+    place = tmp_path / "v.zip"
+    place.write_bytes(volume({"1.png": png(shade=9)}))
+    stage = Stage("job", 1, place, tmp_path / "staging", outputs, Params(), None, (known,), None, Limits())
+    found = [page for page in worker._staged_pages(stage, {"1.png": known}) if isinstance(page, SourcePage)]
+    assert [page.sha256 == source.sha256 for page in found] == [bool(staged)]

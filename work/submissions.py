@@ -273,7 +273,8 @@ def resume(
         seen, job = job, table.get(job_id)
         if (job.state, job.attempt) != (seen.state, seen.attempt):
             return job  # another request was quicker
-        if remains or (input_path, kind) != (job.input_path, job.input_type):
+        moved = (input_path, kind) != (job.input_path, job.input_type)
+        if remains or (moved and inputs.located(place)[0].exists()):
             table.forget_staged(job_id)
         redone = table.reset_failed_pages(job_id)
         # The artifact stays on disk, unseen, until the next one replaces it: removed from here, it
