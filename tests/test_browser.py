@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import cv2
 import drawn
 import pytest
+from client import Client
 from helpers import require
 from kills import Service
 from serving import finished, png, queued, running, still, until, volume
@@ -29,7 +30,6 @@ import jobs
 import server
 import settings
 from web import webpage
-from work import submissions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # It has no business outside, and asks for nothing there.
@@ -303,7 +303,7 @@ def test_what_is_deleted_in_another_window_is_gone_when_somebody_comes_back_to_t
         home, open_page = visit(service.url), visit(f"{service.url}/#{gone.id}")
         see(home, "Gone 1", "#jobs")
         see(open_page, "Gone 1", "#title")
-        submissions.delete(service.table, service.config.layout, gone.id)
+        assert Client(service.url).call("DELETE", f"/jobs/{gone.id}").status == 204
         for page in (home, open_page):
             page.evaluate("lookedAt = 0; dispatchEvent(new Event('focus'))")
         until(lambda: home.locator("#jobs li").count() == 1)
