@@ -213,7 +213,6 @@ class ClusterDispatcher(Dispatcher):
                 self.unplanned.add(job_id)
                 self._abandon(run)
                 with contextlib.suppress(JobError, sqlite3.OperationalError):
-                    self.table.change(run.job, message=None)
                     lose_worker(self.table, run.job, self.table.clock())
 
     def _deal_file_task(self, run: Run) -> bool:

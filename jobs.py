@@ -727,7 +727,8 @@ def claim(table: JobTable, now_s: float) -> Job | None:
 
 def lose_worker(table: JobTable, job: Job, now_s: float) -> Job:
     """The attempt ended without a result; the next one goes on from the finished pages."""
-    return advance(table, job, "lose_worker", now_s, phase="queued", current_page=None, eta_s=None)
+    nothing = {"current_page": None, "eta_s": None, "message": None}  # of this attempt holds for the next
+    return advance(table, job, "lose_worker", now_s, phase="queued", **nothing)
 
 
 def cancel(table: JobTable, job_id: str, now_s: float) -> Job:

@@ -7,7 +7,6 @@ pipe's buffer, so that no process can block another by dying in the middle of on
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -133,6 +132,8 @@ def misspelt(names: Iterable[str]) -> str | None:
     known = [name for field in fields(Params) for name in (field.name, camel(field.name))]
     for name in names:
         if name not in known:
+            import difflib  # every process imports this file
+
             near = difflib.get_close_matches(name, known, 1)
             return f"params have no {name!r}" + (f"; is {near[0]!r} meant?" if near else "")
     return None

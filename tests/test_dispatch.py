@@ -327,7 +327,7 @@ def test_a_resume_with_another_input_takes_no_page_from_the_old_working_copy(tmp
         table.replace_pages(job.id, [page])
         (layout.incoming / "two.zip").write_bytes(volume({"1.png": png(shade=9)}))
         jobs.cancel(table, job.id, 1.0)
-        submissions.resume(table, layout, job.id, ("two.zip", "zip"))
+        submissions.resume(table, layout, job.id, ("two.zip", "zip"), service.config.limits)
         assert [one.staged for one in table.pages(job.id)] == [""]
         assert not inputs.staged_pages_intact(
             layout.staging / job.id, [SourcePage("1.png", "", "0" * 64, 1, None)]

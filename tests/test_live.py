@@ -325,7 +325,7 @@ def test_a_client_that_returns_gets_all_it_missed_though_nothing_changes(service
 def test_a_resumed_job_goes_on_for_its_watchers_of_all_jobs(service, client, quick):
     job = end(service, running(service))
     with client.socket("/ws/jobs") as line:
-        submissions.resume(service.table, service.config.layout, job.id, None)
+        submissions.resume(service.table, service.config.layout, job.id, None, service.config.limits)
         state = told(line)
         assert (state.status, state.retries, state.last_error) == ("PENDING", 1, None)
 

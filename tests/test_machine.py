@@ -328,7 +328,7 @@ class Machine(RuleBasedStateMachine):
         source = path or job.path
 
         def resume() -> Job:
-            return submissions.resume(self.table, self.layout, job.id, given)
+            return submissions.resume(self.table, self.layout, job.id, given, Limits())
 
         if not job.is_over or (job.state == SUCCESS and not job.failed_pages):
             self.call(resume)
@@ -373,7 +373,7 @@ class Machine(RuleBasedStateMachine):
     def name_an_unknown_job(self, what: str) -> None:
         calls = {
             "cancel": lambda: jobs.cancel(self.table, UNKNOWN, self.now_s),
-            "resume": lambda: submissions.resume(self.table, self.layout, UNKNOWN, None),
+            "resume": lambda: submissions.resume(self.table, self.layout, UNKNOWN, None, Limits()),
             "delete": lambda: submissions.delete(self.table, self.layout, UNKNOWN),
             "prioritize": lambda: jobs.prioritize(self.table, UNKNOWN, 1),
         }

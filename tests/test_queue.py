@@ -71,7 +71,8 @@ def test_a_finished_job_takes_a_priority_for_when_it_is_resumed(resting):
     job = queued(resting)
     jobs.cancel(resting.table, job.id, 0.0)
     jobs.prioritize(resting.table, job.id, 3)
-    other, again = queued(resting).id, submissions.resume(resting.table, resting.config.layout, job.id, None)
+    config, other = resting.config, queued(resting).id
+    again = submissions.resume(resting.table, config.layout, job.id, None, config.limits)
     assert claimed(resting) == [again.id, other]
 
 

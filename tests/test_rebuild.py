@@ -282,7 +282,7 @@ def test_an_unfinished_job_whose_page_was_damaged_starts_over_and_gives_the_same
     with opened(layout) as table:
         for waiting in table.in_state("PENDING"):
             jobs.cancel(table, waiting.id, 1.0)
-        submissions.resume(table, layout, job, None)
+        submissions.resume(table, layout, job, None, Limits())
     change(layout, f"UPDATE pages SET width = 1 WHERE job_id = '{job}' AND n = 1")
     with opened(layout) as table:
         fresh = table.get(job)

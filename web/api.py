@@ -255,8 +255,7 @@ class Api:
         if path.is_file():
             return self._image(request, self._preview(path, preview, width) if preview else path)
         if not job.input_path:
-            detail = "where this job's input lies is not known: it was rebuilt from its artifact"
-            raise Refused(410, storage.InputMissing.code, detail)
+            raise Refused(410, storage.InputMissing.code, submissions.INPUT_UNKNOWN)
         source = self.layout.incoming / job.input_path
         try:
             name = storage.whole_name(page.name, page.staged)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import unicodedata
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,7 @@ class Submission:
 
 
 PRIORITIES = (-100, 100)  # least, most
+INPUT_UNKNOWN = "where this job's input lies is not known: it was rebuilt from its artifact"
 
 
 def pick(body: dict[str, Any], name: str) -> Any:
@@ -177,14 +179,24 @@ def submit(
     reserve_bytes: what must stay free on the disk beside the job's own; None: unchecked.
     Raises KeyReused and as checked().
     """
+    return submit_all(table, key, body_hash, lambda: [checked(layout, wanted, limits, reserve_bytes)])[0]
+
+
+def submit_all(
+    table: jobs.JobTable, key: str | None, body_hash: str, prepare: Callable[[], Sequence[Submission]]
+) -> list[jobs.Job]:
+    """A job for each of what prepare() checked, or those that this Idempotency-Key made before. Raises
+    KeyReused and what prepare() does, which is called while the job table is free."""
     before = submitted(table, key, body_hash)
     if before:
-        return before[0]
-    ready = checked(layout, wanted, limits, reserve_bytes)
+        return before
+    each = prepare()
     with table.transaction():
         # Another request with this key may have been quicker.
-        before = submitted(table, key, body_hash)
-        return before[0] if before else insert(table, ready, key, body_hash)
+        return submitted(table, key, body_hash) or [
+            insert(table, one, key and (key if n == 1 else f"{key}\n{n}"), body_hash)
+            for n, one in enumerate(each, 1)
+        ]
 
 
 def checked(layout: Layout, wanted: Submission, limits: Limits, reserve_bytes: int | None) -> Submission:
@@ -245,7 +257,7 @@ def resume(
     layout: Layout,
     job_id: str,
     given: tuple[str, str] | None,
-    limits: Limits | None = None,
+    limits: Limits,
 ) -> jobs.Job:
     """Queue what is left of a job that is over; other jobs are answered unchanged.
 
@@ -256,10 +268,7 @@ def resume(
     if not job.is_over or (job.state == jobs.SUCCESS and not job.failed_pages):
         return job
     if not job.input_path and given is None:
-        raise storage.InputMissing(
-            "where this job's input lies is not known, since it was rebuilt from its artifact; upload it "
-            "and resume with inputPath and inputType"
-        )
+        raise storage.InputMissing(f"{INPUT_UNKNOWN}; upload it and resume with inputPath and inputType")
     pages = table.pages(job_id)
     # Without their files the pages must be computed again, and for that the input must be there.
     lost = job.outputs_removed_s is not None
@@ -267,7 +276,7 @@ def resume(
     path, kind = given or (job.input_path, job.input_type)
     place = inputs.resolve_incoming(layout, path)
     if remains:
-        inputs.check_input(place, kind, limits or Limits())
+        inputs.check_input(place, kind, limits)
     input_path = place.relative_to(layout.incoming).as_posix()
     with table.transaction():
         seen, job = job, table.get(job_id)

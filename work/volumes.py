@@ -142,22 +142,15 @@ def submit(
     """
     if wanted.params.split == "none":
         return [submissions.submit(table, layout, wanted, key, body_hash, limits, reserve_bytes)]
-    before = submissions.submitted(table, key, body_hash)
-    if before:
-        return before
-    path = submissions.checked_input(layout, wanted.input_path, wanted.input_type, limits)
-    each = list(_submissions(layout, wanted, path, limits, reserve_bytes))
-    with table.transaction():
-        # Another request with this key may have been quicker.
-        return submissions.submitted(table, key, body_hash) or [
-            submissions.insert(table, one, key and (key if n == 1 else f"{key}\n{n}"), body_hash)
-            for n, one in enumerate(each, 1)
-        ]
+    return submissions.submit_all(
+        table, key, body_hash, lambda: list(_submissions(layout, wanted, limits, reserve_bytes))
+    )
 
 
 def _submissions(
-    layout: Layout, wanted: Submission, path: str, limits: Limits, reserve_bytes: int | None
+    layout: Layout, wanted: Submission, limits: Limits, reserve_bytes: int | None
 ) -> Iterator[Submission]:
+    path = submissions.checked_input(layout, wanted.input_path, wanted.input_type, limits)
     found = find(layout.incoming / path, limits)
     names = names_of(found) if len(found) > 1 else [wanted.volume]
     for volume, name in zip(found, names, strict=True):
