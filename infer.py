@@ -36,7 +36,7 @@ import numpy as np
 
 import logs
 import storage
-from engine import budgets, devices, pages, spreads, survey, upscaling, windows
+from engine import budgets, devices, pages, screens, spreads, survey, upscaling, windows
 from engine.lanes import Lanes
 from engine.models import load_model
 from engine.pages import PageError
@@ -135,8 +135,8 @@ class Worker:
         self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
-        self.cache = PageCache(choice.cache_root, upscaling.program(slot)) if choice.cache_root else None
-        kinds = [kind for kind in upscaling.DEVICES.values() if kind.usable()]
+        self.cache = PageCache(choice.cache_root, devices.program(slot)) if choice.cache_root else None
+        kinds = [kind for kind in devices.KINDS.values() if kind.usable()]
         at_once = max(kind.pages for kind in kinds)
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
@@ -150,7 +150,7 @@ class Worker:
     def run(self) -> None:
         """Read tasks until the parent closes the pipe, or dies."""
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        self.send(Ready(self.capacity, upscaling.device_count(self.choice)))
+        self.send(Ready(self.capacity, devices.device_count(self.choice)))
         while True:
             try:
                 task = self.conn.recv()
@@ -173,7 +173,7 @@ class Worker:
 
     def _beat(self) -> None:
         while True:
-            self.send(replace(self.watch.worst(), card=upscaling.card_memory(self.slot)))
+            self.send(replace(self.watch.worst(), card=devices.card_memory(self.slot)))
             began_s = time.monotonic()
             time.sleep(self.BEAT_S)
             late_s = time.monotonic() - began_s - self.BEAT_S  # Windows' clock goes on in its sleep
@@ -210,7 +210,7 @@ class Worker:
 
     def _end_if_card_is_lost(self) -> None:
         """End this process, in which every page would fail; in the next one the card may be back."""
-        if upscaling.card_is_lost(self.slot):
+        if devices.card_is_lost(self.slot):
             log.error("the card no longer answers this process: ending it, so that another takes over")
             os._exit(CARD_LOST_STATUS)
 
@@ -306,9 +306,9 @@ class Worker:
         facts: dict[str, Any],
     ) -> None:
         started = time.perf_counter()
-        device = devices.DEVICES.get(task.params.profile or "")
-        if device and page.pixels.ndim == 2 and pages.is_lossless(task.params):
-            page = replace(page, pixels=pages.to_levels(page.pixels, device.greys))
+        screen = screens.SCREENS.get(task.params.profile or "")
+        if screen and page.pixels.ndim == 2 and pages.is_lossless(task.params):
+            page = replace(page, pixels=pages.to_levels(page.pixels, screen.greys))
         data, suffix, other = budgets.fitted(
             lambda params: pages.encode(page.pixels, params, page.profile), task.params, _most_bytes(task)
         )
@@ -390,7 +390,7 @@ class Worker:
         if plan is None or not self.engines.is_current(plan):
             return self.engines.plan(params)
         if params.device != "auto":
-            upscaling.pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
+            devices.pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
         return plan
 
     def _settle(self, task: Settle) -> None:
@@ -495,7 +495,7 @@ class Worker:
         return Previewed(task.key)
 
     def _probe(self) -> Probed:
-        return Probed(upscaling.describe_devices(), describe_models(self.choice.model_root))
+        return Probed(devices.describe_devices(), describe_models(self.choice.model_root))
 
 
 def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> bool:
@@ -569,7 +569,7 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settle_torch()
     if choice.sandbox:
-        for kind in upscaling.DEVICES.values():
+        for kind in devices.KINDS.values():
             kind.usable()  # a driver's first use may need rights that are about to go
         sandbox.drop_rights()
     Worker(conn, choice, slot).run()

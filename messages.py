@@ -39,7 +39,7 @@ class Params:
     target_height: int | None = None
     spreads: str = "keep"  # of double pages: "split" into their halves, "rotate" (spreads.py)
     reading_direction: str = "rtl"
-    profile: str | None = None  # of devices.DEVICES: its pixels and greys
+    profile: str | None = None  # of screens.SCREENS: its pixels and greys
     max_page_bytes: int | None = None  # see budgets.py
     max_artifact_bytes: int | None = None
     reduction: str = "auto"  # or "lanczos" (upstream's), "area" (see reduces_in_light)

@@ -35,8 +35,8 @@ PROGRAM = Path(__file__).parent.absolute()  # the service's own files
 # Whose code decides a page's bytes: where one of these changes, nothing comes from the cache any more.
 PIPELINE = (
     "infer", "messages", "engine.budgets", "engine.community", "engine.devices", "engine.enlarging",
-    "engine.imagekinds", "engine.models", "engine.nnpack", "engine.pages", "engine.rolling", "engine.spreads",
-    "engine.strips", "engine.upscaling", "engine.windows", "engine.winograd",
+    "engine.imagekinds", "engine.models", "engine.nnpack", "engine.pages", "engine.rolling", "engine.screens",
+    "engine.spreads", "engine.strips", "engine.upscaling", "engine.windows", "engine.winograd",
 )  # fmt: skip
 PAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}

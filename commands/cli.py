@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import storage
-from engine import budgets, pages, rolling, spreads, upscaling
+from engine import budgets, devices, pages, rolling, spreads, upscaling
 from files import artifacts, books, containers, inputs
 from messages import CHOICES, RANGES, EngineChoice, Limits, Params, Plan, SourcePage, reported
 
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", *upscaling.PRECISIONS), default="auto", help=faster)
     measured = "fp32 on a processor; auto: measured"
     add("--convolutions", choices=("auto", *rolling.KINDS), default="auto", help=measured)
-    add("--device", choices=("auto", *upscaling.DEVICES), default="auto", help="(%(default)s)")
+    add("--device", choices=("auto", *devices.KINDS), default="auto", help="(%(default)s)")
     return flags
 
 

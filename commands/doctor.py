@@ -362,7 +362,7 @@ def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
     import torch
 
     import infer
-    from engine import upscaling
+    from engine import devices
 
     infer.settle_torch()
     cuda_error = None
@@ -376,7 +376,7 @@ def examine(choice: EngineChoice, models: Sequence[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudaError": cuda_error,
-        "devices": upscaling.describe_devices(),
+        "devices": devices.describe_devices(),
         "models": infer.describe_models(choice.model_root),
         "runs": [run_model(choice, name) for name in models],
     }

@@ -1,7 +1,6 @@
-"""How a page is upscaled: devices, plans, and the engines that follow them.
+"""How a page is upscaled: plans, and the engines that follow them.
 
-Map: devices and plans - model "auto" - engines (NativeEngine, UpstreamEngine) - a page - Engines -
-    program (what pages are alike to the bit for)
+Map: plans - model "auto" - engines (NativeEngine, UpstreamEngine) - a page - Engines
 Rule: what a page becomes depends on its bytes, its params and its plan, on nothing else.
 Runs in: the worker process only (it loads torch).
 
@@ -11,22 +10,17 @@ Runs in: the worker process only (it loads torch).
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import importlib.metadata
 import logging
 import math
 import os
-import platform
 import re
-import sys
 import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import cv2
@@ -35,19 +29,14 @@ import torch
 from torch import nn
 
 import storage
-from engine import community, pages, rolling, windows
+from engine import community, devices, pages, rolling, windows
 from engine.community import CommunityNetwork
 from engine.models import Model, RRDBNet, SRVGGNetCompact, copy_network, load_model
 from engine.pages import PageError, Pixels
 from engine.rolling import Roller
 from engine.windows import RESIZE_REACH, Box, probe_page
 from files import weightfiles
-from messages import (
-    AUTO_MODEL,
-    EngineChoice,
-    Params,
-    Plan,
-)
+from messages import AUTO_MODEL, EngineChoice, Params, Plan
 
 log = logging.getLogger("upscaling")
 
@@ -66,12 +55,6 @@ class Cancelled(Exception):
     """The job was cancelled while its page was being computed."""
 
 
-class DeviceMissing(storage.StorageError):
-    """The device that was asked for is not here."""
-
-    code = "DEVICE_MISSING"
-
-
 class EngineMissing(storage.StorageError):
     """The engine that was asked for is not installed."""
 
@@ -82,105 +65,7 @@ class Insane(Exception):
     """A result that can't be the page: not finite, black, or of another brightness."""
 
 
-# ---------------------------------------------------------------- devices and plans
-@dataclass(frozen=True, slots=True)
-class DeviceKind:
-    """One row a kind of device: which there are, and what to try on them.
-
-    usable: torch's indices of those that it can compute on here.
-    tile, batch: input pixels of a window's core and windows at once, for (compact, RRDB)
-    networks. On cards the first fills a large one with 1 GB, the second takes 5 GB, since
-    its halo costs less the larger the window; out of memory halves them. On a processor the
-    rows of a 6B window that all layers keep take 1 MB a pixel of its width.
-    window: sides of a window, with its halo, of a network of another architecture. It goes back to
-    network scale as a whole: 4x and 64 channels of fp32 are 420 MB of each layer at 320.
-    rolls: whether a window is as high as the page and computed a few rows at a time, each
-    row once. Caches gain by it; a card would wait for the many small steps.
-    pages: computed at a time, by a thread each: a card takes up the next page while the
-    last one's pixels come back.
-    """
-
-    usable: Callable[[], Sequence[int]]
-    fast_precision: str
-    tile: tuple[int, int] = (512, 864)
-    batch: tuple[int, int] = (4, 1)
-    window: int = 512
-    rolls: bool = False
-    pages: int = 2
-
-
-def _cuda_cards() -> list[int]:
-    """Without those that this build of torch has no kernels for: the driver answers for them, and the
-    first operation fails."""
-    here = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return [index for index in here if _has_kernels(index)]
-
-
-@functools.cache
-def _has_kernels(index: int) -> bool:
-    """By torch.cuda's own rules (_check_cubins): code for sm_86 runs on 8.6 and 8.9, and compute_90 is
-    compiled by the driver for whatever is newer."""
-    if torch.version.cuda is None:  # ROCm
-        return True
-    major, minor = torch.cuda.get_device_capability(index)
-    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
-    if not built or any(
-        (int(first) == major and int(second) <= minor)
-        or (kind == "compute" and (int(first), int(second)) <= (major, minor))
-        for kind, first, second in built
-    ):
-        return True
-    log.warning(
-        "torch %s has no kernels for %s (compute capability %d.%d): it is not used (README: GPU)",
-        torch.__version__,
-        torch.cuda.get_device_name(index),
-        major,
-        minor,
-    )
-    return False
-
-
-def _xpu_cards() -> Sequence[int]:
-    here = hasattr(torch, "xpu") and torch.xpu.is_available()
-    return range(torch.xpu.device_count() if here else 0)
-
-
-def _native_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself; elsewhere it is emulated and slow."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
-
-
-# In the order in which "auto" prefers them. ROCm builds answer as CUDA.
-DEVICES = {
-    "cuda": DeviceKind(_cuda_cards, "fp16"),
-    "xpu": DeviceKind(_xpu_cards, "fp16"),
-    # One page at a time: two threads on Metal can end the process (pytorch issue 197805).
-    "mps": DeviceKind(lambda: range(torch.backends.mps.is_available()), "fp16", pages=1),
-    "cpu": DeviceKind(lambda: range(1), "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
-}
-
-
-def pick_device(asked: str) -> str:
-    """The device kind for "auto" or a name. Raises DeviceMissing."""
-    if asked == "auto":
-        return next(name for name, kind in DEVICES.items() if kind.usable())
-    if asked not in DEVICES or not DEVICES[asked].usable():
-        raise DeviceMissing(
-            f"no {asked} device is usable here (torch {torch.__version__}); use device auto or cpu, "
-            "or install the torch build for this card (README: GPU)"
-        )
-    return asked
-
-
-def torch_device(kind: str, slot: int) -> torch.device:
-    """Worker slot i takes the i-th usable device modulo their number."""
-    if kind in ("cpu", "mps"):
-        return torch.device(kind)
-    cards = DEVICES[kind].usable()
-    if not cards:
-        raise DeviceMissing(f"there is no {kind} device any more")
-    return torch.device(kind, cards[slot % len(cards)])
+# ---------------------------------------------------------------- plans
 
 
 class Measured:
@@ -214,8 +99,8 @@ class Measured:
 
 def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Measured) -> Plan:
     """Settle how pages are computed with one model. Raises DeviceMissing, EngineMissing."""
-    device = pick_device(choice.device if params.device == "auto" else params.device)
-    kind = DEVICES[device]
+    device = devices.pick_device(choice.device if params.device == "auto" else params.device)
+    kind = devices.KINDS[device]
     native = choice.engine == "native"
     halo_px = measured.halo_px(model, device) if params.tile_pad is None else params.tile_pad
     other = isinstance(model.network, CommunityNetwork)
@@ -241,18 +126,9 @@ def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Meas
     return plan
 
 
-@functools.cache
-def keep_to_card(device: torch.device) -> None:
-    """On Windows, let torch use what is free on a card now and no more: the driver would go on in the
-    computer's memory, many times slower, and never say that the card's is used up."""
-    if device.type == "cuda" and sys.platform == "win32":
-        free, whole = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(free / whole, device)
-
-
 def own_tile(device: str, model: Model, halo_px: int) -> int:
-    """See DeviceKind.tile and .window."""
-    kind = DEVICES[device]
+    """See devices.DeviceKind.tile and .window."""
+    kind = devices.KINDS[device]
     if isinstance(model.network, CommunityNetwork):
         return max(kind.window - 2 * halo_px, SMALLEST_TILE)
     return kind.tile[isinstance(model.network, RRDBNet)]
@@ -267,27 +143,11 @@ def fastest_convolutions(model: Model) -> str:
     return kind
 
 
-@functools.cache
-def describe_machine(device: str, slot: int) -> str:
-    """What, beside the plan's other values, decides the last bit of a page: in words, then by a hash."""
-    whole = hashlib.sha256(program(slot).encode()).hexdigest()[:8]
-    libraries = f"torch {torch.__version__}, OpenCV {cv2.__version__}, program {whole}"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name(torch_device(device, slot))}, {libraries}"
-    if device != "cpu":
-        return f"{device}, {libraries}"
-    features = [torch.backends.cpu.get_cpu_capability()]
-    for feature in ("amx_tile", "avx512_bf16"):
-        if getattr(torch.cpu, f"_is_{feature}_supported", bool)():
-            features.append(feature.upper())
-    return f"{platform.machine()} {'+'.join(features)}, {libraries}"
-
-
 def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
     """Whether a reduced precision pays here: native or measured faster, and near fp32 on a
     drawn probe (older cards are slower in fp16, and even gave black)."""
     own = not isinstance(model.network, CommunityNetwork)
-    if plan.device == "cpu" and not _native_bf16():
+    if plan.device == "cpu" and not devices.native_bf16():
         return False
     timed = not (own and plan.device == "cpu")  # a processor's own bf16 is the faster one
     # A fast card would wait for Python all the time that a small page takes.
@@ -304,7 +164,7 @@ def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool
             engines[n % 2].upscale(probe, model.scale)
             best_s[n % 2] = min(best_s[n % 2], time.perf_counter() - started_s)
     except (Insane, RuntimeError) as error:
-        if card_is_lost(slot):
+        if devices.card_is_lost(slot):
             raise
         log.warning("%s is not usable on %s: %s", kind, plan.device, error)
         return False
@@ -325,7 +185,7 @@ def halo_for(model: Model, device: str, slot: int) -> int:
     """Input pixels around a tile that a model needs, measured on the device where nobody knows."""
     if not isinstance(model.network, CommunityNetwork):
         return model.network.halo_px
-    place = torch_device(device, slot)
+    place = devices.torch_device(device, slot)
     network = copy_network(model.network).to(place)
     assert isinstance(network, CommunityNetwork)
     return community.measured_halo(network, place)
@@ -393,8 +253,8 @@ class NativeEngine:
         self.model = model
         self.scale = model.scale
         self.plan = plan
-        self.device = torch_device(plan.device, slot)
-        keep_to_card(self.device)
+        self.device = devices.torch_device(plan.device, slot)
+        devices.keep_to_card(self.device)
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
@@ -403,7 +263,7 @@ class NativeEngine:
         if not isinstance(self.network, CommunityNetwork):
             self.input_dtype = self.network.first.weight.dtype
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if DEVICES[plan.device].rolls:
+            if devices.KINDS[plan.device].rolls:
                 self.roller = Roller(self.network, plan.convolutions)
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):  # a Roller calls none of them, and ticks itself
@@ -556,7 +416,7 @@ class UpstreamEngine:
                 tile_pad=plan.halo_px,
                 pre_pad=0,
                 half=plan.precision == "fp16",
-                device=torch_device(plan.device, slot),
+                device=devices.torch_device(plan.device, slot),
             )
 
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
@@ -670,7 +530,7 @@ class Engines:
 
     def _plan(self, params: Params, model: Model) -> Plan:
         plan = make_plan(params, self.choice, model, self.measured)
-        return replace(plan, machine=describe_machine(plan.device, self.slot))
+        return replace(plan, machine=devices.describe_machine(plan.device, self.slot))
 
     def is_current(self, plan: Plan) -> bool:
         """Whether the weights that this plan was made for are those that are here."""
@@ -694,7 +554,7 @@ class Engines:
             raise storage.WeightsRefused(
                 f"the weights of {plan.model} changed while the job ran; resume it to start over"
             )
-        pick_device(plan.device)
+        devices.pick_device(plan.device)
         if plan.engine == "upstream":
             return UpstreamEngine(model, plan, self.slot)
         return NativeEngine(model, plan, self.slot, self.tick)
@@ -726,7 +586,7 @@ class Engines:
 
     def _usable(self, plan: Plan, params: Params) -> Plan:
         """The plan, on a device that is still here, with a tile that is known to fit."""
-        if not DEVICES[plan.device].usable():
+        if not devices.KINDS[plan.device].usable():
             plan = self._on_processor(plan, params)
         if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
             plan = replace(plan, convolutions="direct")
@@ -771,71 +631,3 @@ def _difference(plan: Plan, actual: Plan) -> str | None:
     return ", ".join(f"{key} {got[key]}" for key in wanted if wanted[key] != got[key]) or None
 
 
-def device_count(choice: EngineChoice) -> int:
-    """How many devices workers of this choice can share; 1 where what was asked for is missing."""
-    with contextlib.suppress(DeviceMissing):
-        return max(1, len(DEVICES[pick_device(choice.device)].usable()))
-    return 1
-
-
-def describe_devices() -> list[dict[str, Any]]:
-    """Every usable device, the one that "auto" takes first."""
-    found = []
-    for kind, row in DEVICES.items():
-        for index in row.usable():
-            name, memory_bytes = kind, None
-            if kind == "cuda":
-                properties = torch.cuda.get_device_properties(index)
-                name, memory_bytes = properties.name, properties.total_memory
-            elif kind == "cpu":
-                name = f"{os.cpu_count()} cores"
-            found.append({"device": kind, "index": index, "name": name, "memoryBytes": memory_bytes})
-    return found
-
-
-def card_memory(slot: int) -> tuple[str, int, int] | None:
-    """(device, bytes in use by all programs, bytes in all) of this worker's card, once it uses it."""
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_initialized():
-            # A driver that fell over, or can't tell.
-            with contextlib.suppress(RuntimeError, AttributeError, DeviceMissing):
-                device = torch_device(kind, slot)
-                free, whole = module.mem_get_info(device)
-                return str(device), whole - free, whole
-    return None
-
-
-def card_is_lost(slot: int) -> bool:
-    """Whether this worker's card, once it was used, fails at the least operation: after a driver's reset
-    or an illegal access, CUDA refuses whatever the process asks from then on."""
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_initialized():
-            try:
-                torch.ones(1, device=torch_device(kind, slot)).item()
-            except torch.OutOfMemoryError:
-                return False
-            except (RuntimeError, DeviceMissing):
-                return True
-    return False
-
-
-def program(slot: int) -> str:
-    """What computes in this worker: the code of the pipeline, its libraries, the hardware. Pages are
-    promised to be alike to the bit where all of it is."""
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    versions = [torch.__version__, torch.version.cuda, cudnn, cv2.__version__, np.__version__, sys.version]
-    for library in ("spandrel", "pillow", "pillow-jxl-plugin"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{library} {importlib.metadata.version(library)}")
-    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        processor += sorted({line.strip() for line in lines if line.startswith(("model name", "flags"))})
-    # Cards of several kinds may be here: a worker takes back only what its own would compute.
-    devices = [
-        (row["device"], row["name"])
-        for row in describe_devices()
-        if row["index"] == (torch_device(row["device"], slot).index or 0)
-    ]
-    return str([storage.code_hash(storage.PIPELINE), versions, processor, torch.get_num_threads(), devices])

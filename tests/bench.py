@@ -42,7 +42,7 @@ import upstream_shim  # noqa: E402
 import infer  # noqa: E402
 import storage  # noqa: E402
 from commands import sample  # noqa: E402
-from engine import pages, rolling, upscaling, windows  # noqa: E402
+from engine import devices, pages, rolling, upscaling, windows  # noqa: E402
 from engine.models import Model  # noqa: E402
 from engine.pages import Pixels  # noqa: E402
 from engine.windows import Box  # noqa: E402
@@ -191,7 +191,7 @@ def matrix_flops(dtype: torch.dtype) -> float:
 
 def overlap_share(model: Model, plan: Plan, height: int, width: int) -> float:
     """Pixels computed more than once, as a share of the page's."""
-    if upscaling.DEVICES[plan.device].rolls:
+    if devices.KINDS[plan.device].rolls:
         across = windows.spans(width, plan.tile, plan.halo_px, model.multiple)
         computed = height * sum(x1 - x0 for *_, x0, x1 in across)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import upscaling
+from engine import devices, upscaling
 from engine.models import Model, load_model
 from engine.pages import Pixels
 from engine.upscaling import NativeEngine
@@ -58,7 +58,7 @@ def native(name: str, **changes: Any) -> NativeEngine:
 
 def use_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU compute windows at once, as cards do, instead of rolling."""
-    monkeypatch.setitem(upscaling.DEVICES, "cpu", replace(upscaling.DEVICES["cpu"], rolls=False))
+    monkeypatch.setitem(devices.KINDS, "cpu", replace(devices.KINDS["cpu"], rolls=False))
 
 
 def apart(ours: Pixels, theirs: Pixels) -> float:

@@ -200,7 +200,7 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
     from dataclasses import replace
 
     import infer
-    from engine import upscaling
+    from engine import devices, upscaling
 
     upscale = upscaling.NativeEngine.upscale
 
@@ -211,7 +211,7 @@ def two_devices(conn: Any, choice: Any, slot: int) -> None:
         return upscale(self, *rest)
 
     upscaling.NativeEngine.upscale = waiting  # type: ignore[method-assign]
-    upscaling.DEVICES["cpu"] = replace(upscaling.DEVICES["cpu"], usable=lambda: range(2))
+    devices.KINDS["cpu"] = replace(devices.KINDS["cpu"], usable=lambda: range(2))
     infer.worker_main(conn, choice, slot)
 
 
@@ -239,10 +239,10 @@ def held_up(conn: Any, choice: Any, slot: int) -> None:
 
 def held_up_on_unlike_machines(conn: Any, choice: Any, slot: int) -> None:
     """held_up, where each worker says that its machine is another one."""
-    from engine import upscaling
+    from engine import devices
 
-    describe, which = upscaling.describe_machine, note("machine")
-    upscaling.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"
+    describe, which = devices.describe_machine, note("machine")
+    devices.describe_machine = lambda *of: f"{describe(*of)}, machine {which}"
     held_up(conn, choice, slot)
 
 

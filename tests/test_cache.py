@@ -27,7 +27,7 @@ import jobs
 import server
 import settings
 import storage
-from engine import models, upscaling
+from engine import devices, models
 from files import cache, inputs
 from messages import Limits, PageDone, Params
 
@@ -132,7 +132,7 @@ def test_every_field_of_params_and_plan_decides(record):
 
 
 def test_source_limits_and_program_decide(tmp_path):
-    given = ("0" * 64, Params(), PLAN, Limits(), upscaling.program(0))
+    given = ("0" * 64, Params(), PLAN, Limits(), devices.program(0))
     others = [("1" * 64, *given[1:]), (*given[:3], Limits(page_pixels=1), given[4]), (*given[:4], "other")]
     others += [(*given, ("left", None)), (*given, ("right", None)), (*given, (None, 4096))]
     assert len({cache.key_of(*one) for one in (given, *others)}) == 7

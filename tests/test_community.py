@@ -32,7 +32,7 @@ import infer
 import server
 import settings
 import storage
-from engine import community, models, upscaling
+from engine import community, devices, models, upscaling
 from engine.pages import Pixels
 from files import weightfiles
 from messages import EngineChoice, Params
@@ -173,7 +173,7 @@ def test_a_precision_is_taken_only_where_the_descriptor_has_it(tmp_path, monkeyp
 
 
 def test_auto_takes_bf16_only_where_it_is_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
+    monkeypatch.setattr(devices, "native_bf16", lambda: True)
     now, slow = [0.0], [torch.bfloat16]
     monkeypatch.setattr(infer.time, "perf_counter", lambda: now[0])
     forward = community.CommunityNetwork.forward

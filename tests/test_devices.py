@@ -1,116 +1,92 @@
-"""Device profiles: what a job is told, what a page becomes, what the report says; within its bytes, too."""
+"""devices.py: which cards are used, whose they are, and what is told of them; the cards are pretended."""
 
 from __future__ import annotations
 
-import io
-import zipfile
-from typing import Any
+import sys
+from dataclasses import replace
 
-import cv2
-import numpy as np
 import pytest
-from client import Client
-from drawn import colour, grey
-from serving import until, volume
+import torch
 
-import server
-import settings
-from engine import devices, pages
-from engine.pages import Pixels
-from messages import Limits, Params
-from work import submissions
-
-MODELS = {
-    "realesr_animevideov3": "realesr-animevideov3",
-    "realesrgan_x4plus_anime_6b": "RealESRGAN_x4plus_anime_6B",
-}
+from engine import devices
 
 
-def parsed(**given: Any) -> Params:
-    errors: list[tuple[str, str]] = []
-    params = submissions.parse_params(given, MODELS, errors)
-    assert errors == []
-    return params
+@pytest.mark.parametrize(
+    "capability, built, usable",
+    [
+        ((8, 6), ["sm_80", "sm_86", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_86", "sm_90"], True),  # within its major version
+        ((6, 1), ["sm_75", "sm_80", "sm_120"], False),  # a GTX 1080 with a build for CUDA 12.8
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((13, 0), ["sm_120", "compute_120"], True),  # compiled by the driver
+        ((7, 0), ["sm_75", "compute_75"], False),
+        ((12, 1), ["sm_90a", "sm_120a"], True),
+        ((6, 1), [], True),  # nobody knows
+    ],
+)
+def test_a_card_without_kernels_in_this_torch_is_not_used(monkeypatch, caplog, capability, built, usable):
+    devices._has_kernels.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", capability),
+        ("get_arch_list", built),
+        ("get_device_name", "a card"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert devices.KINDS["cuda"].usable() == ([0] if usable else [])
+    assert ("no kernels for a card" in caplog.text) != usable
+    devices._has_kernels.cache_clear()
 
 
-# ---------------------------------------------------------------- profiles
-def test_a_profile_sets_pixels_and_colour_and_a_request_overrides_them():
-    params = parsed(profile="kobo-libra")
-    assert (params.target_width, params.target_height, params.color) == (1264, 1680, "gray")
-    assert params.reduces_in_light and params.profile == "kobo-libra"
-    params = parsed(profile="kobo-libra", targetWidth=632, color="keep")
-    assert (params.target_width, params.target_height, params.color) == (632, 1680, "keep")
-    assert parsed(profile="kobo-libra-colour").color == "auto"
-    assert parsed(profile=None) == parsed() == Params()
+def test_workers_share_the_cards_that_can_be_used(monkeypatch):
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: [0, 2]))
+    assert [devices.torch_device("cuda", slot).index for slot in range(3)] == [0, 2, 0]
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: []))
+    with pytest.raises(devices.DeviceMissing):
+        devices.torch_device("cuda", 0)
 
 
-def test_an_unknown_profile_is_refused_with_all_that_there_are():
-    for wrong in ("kindle", 7, ["kobo-libra"]):
-        errors: list[tuple[str, str]] = []
-        submissions.parse_params({"profile": wrong}, MODELS, errors)
-        assert [field for field, _ in errors] == ["params.profile"]
-        assert all(name in errors[0][1] for name in devices.DEVICES)
+def test_a_card_that_answers_no_more_is_told_from_one_that_is_full(monkeypatch):
+    assert not devices.card_is_lost(0)  # of one that was never used nothing is asked
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(devices, "torch_device", lambda *_: torch.device("cpu"))
+    assert not devices.card_is_lost(0)
+    for error, lost in ((torch.OutOfMemoryError("full"), False), (RuntimeError("unspecified launch"), True)):
+
+        def failing(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(torch, "ones", failing)
+            assert devices.card_is_lost(0) == lost
 
 
-def test_every_screen_is_upright_and_has_black_and_white():
-    for name, device in devices.DEVICES.items():
-        assert name == name.lower() and 600 <= device.width < device.height <= 3000
-        assert device.greys == 16
+def test_on_windows_torch_takes_no_more_than_a_card_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 8))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *of: asked.append(of))
+    device = torch.device("cuda", 1)
+    for platform, kind in (("linux", device), ("win32", torch.device("cpu")), ("win32", device)):
+        devices.keep_to_card.cache_clear()
+        monkeypatch.setattr(sys, "platform", platform)
+        devices.keep_to_card(kind)
+    devices.keep_to_card.cache_clear()
+    assert asked == [(0.75, device)]
 
 
-@pytest.mark.parametrize("greys", [4, 16])
-def test_levels_are_the_screens_own_and_keep_each_tone(greys):
-    ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 8)).reshape(64, -1)
-    page = np.sort(ramp, axis=1)  # 64 rows, each tone eight columns wide
-    got = pages.to_levels(page, greys)
-    assert set(np.unique(got)) == set(np.rint(np.arange(greys) * 255 / (greys - 1)).astype(int))
-    tones = got.reshape(64, 256, 8).astype(float).mean(axis=(0, 2))
-    assert np.abs(tones - np.arange(256)).max() <= 1.5
-    assert (got[page == 0] == 0).all() and (got[page == 255] == 255).all()
+def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypatch):
+    assert devices.card_memory(0) is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_has_kernels", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
+    assert devices.card_memory(3) == ("cuda:1", 7, 10)
 
+    def fallen(device):
+        raise RuntimeError("the driver is gone (injected)")
 
-# ---------------------------------------------------------------- through the service
-def coded(page: Pixels, suffix: str = ".png") -> bytes:
-    return cv2.imencode(suffix, page)[1].tobytes()
-
-
-def test_a_job_for_a_device_within_its_bytes(tmp_path):
-    noisy = np.random.RandomState(1).randint(0, 256, (90, 60), np.uint8)
-    volumes = {
-        "small": {"1.png": coded(colour(45, 30))},
-        "large": {"1.png": coded(np.kron(grey(500, 400), np.ones((2, 2), np.uint8)))},
-        "noisy": {f"{n}.png": coded(np.roll(noisy, n)) for n in range(6)},
-    }
-    wanted = {
-        "small": {"profile": "kobo-touch", "outputFormat": "png"},
-        "large": {"profile": "kobo-touch", "outputFormat": "png"},
-        "noisy": {"maxArtifactBytes": 1 << 16, "scale": 2},
-    }
-    found, reports = {}, {}
-    with server.Service(settings.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
-        client = Client(service.url)
-        for name, files in volumes.items():
-            client.call("PUT", f"/incoming/{name}.zip", volume(files))
-            body: dict[str, Any] = {
-                "title": "t",
-                "volume": name,
-                "input": {"type": "zip", "path": f"{name}.zip"},
-            }
-            body["params"] = {"model": "realesr-animevideov3"} | wanted[name]
-            job = client.call("POST", "/jobs", body).json()["jobId"]
-            url = f"/jobs/{job}"
-            state = until(lambda url=url: (s := client.call("GET", url).json())["finishedAt"] and s, 60)
-            assert (state["status"], state["message"]) == ("SUCCESS", None), state
-            reports[name] = client.call("GET", f"{url}/report").json()["report"]
-            found[name] = client.call("GET", f"{url}/artifact").body
-    for name, pixels in (("small", (800, 533)), ("large", (750, 600))):
-        item = reports[name]["items"][0]
-        assert (item["height"], item["width"]) == pixels and item["status"] == "upscaled"
-        with zipfile.ZipFile(io.BytesIO(found[name])) as artifact:
-            page = pages.decode(artifact.read("1.png"), 1, Limits())
-        assert page.shape == pixels and set(np.unique(page)) <= set(range(0, 256, 17))
-    assert reports["large"]["items"][0]["deviation"] == "reduced from 800x1000, by no network"
-    assert reports["large"]["items"][0]["model"] is None
-    assert len(found["noisy"]) <= 1 << 16
-    assert len(reports["noisy"]["items"]) == 6
-    assert all("for its size written as" in item["deviation"] for item in reports["noisy"]["items"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
+    assert devices.card_memory(3) is None

@@ -14,7 +14,7 @@ import pytest
 from serving import png, until, volume
 
 import infer
-from engine import pages, survey, upscaling
+from engine import devices, pages, survey
 from messages import (
     CARD_LOST_STATUS,
     ComputePage,
@@ -77,7 +77,7 @@ def test_a_question_is_answered_whatever_it_stumbles_over(worker, tmp_path, monk
 
     monkeypatch.setattr(pages, "write_preview", broken)
     monkeypatch.setattr(survey, "survey", broken)
-    monkeypatch.setattr(upscaling, "describe_devices", broken)
+    monkeypatch.setattr(devices, "describe_devices", broken)
     preview = Preview("p", tmp_path / "1.png", tmp_path / "2.jpg", 64, Limits())
     assert answer(worker, preview) == Previewed("p", "MemoryError")
     asked = Survey("s", tmp_path / "v.zip", 1, tmp_path, (Params(),), Limits())
@@ -101,11 +101,11 @@ def test_a_worker_whose_card_is_lost_ends_and_fails_no_page(worker, tmp_path, mo
     monkeypatch.setattr(os, "_exit", end)
     events = worker.conn.events  # type: ignore[attr-defined]
     page, settle = page_of(tmp_path), Settle("job", 1, Params(), None)
-    monkeypatch.setattr(upscaling, "card_is_lost", lambda slot: False)
+    monkeypatch.setattr(devices, "card_is_lost", lambda slot: False)
     worker._page_step(page, fallen)
     worker._file_step(settle, fallen)
     assert [type(events.get()) for _ in range(2)] == [PageFailed, TaskFailed]
-    monkeypatch.setattr(upscaling, "card_is_lost", lambda slot: True)
+    monkeypatch.setattr(devices, "card_is_lost", lambda slot: True)
     for step in (lambda: worker._page_step(page, fallen), lambda: worker._file_step(settle, fallen)):
         with pytest.raises(Ended, match=str(CARD_LOST_STATUS)):
             step()

@@ -15,8 +15,8 @@ FILES = [path for part in (".", *FOLDERS) for path in sorted((storage.PROGRAM / 
 SHARED = {"messages", "logs"}
 MAY = {  # a layer -> what it may import beside itself and SHARED
     "server": {"web", "work", "jobs", "files", "storage", "settings", "commands", "cluster"},
-    "web": {"work", "jobs", "files", "storage", "settings", "cluster", "engine.devices"},
-    "work": {"jobs", "files", "storage", "engine.devices", "engine.budgets", "infer"},
+    "web": {"work", "jobs", "files", "storage", "settings", "cluster", "engine.screens"},
+    "work": {"jobs", "files", "storage", "engine.screens", "engine.budgets", "infer"},
     "cluster": {"work", "jobs", "files", "storage"},
     "jobs": {"storage"},
     "infer": {"engine", "files", "storage", "commands"},

@@ -20,7 +20,7 @@ from engines import COMPACT, NO_FILES, SIX_B, apart, bundled, native, plan_for, 
 from helpers import require
 
 import storage
-from engine import models, pages, rolling, upscaling, windows
+from engine import devices, models, pages, rolling, upscaling, windows
 from engine.pages import PageError
 from files import weightfiles
 from messages import AUTO_MODEL, EngineChoice, Params, Plan
@@ -92,8 +92,8 @@ def test_out_of_memory_halves_the_tile_and_is_remembered(small_memory):
 def card(monkeypatch) -> list[tuple[str, int]]:
     """A card that isn't there: a CUDA device with the CPU's arithmetic and memory for 10,000
     pixels of windows. Gives (device, tile) of each batch that was tried."""
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: [0]))
-    monkeypatch.setattr(upscaling, "torch_device", lambda kind, slot: torch.device("cpu"))
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: [0]))
+    monkeypatch.setattr(devices, "torch_device", lambda kind, slot: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     tried = []
 
@@ -170,71 +170,6 @@ def test_out_of_memory_is_known_however_it_is_said(words):
     assert not upscaling._out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-@pytest.mark.parametrize(
-    "capability, built, usable",
-    [
-        ((8, 6), ["sm_80", "sm_86", "sm_90"], True),
-        ((8, 9), ["sm_80", "sm_86", "sm_90"], True),  # within its major version
-        ((6, 1), ["sm_75", "sm_80", "sm_120"], False),  # a GTX 1080 with a build for CUDA 12.8
-        ((7, 0), ["sm_75", "sm_80"], False),
-        ((13, 0), ["sm_120", "compute_120"], True),  # compiled by the driver
-        ((7, 0), ["sm_75", "compute_75"], False),
-        ((12, 1), ["sm_90a", "sm_120a"], True),
-        ((6, 1), [], True),  # nobody knows
-    ],
-)
-def test_a_card_without_kernels_in_this_torch_is_not_used(monkeypatch, caplog, capability, built, usable):
-    upscaling._has_kernels.cache_clear()
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    for name, value in (
-        ("is_available", True),
-        ("device_count", 1),
-        ("get_device_capability", capability),
-        ("get_arch_list", built),
-        ("get_device_name", "a card"),
-    ):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert upscaling.DEVICES["cuda"].usable() == ([0] if usable else [])
-    assert ("no kernels for a card" in caplog.text) != usable
-    upscaling._has_kernels.cache_clear()
-
-
-def test_workers_share_the_cards_that_can_be_used(monkeypatch):
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: [0, 2]))
-    assert [upscaling.torch_device("cuda", slot).index for slot in range(3)] == [0, 2, 0]
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: []))
-    with pytest.raises(upscaling.DeviceMissing):
-        upscaling.torch_device("cuda", 0)
-
-
-def test_a_card_that_answers_no_more_is_told_from_one_that_is_full(monkeypatch):
-    assert not upscaling.card_is_lost(0)  # of one that was never used nothing is asked
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(upscaling, "torch_device", lambda *_: torch.device("cpu"))
-    assert not upscaling.card_is_lost(0)
-    for error, lost in ((torch.OutOfMemoryError("full"), False), (RuntimeError("unspecified launch"), True)):
-
-        def failing(*_, error=error, **__):
-            raise error
-
-        with monkeypatch.context() as broken:
-            broken.setattr(torch, "ones", failing)
-            assert upscaling.card_is_lost(0) == lost
-
-
-def test_on_windows_torch_takes_no_more_than_a_card_has(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6, 8))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *of: asked.append(of))
-    device = torch.device("cuda", 1)
-    for platform, kind in (("linux", device), ("win32", torch.device("cpu")), ("win32", device)):
-        upscaling.keep_to_card.cache_clear()
-        monkeypatch.setattr(sys, "platform", platform)
-        upscaling.keep_to_card(kind)
-    upscaling.keep_to_card.cache_clear()
-    assert asked == [(0.75, device)]
-
-
 @pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
 def test_two_pages_at_a_time_are_what_they_are_one_by_one(rolls, monkeypatch):
     if not rolls:
@@ -296,25 +231,25 @@ AUTO = replace(CHOICE, precision="auto")
 
 
 def test_auto_takes_bf16_where_it_is_native_and_right(monkeypatch):
-    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
+    monkeypatch.setattr(devices, "native_bf16", lambda: True)
     for name in (COMPACT, SIX_B):
         assert settled(Params(model=name), AUTO, bundled(name)).precision == "bf16"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_emulated(monkeypatch):
-    monkeypatch.setattr(upscaling, "_native_bf16", lambda: False)
+    monkeypatch.setattr(devices, "native_bf16", lambda: False)
     assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, 0.5])
 def test_auto_stays_with_fp32_where_bf16_is_wrong(monkeypatch, value):
-    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
+    monkeypatch.setattr(devices, "native_bf16", lambda: True)
     break_results(monkeypatch, value, only=torch.bfloat16)
     assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
 def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
-    monkeypatch.setattr(upscaling, "_native_bf16", lambda: True)
+    monkeypatch.setattr(devices, "native_bf16", lambda: True)
 
     def refused(dtype, y):
         if dtype == torch.bfloat16:
@@ -438,8 +373,8 @@ def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setitem(upscaling.DEVICES, "cuda", replace(upscaling.DEVICES["cuda"], usable=lambda: []))
-    with pytest.raises(upscaling.DeviceMissing, match="cuda"):
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: []))
+    with pytest.raises(devices.DeviceMissing, match="cuda"):
         settled(Params(model=COMPACT, device="cuda"), CHOICE, bundled(COMPACT))
 
 
@@ -467,22 +402,6 @@ def test_a_page_takes_the_mode_of_its_source():
     engine = native(COMPACT)
     for source in (grey(20, 24), colour(20, 24)):
         assert pages.channels(engine.upscale(source, 3)) == pages.channels(source)
-
-
-def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypatch):
-    assert upscaling.card_memory(0) is None
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(upscaling, "_has_kernels", lambda index: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
-    assert upscaling.card_memory(3) == ("cuda:1", 7, 10)
-
-    def fallen(device):
-        raise RuntimeError("the driver is gone (injected)")
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", fallen)
-    assert upscaling.card_memory(3) is None
 
 
 # ---------------------------------------------------------------- what is not here

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jobs
-from engine import devices
+from engine import screens
 from messages import CHOICES, RANGES, Params, camel
 from work import submissions, uploads
 
@@ -112,7 +112,7 @@ def _params_schema() -> dict[str, Any]:
     }
     properties |= {
         "model": {"type": "string", "default": defaults.model},
-        "profile": {"type": ["string", "null"], "enum": [*devices.DEVICES, None], "default": None},
+        "profile": {"type": ["string", "null"], "enum": [*screens.SCREENS, None], "default": None},
     }
     return _object(properties)
 

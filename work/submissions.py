@@ -20,7 +20,7 @@ from typing import Any
 import jobs
 import logs
 import storage
-from engine import devices
+from engine import screens
 from files import inputs, weightfiles
 from messages import (
     AUTO_MODEL,
@@ -143,10 +143,10 @@ def _check_container(params: Params, errors: list[tuple[str, str]]) -> None:
 
 def _of_profile(name: Any, errors: list[tuple[str, str]]) -> dict[str, Any]:
     """What an e-reader stands for, where the request does not say it itself."""
-    if isinstance(name, str) and name in devices.DEVICES:
-        return devices.settings_of(name) | {"profile": name}
+    if isinstance(name, str) and name in screens.SCREENS:
+        return screens.settings_of(name) | {"profile": name}
     if name is not None:
-        errors.append(("params.profile", f"must be null or one of {', '.join(devices.DEVICES)}"))
+        errors.append(("params.profile", f"must be null or one of {', '.join(screens.SCREENS)}"))
     return {}
 
 
