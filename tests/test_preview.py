@@ -20,7 +20,7 @@ import messages
 import server
 import settings
 from files import weightfiles
-from web import preview
+from web import asking, preview
 
 COMPACT = {"model": "realesr-animevideov3"}
 CBZ = {"container": "cbz"}
@@ -277,8 +277,8 @@ def test_previews_under_way_are_bounded_and_a_token_is_asked_for(tmp_path):
     with still(tmp_path, token="0123456789", page_wait_s=0) as service:
         client = Client(service.url, "0123456789")
         assert send(Client(service.url), png()).status == 401
-        codes = [send(client, png(shade=n)).problem().code for n in range(preview.AT_ONCE + 1)]
-        assert codes == ["PREVIEW_SLOW"] * preview.AT_ONCE + ["BUSY"]
+        codes = [send(client, png(shade=n)).problem().code for n in range(asking.AT_ONCE + 1)]
+        assert codes == ["PREVIEW_SLOW"] * asking.AT_ONCE + ["BUSY"]
         assert client.call("GET", f"/preview/{'0' * 32}").problem().code == "UNKNOWN_PREVIEW"
         broken = client.call("POST", "/preview", b"{", {"Content-Type": "application/json"})
         assert broken.problem().code == "NOT_JSON"
@@ -298,8 +298,8 @@ def test_a_page_that_worker_after_worker_dies_of_is_left_alone(tmp_path, monkeyp
     with still(tmp_path) as service:
         client = Client(service.url)
         monkeypatch.setattr(service.dispatcher, "ask", lost)
-        problems = [send(client, png()).problem() for _ in range(preview.DEATHS + 1)]
-        assert [problem.status for problem in problems] == [503] * preview.DEATHS + [422]
+        problems = [send(client, png()).problem() for _ in range(asking.DEATHS + 1)]
+        assert [problem.status for problem in problems] == [503] * asking.DEATHS + [422]
         assert "died of this page" in problems[-1].detail
         assert send(client, png(shade=1)).problem().status == 503
 

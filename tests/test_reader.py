@@ -20,7 +20,7 @@ import messages
 import server
 import settings
 import storage
-from web import reader
+from web import asking, reader
 from work import dispatch
 
 
@@ -113,13 +113,13 @@ def test_a_page_that_takes_too_long_is_there_the_next_time(service, client, monk
 def leftovers(service: server.Service) -> list[Path]:
     """Pages handed to a worker, and what it had not finished."""
     folder = service.config.layout.previews / "reader"
-    return [path for path in folder.iterdir() if path.name.startswith((reader.SOURCE, ".reichan"))]
+    return [path for path in folder.iterdir() if path.name.startswith((asking.SOURCE, ".reichan"))]
 
 
 def test_a_page_that_kills_workers_is_left_alone_and_the_job_beside_it_ends_well(
     service, client, monkeypatch
 ):
-    monkeypatch.setattr(reader, "DEATHS", 1)  # a new worker takes seconds
+    monkeypatch.setattr(asking, "DEATHS", 1)  # a new worker takes seconds
     killer = png(faults.KILLER, 24)
     client.call("PUT", "/incoming/beside.zip", volume({f"{n}.png": png(48, 48, n) for n in range(6)}))
     job = client.submit("beside.zip")
@@ -144,21 +144,21 @@ def test_pages_and_a_job_go_on_side_by_side(client):
 
 
 def test_many_at_once_are_bounded_and_each_gets_an_image(service, client):
-    asked = [png(16, 16, shade) for shade in range(2 * reader.AT_ONCE)]
+    asked = [png(16, 16, shade) for shade in range(2 * asking.AT_ONCE)]
     with ThreadPoolExecutor(len(asked)) as pool:
         replies = list(pool.map(lambda page: post(client, page), asked))
     assert {reply.status for reply in replies} == {200}
     for page, reply in zip(asked, replies, strict=True):
         assert reply.body == page or size_of(reply.body) == (32, 32)
     kept = {reply.headers.get("x-reichan-reason") for reply in replies} - {None}
-    assert kept <= {f"{reader.AT_ONCE} pages are being computed already"}
+    assert kept <= {f"{asking.AT_ONCE} pages are being computed already"}
 
 
 def test_who_waits_is_answered_before_the_books_are_kept(service, client, monkeypatch):
     """A future wakes its waiters, then calls back: in between the page must be there already."""
-    ended = service.api.reader._ended
+    ended = service.api.reader._asked._ended
     held = []
-    monkeypatch.setattr(service.api.reader, "_ended", lambda *told: held.append(told))
+    monkeypatch.setattr(service.api.reader._asked, "_ended", lambda *told: held.append(told))
     assert post(client, png(24, 28, 5)).headers["x-reichan-page"] == "finished"
     until(lambda: held)
     ended(*held[0])
@@ -232,7 +232,7 @@ def test_a_disk_that_takes_no_page_costs_no_page(tmp_path, monkeypatch):
 
 
 def test_the_cache_stays_within_its_bytes_and_keeps_what_is_used(tmp_path):
-    cache = reader.Cache(tmp_path, 250)
+    cache = asking.Cache(tmp_path, 250)
     for key in ("a", "b"):
         (tmp_path / f"{key}.jpg").write_bytes(bytes(100))
         cache.add(f"{key}.jpg")
@@ -246,9 +246,9 @@ def test_the_cache_stays_within_its_bytes_and_keeps_what_is_used(tmp_path):
 
 
 def test_a_new_service_knows_its_cache_and_clears_what_was_under_way(tmp_path):
-    for name in ("a.jpg", f"{reader.SOURCE}b.png", storage.new_temporary(tmp_path).name):
+    for name in ("a.jpg", f"{asking.SOURCE}b.png", storage.new_temporary(tmp_path).name):
         (tmp_path / name).write_bytes(b"x")
-    assert reader.Cache(tmp_path, 100).sizes == {"a": 1}
+    assert asking.Cache(tmp_path, 100).sizes == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
 
 

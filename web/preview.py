@@ -16,7 +16,6 @@ import hashlib
 import json
 import threading
 import time
-from collections import OrderedDict
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass, replace
@@ -45,15 +44,13 @@ from messages import (
 )
 from storage import Layout
 from web import forms, reader
+from web.asking import AT_ONCE, Asked, Cache, Newest
 from web.wire import Refused
 from work import predict, submissions, volumes
 from work.dispatch import Dispatcher
 
 VARIANTS = 4  # of one request
-AT_ONCE = 8  # questions with the workers, of all requests
 CACHE_BYTES = 256 << 20  # of images: pages as they came, and what was made of them
-REMEMBERED = 500  # answers of workers, and pages that killed some
-DEATHS = 2  # of workers that had this page, before it is not tried again
 CROP_LEAST, SIDE_MOST = 8, 65_535  # pixels
 VOLUME = {"pages": 20_000, "pixels": 1 << 50, "bytes": 1 << 50}  # facts that may come with an image, at most
 
@@ -193,16 +190,15 @@ class Previews:
         self.wait_s = wait_s  # for all of a request; what isn't there by then is at a later one
         self.folder = layout.previews / "preview"
         self._lock = threading.RLock()  # of all below
-        self._made: reader.Cache | None = None  # with the first request
-        self._underway: dict[str, Future[Any]] = {}
-        self._done: OrderedDict[str, PageDone] = OrderedDict()
-        self._deaths: OrderedDict[str, int] = OrderedDict()  # key -> workers that died with it
+        self._made: Cache | None = None  # with the first request
+        self._questions = Asked(dispatcher, self._lock)
+        self._done: Newest[PageDone] = Newest()
 
     @property
-    def _cache(self) -> reader.Cache:
+    def _cache(self) -> Cache:
         with self._lock:
             if self._made is None:
-                self._made = reader.Cache(self.folder, CACHE_BYTES)
+                self._made = Cache(self.folder, CACHE_BYTES)
             return self._made
 
     def image(self, key: str) -> BinaryIO | None:
@@ -307,16 +303,14 @@ class Previews:
     def _asked(self, key: str, task: Survey | Preview | ComputePage, source_bytes: int = 0) -> Future[Any]:
         """The worker's answer to be. Raises Refused 422, 503."""
         with self._lock:
-            if self._deaths.get(key, 0) >= DEATHS:
+            if self._questions.is_deadly(key):
                 raise Refused(422, "NO_PREVIEW", "no preview: the worker process died of this page, twice")
-            if key in self._underway:
-                return self._underway[key]
-            if len(self._underway) >= AT_ONCE:
+            if key in self._questions.underway:
+                return self._questions.underway[key]
+            if self._questions.is_full:
                 busy = f"{AT_ONCE} previews are being made already; try again"
                 raise Refused(503, "BUSY", busy, {"Retry-After": "5"})
-            future = self._underway[key] = self.dispatcher.ask(key, task)
-        future.add_done_callback(lambda done: self._ended(key, task, source_bytes, done))
-        return future
+            return self._questions.ask(key, task, lambda event: self._take_in(key, task, event, source_bytes))
 
     def _awaited(self, future: Future[Any], deadline_s: float) -> Any:
         """Raises Refused 503 when it isn't there in time."""
@@ -330,17 +324,6 @@ class Previews:
         except JobError as error:
             raise Refused(503, "NO_PREVIEW", f"no preview: {error.detail}", {"Retry-After": "5"}) from error
 
-    def _ended(self, key: str, task: Any, source_bytes: int, future: Future[Any]) -> None:
-        with self._lock:
-            self._underway.pop(key, None)
-            if future.cancelled():
-                return
-            if future.exception():
-                self._deaths[key] = self._deaths.get(key, 0) + 1
-                _shorten(self._deaths)
-                return
-            self._take_in(key, task, future.result(), source_bytes)
-
     def _take_in(self, key: str, task: Any, event: Any, source_bytes: int = 0) -> None:
         """Keep what an answer brought; more than once for those who wait, since a future wakes them before
         it calls back."""
@@ -353,7 +336,6 @@ class Previews:
                 self._cache.add(event.output)
                 is_new = key not in self._done
                 self._done[key] = event
-                _shorten(self._done)
                 if is_new and event.plan is not None:
                     sample = predict.sample_of(event, event.plan, 0 if task.crop else source_bytes)
                     self.dispatcher.rates.remember(task.params, event.plan, sample)
@@ -417,8 +399,3 @@ def workload_of(
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
-
-
-def _shorten(kept: OrderedDict[str, Any]) -> None:
-    while len(kept) > REMEMBERED:
-        kept.popitem(last=False)

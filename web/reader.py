@@ -1,6 +1,6 @@
 """POST /pages: one page for a manga reader, upscaled while it waits.
 
-Map: Outcome - Cache - Reader (convert, computing)
+Map: a request - Outcome - Reader (convert, computing)
 Rule: whoever sent an image gets an image: the reader stores whatever comes back, so that all that
 goes wrong ends in the page as it came.
 Runs in: http-* threads; the futures' ends in the dispatcher thread.
@@ -18,10 +18,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -48,6 +46,7 @@ from messages import (
 )
 from storage import Layout
 from web import forms
+from web.asking import AT_ONCE, SOURCE, Asked, Cache, Newest
 from web.wire import Refused
 from work import submissions
 from work.dispatch import Dispatcher
@@ -55,12 +54,9 @@ from work.dispatch import Dispatcher
 log = logging.getLogger("reader")
 
 PAGE_BYTES = 64 << 20  # of one page as it comes; readers get theirs from the web
-AT_ONCE = 8  # pages with the workers, or waiting for one
 BODIES = 16  # requests that hold a page in memory; the others wait
-REMEMBERED = 1000  # pages that can't be upscaled, so that a reader's next view costs nothing
 STOPPING = "the service is shutting down"
-SOURCE = "source-"  # begins the name of a page that a worker is to read
-DEATHS = 2  # of workers that had this page, before it is not tried again
+DEADLY = "the worker process died twice while computing this page"
 IMAGES = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jxl")
 
 
@@ -128,55 +124,6 @@ class Outcome:
     reason: str = ""
 
 
-class Cache:
-    """Finished pages in one folder, the longest unused removed beyond max_bytes. Not locked itself."""
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
-        self.max_bytes = max_bytes
-        self.held_bytes = 0
-        self.sizes: OrderedDict[str, int] = OrderedDict()  # by key, the longest unused first
-        self.names: dict[str, str] = {}  # by key: the file
-        folder.mkdir(parents=True, exist_ok=True)
-        found = [(entry.stat().st_mtime, entry) for entry in os.scandir(folder) if entry.is_file()]
-        for _, entry in sorted(found, key=lambda item: item[0]):
-            if entry.name.startswith(SOURCE) or storage.TEMPORARY.fullmatch(entry.name):
-                storage.remove_file(Path(entry.path))  # of a service that was killed
-            else:
-                self.add(entry.name)
-
-    def open(self, key: str) -> BinaryIO | None:
-        """The page of this key, if it is there."""
-        if key not in self.names:
-            return None
-        path = self.folder / self.names[key]
-        try:
-            file = storage.open_regular(path)
-        except OSError:  # somebody removed it
-            self.held_bytes -= self.sizes.pop(key)
-            del self.names[key]
-            return None
-        self.sizes.move_to_end(key)
-        with contextlib.suppress(OSError):
-            os.utime(path)  # the order survives a restart
-        return file
-
-    def add(self, name: str) -> None:
-        """Take in a file of the folder, and remove what is too much then."""
-        key, size_bytes = os.path.splitext(name)[0], 0
-        with contextlib.suppress(OSError):
-            size_bytes = (self.folder / name).stat().st_size
-        self.held_bytes += size_bytes - self.sizes.pop(key, 0)
-        self.sizes[key], self.names[key] = size_bytes, name
-        for old in list(self.sizes)[:-1]:  # the newest stays: somebody waits for it
-            if self.held_bytes <= self.max_bytes:
-                return
-            with contextlib.suppress(OSError):  # being read, on Windows: at a later turn
-                storage.remove_file(self.folder / self.names[old])
-                self.held_bytes -= self.sizes.pop(old)
-                del self.names[old]
-
-
 class Reader:
     """Pages outside any job, through the workers beside the jobs."""
 
@@ -191,10 +138,9 @@ class Reader:
         self._lock = threading.RLock()  # of all below
         self._cache: Cache | None = None  # made when the first page comes
         self._cache_bytes = cache_bytes
-        self._underway: dict[str, Future[Any]] = {}
+        self._asked = Asked(dispatcher, self._lock)
         self._left: dict[str, Path] = {}  # sources whose request is over before their page is
-        self._failed: OrderedDict[str, str] = OrderedDict()  # key -> why it can't be upscaled
-        self._deaths: OrderedDict[str, int] = OrderedDict()  # key -> workers that died with it
+        self._failed: Newest[str] = Newest()  # key -> why it can't be upscaled
 
     @contextlib.contextmanager
     def holding_body(self) -> Iterator[None]:
@@ -229,15 +175,17 @@ class Reader:
         file = self._cache.open(key)
         if file is None and key in self._failed:
             return Outcome(None, self._failed[key])
+        if file is None and self._asked.is_deadly(key):
+            return Outcome(None, DEADLY)
         return Outcome(file) if file else None
 
     # -- computing
     def _computed(self, key: str, data: bytes | memoryview, params: Params) -> Outcome:
         source = None
         with self._lock:
-            future = self._underway.get(key)
+            future = self._asked.underway.get(key)
             if future is None:
-                if len(self._underway) >= AT_ONCE or self.dispatcher.stopping:
+                if self._asked.is_full or self.dispatcher.stopping:
                     busy = f"{AT_ONCE} pages are being computed already"
                     return Outcome(None, STOPPING if self.dispatcher.stopping else busy)
                 future, source = self._ask(key, data, params)
@@ -275,31 +223,14 @@ class Reader:
             storage.remove_file(source)
             raise
         page = ComputePage(key, 0, 1, source, self._cache.folder / key, params, None, self.limits)
-        future = self.dispatcher.ask(key, page)
-        self._underway[key] = future
-        future.add_done_callback(lambda done: self._ended(key, done))
-        return future, source
+        return self._asked.ask(key, page, lambda event: self._ended(key, event)), source
 
-    def _ended(self, key: str, future: Future[Any]) -> None:
-        with self._lock:
-            self._underway.pop(key, None)
-            source = self._left.pop(key, None)
-            if source:
-                with contextlib.suppress(OSError):
-                    storage.remove_file(source)
-            event = None if future.cancelled() or future.exception() else future.result()
-            if isinstance(event, PageDone) and self._cache is not None:
-                self._cache.add(event.output)
-            elif isinstance(event, PageFailed):
-                self._fail(key, event.error)
-            elif not future.cancelled() and future.exception():
-                self._deaths[key] = self._deaths.get(key, 0) + 1
-                if self._deaths[key] >= DEATHS:
-                    self._fail(key, "the worker process died twice while computing this page")
-                while len(self._deaths) > REMEMBERED:
-                    self._deaths.popitem(last=False)
-
-    def _fail(self, key: str, reason: str) -> None:
-        self._failed[key] = reason
-        while len(self._failed) > REMEMBERED:
-            self._failed.popitem(last=False)
+    def _ended(self, key: str, event: Any) -> None:
+        source = self._left.pop(key, None)
+        if source:
+            with contextlib.suppress(OSError):
+                storage.remove_file(source)
+        if isinstance(event, PageDone) and self._cache is not None:
+            self._cache.add(event.output)
+        elif isinstance(event, PageFailed):
+            self._failed[key] = event.error
