@@ -1,7 +1,7 @@
 """Job lifecycle: which moves are legal, and who may make them.
 
-Map: states and errors - MOVES - Job, Page - JobTable (all SQL but what reads a damaged file,
-     see rebuild.py) - opening, checking - moves (advance, claim, cancel, finish_page, ...)
+Map: states and errors - MOVES - Job, Page - JobTable (all SQL but what opens the file, see database.py,
+     or reads a damaged one, see rebuild.py) - moves (advance, claim, cancel, finish_page, ...)
 Rule: a job's state changes only through advance() and claim().
 Runs in: http-* threads (requests), the dispatcher thread (everything that follows from
 work). The worker process never opens the database.
@@ -16,11 +16,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import sqlite3
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +26,8 @@ from typing import Any
 
 import logs
 import storage
+from files import database
+from files.database import SEALS
 from messages import (
     PageDone,
     Params,
@@ -42,20 +42,6 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-BUSY_S = 30.0  # for another process that has the database locked
-SCHEMA_VERSION = 7
-MIGRATIONS = {  # version -> what makes the next
-    1: "ALTER TABLE pages ADD COLUMN color_spread REAL",
-    2: "ALTER TABLE pages ADD COLUMN model TEXT",
-    3: "ALTER TABLE jobs ADD COLUMN outputs_removed_s REAL;"
-    " ALTER TABLE jobs ADD COLUMN artifact_removed_s REAL",
-    4: "ALTER TABLE jobs ADD COLUMN seal INTEGER; ALTER TABLE pages ADD COLUMN seal INTEGER;"
-    " ALTER TABLE counter ADD COLUMN schema_seal INTEGER",
-    5: "ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;"
-    " ALTER TABLE counter ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;"
-    " CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number)",
-    6: "ALTER TABLE jobs ADD COLUMN forecast TEXT",
-}
 REMOVED = {  # by age: field of Keep -> column that says when, and what in words
     "outputs_days": ("outputs_removed_s", "the pages were"),
     "artifacts_days": ("artifact_removed_s", "the artifact was"),
@@ -127,18 +113,6 @@ class ShuttingDown(JobError):
     """The service is ending and takes no more work."""
 
     code = "SHUTTING_DOWN"
-
-
-class DatabaseUnusable(JobError):
-    """The database belongs to another program or a newer version, or can't be opened now."""
-
-    code = "DATABASE_UNUSABLE"
-
-
-class DatabaseDamaged(JobError):
-    """The database is not as it was written: see rebuild.py."""
-
-    code = "DATABASE_DAMAGED"
 
 
 # ---------------------------------------------------------------- states and rows
@@ -237,59 +211,13 @@ class Page:
 
 JOB_COLUMNS = tuple(Job.__slots__)
 PAGE_COLUMNS = tuple(Page.__slots__)
-SCHEMA = f"""
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-    state TEXT NOT NULL CHECK (state IN {STATES}), attempt INTEGER NOT NULL DEFAULT 0,
-    cancelled INTEGER NOT NULL DEFAULT 0, title TEXT NOT NULL, volume TEXT NOT NULL,
-    input_type TEXT NOT NULL, input_path TEXT NOT NULL, params TEXT NOT NULL, manifest TEXT,
-    plan TEXT, phase TEXT NOT NULL DEFAULT 'queued', processed INTEGER NOT NULL DEFAULT 0,
-    total INTEGER NOT NULL DEFAULT 0, failed_pages INTEGER NOT NULL DEFAULT 0,
-    left_out INTEGER NOT NULL DEFAULT 0, reconciliation TEXT, retries INTEGER NOT NULL DEFAULT 0,
-    message TEXT, last_error TEXT, error_code TEXT, current_page TEXT, eta_s REAL,
-    artifact_hash TEXT, artifact_bytes INTEGER, seq INTEGER NOT NULL, created_s REAL NOT NULL,
-    started_s REAL, finished_s REAL, idempotency_key TEXT UNIQUE, request_hash TEXT,
-    outputs_removed_s REAL, artifact_removed_s REAL, seal INTEGER, priority INTEGER NOT NULL DEFAULT 0,
-    forecast TEXT
-);
-CREATE INDEX jobs_by_state ON jobs (state, number);
-CREATE INDEX jobs_waiting ON jobs (state, priority DESC, number);
-CREATE TABLE pages (
-    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, n INTEGER NOT NULL,
-    name TEXT NOT NULL, staged TEXT NOT NULL, source_sha256 TEXT NOT NULL,
-    source_bytes INTEGER NOT NULL, source_error TEXT, stem TEXT NOT NULL, status TEXT NOT NULL,
-    output TEXT, sha256 TEXT, bytes INTEGER, width INTEGER, height INTEGER, mode TEXT,
-    error TEXT, deviation TEXT, color_spread REAL, model TEXT, seconds REAL, tries INTEGER NOT NULL,
-    alone INTEGER NOT NULL, deaths INTEGER NOT NULL, seal INTEGER, PRIMARY KEY (job_id, n)
-) WITHOUT ROWID;
-CREATE TABLE counter (seq INTEGER NOT NULL, schema_seal INTEGER, paused INTEGER NOT NULL DEFAULT 0);
-INSERT INTO counter VALUES (0, NULL, 0);
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-# SQLite finds damage to its structure, and none to a value. So each row has a checksum of its
-# own, of all its values; columns sorted, that their order here may change without a new version.
-SEALED = {"jobs": sorted(JOB_COLUMNS), "pages": sorted(PAGE_COLUMNS)}
-SEALS = {table: f"seal({SCHEMA_VERSION}, {', '.join(columns)})" for table, columns in SEALED.items()}
-SCHEMA_SEAL = "(SELECT seal(group_concat(sql)) FROM (SELECT sql FROM sqlite_master ORDER BY name))"
-SEAL_ALL = f"""
-UPDATE jobs SET seal = {SEALS["jobs"]}; UPDATE pages SET seal = {SEALS["pages"]};
-UPDATE counter SET schema_seal = {SCHEMA_SEAL};
-"""
-# What the machine, not the file, is to blame for: locked, no memory, no rights, no disk.
-NOT_DAMAGE = frozenset(
-    {
-        sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
-    }
-)  # fmt: skip
 
 
 def job_from_row(row: sqlite3.Row) -> Job:
     """A row of jobs. Raises DatabaseUnusable, ValueError, TypeError where it is not one."""
     values = {column: row[column] for column in JOB_COLUMNS}
     if values["state"] not in STATES:
-        raise DatabaseUnusable(f"job {values['id']} has the unknown state {values['state']!r}")
+        raise database.DatabaseUnusable(f"job {values['id']} has the unknown state {values['state']!r}")
     values["params"] = Params(**json.loads(values["params"]))
     values["plan"] = Plan.of(json.loads(values["plan"])) if values["plan"] else None
     values["cancelled"] = bool(values["cancelled"])
@@ -320,7 +248,7 @@ class JobTable:
 
     Every change of a job gives it a new seq from one rising counter, commits, and is then
     told to the listeners, in order. Listeners must not block.
-    Raises DatabaseDamaged, DatabaseUnusable.
+    Raises database.DatabaseDamaged, DatabaseUnusable.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -330,7 +258,7 @@ class JobTable:
         self.salvaged = 0  # jobs that were read from there
         self._lock = threading.RLock()
         self._changed: set[str] = set()  # within the open transaction
-        self._db = _open(path)
+        self._db = database.connect(path)
 
     def close(self) -> None:
         """Close the connection; the WAL goes back into the database."""
@@ -605,92 +533,6 @@ def _values_of(columns: Iterable[str]) -> str:
     """What follows INSERT INTO <table>."""
     names = list(columns)
     return f"({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-
-
-# ---------------------------------------------------------------- opening and checking
-def checksum(*values: Any) -> int:
-    """The checksum of a row's values, as the database computes it too."""
-    return zlib.crc32("\0".join(map(str, values)).encode())
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    """Connect, and sort the ways in which that fails. Raises DatabaseDamaged, DatabaseUnusable."""
-    try:
-        return _connect(path)
-    except UnicodeDecodeError as error:  # of the message, which quotes a damaged schema
-        raise DatabaseDamaged(f"{path.name}: {error.object!r}") from error
-    except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # the primary one
-        # A file of another format version is read-only to SQLite, whatever its mode.
-        writable = code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK)
-        if code in NOT_DAMAGE and not writable:
-            raise DatabaseUnusable(f"{path.name} can't be used now: {error}") from error
-        raise DatabaseDamaged(f"{path.name}: {error}") from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    try:
-        db.row_factory = sqlite3.Row
-        db.create_function("seal", -1, checksum, deterministic=True)
-        version = _version_of(db, path.name)  # before anything is written: it may not be ours
-        db.execute("PRAGMA journal_mode = WAL")
-        # WAL with NORMAL may lose the last commits in a power cut: a 202 would be a lie.
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        if version == 0:
-            db.executescript("BEGIN;" + SCHEMA + SEAL_ALL + "COMMIT;")
-        while version in MIGRATIONS:
-            script = MIGRATIONS[version]
-            version += 1
-            seal = SEAL_ALL if version == SCHEMA_VERSION else ""
-            db.executescript(f"BEGIN; {script}; {seal} PRAGMA user_version = {version}; COMMIT;")
-        _check(db)
-        # Else a file that can't be written shows at the first submit.
-        db.executescript("BEGIN; UPDATE counter SET seq = seq; ROLLBACK;")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _version_of(db: sqlite3.Connection, name: str) -> int:
-    """The database's version, 0 for a new one. Raises DatabaseUnusable where it can't be brought to ours."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    is_new = version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if is_new or version in (SCHEMA_VERSION, *MIGRATIONS):
-        return version
-    if _holds_our_rows(db):  # then it is the number that is wrong
-        raise sqlite3.DatabaseError(f"it calls itself version {version}")
-    raise DatabaseUnusable(
-        f"{name} has version {version}, this service writes version {SCHEMA_VERSION}: "
-        "it belongs to a newer service or to another program; move it away to start afresh"
-    )
-
-
-# UnicodeDecodeError, a ValueError: also of SQLite's message, where it quotes a damaged schema.
-UNREADABLE = (sqlite3.Error, ValueError, TypeError, LookupError, DatabaseUnusable)
-
-
-def _holds_our_rows(db: sqlite3.Connection) -> bool:
-    try:
-        return bool(db.execute(f"SELECT 1 FROM jobs WHERE seal = {SEALS['jobs']} LIMIT 1").fetchone())
-    except UNREADABLE:
-        return False
-
-
-def _check(db: sqlite3.Connection) -> None:
-    """Raises sqlite3.DatabaseError unless structure, schema, counter and every row are as written."""
-    check = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if check != "ok":
-        raise sqlite3.DatabaseError(check)
-    for table, seal in SEALS.items():
-        if db.execute(f"SELECT 1 FROM {table} WHERE seal IS NOT {seal} LIMIT 1").fetchone():
-            raise sqlite3.DatabaseError(f"a row of {table} is not as it was written")
-    rising = "seq >= (SELECT coalesce(max(seq), 0) FROM jobs)"
-    found = db.execute(f"SELECT {rising}, schema_seal IS {SCHEMA_SEAL} FROM counter").fetchall()
-    if list(map(tuple, found)) != [(1, 1)]:
-        raise sqlite3.DatabaseError("its schema or its counter of changes is not as it was written")
 
 
 # ---------------------------------------------------------------- moves

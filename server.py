@@ -50,7 +50,7 @@ class Service:
     """Everything, started and ended together: `with Service(config) as service: service.url`.
 
     No state outside it: several may live in one process, each with its own storage root.
-    Raises storage.AlreadyRunning, jobs.DatabaseUnusable, OSError (the port is taken).
+    Raises storage.AlreadyRunning, database.DatabaseUnusable, OSError (the port is taken).
     """
 
     def __init__(self, config: settings.Config, worker: Callable[..., None] | None = None) -> None:

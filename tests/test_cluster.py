@@ -33,7 +33,7 @@ import server
 import settings
 from commands import verify
 from messages import Beat, ComputePage, EngineChoice, Limits, PageDone, Params, Settle, Settled
-from work import dispatch
+from work import workers
 from work.node import Declined
 from work.runs import Run
 
@@ -248,7 +248,7 @@ def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_
 
 
 def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring, monkeypatch):
-    monkeypatch.setattr(dispatch, "STRANGERS_PAGES", 1 << 10)  # their pace is not what is looked at
+    monkeypatch.setattr(workers, "STRANGERS_PAGES", 1 << 10)  # their pace is not what is looked at
     with (
         nodes(ring, 2),
         serving(tmp_path, ring.address, faults.held_up_on_unlike_machines, max_concurrency=2) as (

@@ -33,11 +33,11 @@ from helpers import require
 from kills import Service, contents
 from serving import png, still, until, volume
 
-import jobs
 import server
 import settings
 import storage
 from engine import models
+from files import database
 
 ON_LINUX = sys.platform == "linux"
 SMALL = {f"{n}.png": png(48, 64, n) for n in range(6)}
@@ -232,7 +232,7 @@ def test_the_job_table_is_whole_and_has_every_acknowledged_job_at_50_instants(pr
         os.kill(pid, signal.SIGSTOP)
         try:
             until(lambda: frozen(pid))
-            with process.frozen_table() as table:  # checks it, see jobs._check
+            with process.frozen_table() as table:  # checks it, see database._check
                 assert {job.id for job in table.page_of_jobs(None, "", 100, None)} == acknowledged
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -526,7 +526,7 @@ def test_a_locked_database_is_waited_for_and_no_event_is_lost(tmp_path, calm):
 
 def test_a_database_that_stays_locked_refuses_a_submit_with_503_and_no_row(tmp_path, monkeypatch):
     """C16."""
-    monkeypatch.setattr(jobs, "BUSY_S", 0.2)
+    monkeypatch.setattr(database, "BUSY_S", 0.2)
     with still(tmp_path) as service:
         client = Client(service.url)
         client.call("PUT", "/incoming/v.zip", volume(SMALL))

@@ -1,4 +1,4 @@
-"""jobs.py: a table of an earlier version. Any sequence of calls and crashes: test_machine.py."""
+"""jobs.py over database.py: a table of an earlier version. Any calls and crashes: test_machine.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import contextlib
 import sqlite3
 
 import jobs
+from files import database
+
+
+def test_rows_are_the_tables_columns_and_states_what_the_table_allows():
+    assert database.SEALED == {"jobs": sorted(jobs.JOB_COLUMNS), "pages": sorted(jobs.PAGE_COLUMNS)}
+    assert f"CHECK (state IN {jobs.STATES})" in database.SCHEMA
 
 
 def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):

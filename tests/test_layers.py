@@ -18,7 +18,7 @@ MAY = {  # a layer -> what it may import beside itself and SHARED
     "web": {"work", "jobs", "files", "storage", "settings", "cluster", "engine.screens"},
     "work": {"jobs", "files", "storage", "engine.screens", "engine.budgets", "infer"},
     "cluster": {"work", "jobs", "files", "storage"},
-    "jobs": {"storage"},
+    "jobs": {"storage", "files.database"},
     "infer": {"engine", "files", "storage", "commands"},
     "engine": {"files", "storage"},
     "files": {"storage", "engine.pages"},

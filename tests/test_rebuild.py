@@ -28,7 +28,7 @@ import jobs
 import server
 import settings
 import storage
-from files import artifacts
+from files import artifacts, database
 from messages import Limits
 from storage import Layout
 from work import rebuild, submissions
@@ -92,7 +92,7 @@ def values(layout: Layout, table: str, column: str) -> list[Any]:
 
 # ---------------------------------------------------------------- what is noticed
 @pytest.mark.parametrize(
-    ("table", "column"), [(t, c) for t, columns in jobs.SEALED.items() for c in [*columns, "seal"]]
+    ("table", "column"), [(t, c) for t, columns in database.SEALED.items() for c in [*columns, "seal"]]
 )
 def test_a_value_that_changed_by_itself_is_noticed(layout, table, column):
     # Not a digit more for a number: behind those of a time it may be beyond what a double holds.
@@ -101,7 +101,7 @@ def test_a_value_that_changed_by_itself_is_noticed(layout, table, column):
     were = values(layout, table, column)
     change(layout, f"UPDATE {table} SET {column} = {value} WHERE {'number' if table == 'jobs' else 'n'} = 1")
     assert values(layout, table, column) != were
-    with pytest.raises(jobs.DatabaseDamaged):
+    with pytest.raises(database.DatabaseDamaged):
         jobs.JobTable(layout.database)
 
 
@@ -136,17 +136,17 @@ def test_a_healthy_table_is_neither_set_aside_nor_changed(layout):
 def test_the_database_of_another_program_or_a_newer_service_is_refused_and_left_alone(layout):
     change(layout, "PRAGMA user_version = 77", "UPDATE jobs SET seal = 1")  # as a newer one might seal
     data = layout.database.read_bytes()
-    with pytest.raises(jobs.DatabaseUnusable, match="has version 77"):
+    with pytest.raises(database.DatabaseUnusable, match="has version 77"):
         rebuild.open_table(layout.database)
     assert layout.database.read_bytes() == data and asides(layout) == []
 
 
 def test_what_the_machine_is_to_blame_for_is_no_damage(layout, monkeypatch):
-    monkeypatch.setattr(jobs, "BUSY_S", 0.1)
+    monkeypatch.setattr(database, "BUSY_S", 0.1)
     with contextlib.closing(sqlite3.connect(layout.database)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(jobs.DatabaseUnusable, match="locked"):
+        with pytest.raises(database.DatabaseUnusable, match="locked"):
             rebuild.open_table(layout.database)
     layout.database.rename(layout.root / "elsewhere")
     layout.database.mkdir()
@@ -244,7 +244,7 @@ def test_hostile_databases_are_refused_or_kept_aside_and_artifacts_come_back(lay
             shutil.copy(out / "db/stale_wal.sqlite3-wal", layout.root / "jobs.sqlite3-wal")
         try:
             known = damage_free_start(layout)
-        except jobs.DatabaseUnusable as error:  # a table of another program
+        except database.DatabaseUnusable as error:  # a table of another program
             assert "belongs to" in error.detail and layout.database.read_bytes() == data, name
             continue
         kept = asides(layout)

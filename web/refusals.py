@@ -15,6 +15,7 @@ import sqlite3
 
 import jobs
 import storage
+from files import database
 from web.wire import Refused
 
 log = logging.getLogger("api")
@@ -62,7 +63,7 @@ def _refusal_of_table(error: sqlite3.DatabaseError) -> Refused:
     if not isinstance(error, sqlite3.OperationalError):
         log.error("the job table is damaged: %s", error)
         detail = "the job table is damaged; restart the service, which sets it aside and rebuilds it"
-        return Refused(503, jobs.DatabaseDamaged.code, detail)
+        return Refused(503, database.DatabaseDamaged.code, detail)
     full = "full" in str(error)
     detail = "the job table can't be written now" + (": the disk is full" if full else "; try again")
     return Refused(507 if full else 503, "DATABASE", detail)

@@ -34,14 +34,12 @@ from jobs import (
     Job,
     JobError,
     JobTable,
-    Page,
     StaleAttempt,
     UnknownJob,
     advance,
     claim,
     finish_page,
     lose_worker,
-    parsed,
     record_stage,
     reopen_page,
 )
@@ -51,7 +49,6 @@ from messages import (
     ComputePage,
     Dropped,
     EngineChoice,
-    KnownPage,
     Limits,
     Pack,
     Packed,
@@ -60,8 +57,6 @@ from messages import (
     Previewed,
     Probed,
     Ready,
-    SourcePage,
-    Stage,
     Staged,
     StagedPage,
     Surveyed,
@@ -75,7 +70,16 @@ from work.questions import Question, Questions
 from work.retention import Keep, Retention
 from work.runs import Run
 from work.submissions import artifact_of, closing_message, to_report
-from work.workers import Slot, WorkerSlot, exit_reason, keep_awake, kind_of_death, run_worker
+from work.workers import (
+    Slot,
+    WorkerSlot,
+    exit_reason,
+    idlest,
+    keep_awake,
+    kind_of_death,
+    quickest,
+    run_worker,
+)
 
 log = logging.getLogger("dispatch")
 
@@ -85,7 +89,6 @@ BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
 DIED_TWICE = "the worker process died twice while computing this page"
-STRANGERS_PAGES = 2  # that a worker beside others has at once, before its pace is known
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
@@ -469,38 +472,18 @@ class Dispatcher:
 
     def _for_pages(self, run: Run) -> Slot | None:
         """The worker that will be done first; without one, another is started where there may be more."""
-        slot = self._quickest(self._page_slots(run))
+        rest = sum(len(run.todo) + len(run.in_flight) for run in self.runs.values())
+        slot = quickest(self._page_slots(run), rest, time.monotonic())
         if slot is None:
             self._want_page_slot()
         return slot
 
     def _for_files(self) -> Slot | None:
         """As _for_pages, for what needs the service's own disk."""
-        slot = self._idlest(self._file_slots())
+        slot = idlest(self._file_slots())
         if slot is None:
             self._want_file_slot()
         return slot
-
-    def _quickest(self, slots: Sequence[Slot]) -> Slot | None:
-        """Of workers on unlike cards the one whose next page would be done first, at the pace of its last
-        ones. None where all together would be done with the rest before it: nobody is to wait for the last
-        pages of a slow card."""
-        able, now_s = [slot for slot in slots if slot.is_open()], time.monotonic()
-        paces = {slot.index: pace_s for slot in able if (pace_s := slot.pace_s(now_s)) is not None}
-        if len(able) < 2 or len(paces) < len(able):
-            few = [slot for slot in able if slot.index in paces or len(slot.tasks) < STRANGERS_PAGES]
-            return self._idlest(few if len(able) > 1 else able)
-
-        def done_s(slot: Slot) -> float:
-            return (len(slot.tasks) + 1) * paces[slot.index]
-
-        rest = sum(len(run.todo) + len(run.in_flight) for run in self.runs.values())
-        rest_s = rest / sum(1 / max(pace_s, 1e-3) for pace_s in paces.values())
-        best = min((slot for slot in able if slot.room() > 0), key=done_s, default=None)
-        return best if best and done_s(best) <= max(rest_s, min(map(done_s, able))) else None
-
-    def _idlest(self, slots: Sequence[Slot]) -> Slot | None:
-        return max((slot for slot in slots if slot.room() > 0), key=Slot.room, default=None)
 
     def _hire(self) -> WorkerSlot | None:
         """Start a worker in a free slot, unless workers can't start at present."""
@@ -516,23 +499,9 @@ class Dispatcher:
         return self.workers[free]
 
     def _send_page(self, run: Run, slot: Slot, n: int, carry: str | None) -> None:
-        page, job = run.pages[n], run.job
-        assert job.plan is not None
         run.in_flight.add(n)
         run.started_s = run.started_s or time.monotonic()
-        task = ComputePage(
-            job.id,
-            job.attempt,
-            n,
-            run.staging / page.staged,
-            run.outputs / page.stem,
-            job.params,
-            job.plan,
-            self.limits,
-            carry,
-            run.share_of(n),
-        )
-        slot.give(run.key(n), task)
+        slot.give(run.key(n), run.page_task(n, carry, self.limits))
 
     def _deal_file_task(self, run: Run) -> bool:
         if run.file_task == "stage" and self._is_held(run.job.id):
@@ -550,20 +519,8 @@ class Dispatcher:
             self._fail(run, "INPUT_UNUSABLE", f"{job.input_path} now leads elsewhere through a link")
             return True
         if run.file_task == "stage":
-            task: Task = Stage(
-                job.id,
-                job.attempt,
-                source,
-                run.staging,
-                run.outputs,
-                job.params,
-                job.plan,
-                tuple(_known(page) for page in self.table.pages(job.id)),
-                parsed(job.manifest),
-                self.limits,
-                run.settled,
-                self.reserve_bytes,
-            )
+            known = self.table.pages(job.id)
+            task: Task = run.stage_task(source, known, self.limits, self.reserve_bytes)
         else:
             try:
                 report = to_report(job, self.table.pages(job.id), self.layout)
@@ -851,8 +808,3 @@ class Dispatcher:
 
 def _failure(code: str, detail: str) -> dict[str, Any]:
     return {"last_error": detail, "message": detail, "error_code": code}
-
-
-def _known(page: Page) -> KnownPage:
-    source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
-    return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)

@@ -31,7 +31,7 @@ from typing import Any
 
 import jobs
 import storage
-from files import artifacts
+from files import artifacts, database
 from jobs import SUCCESS, Job, JobTable, Page
 from messages import Params, Plan, camel
 from storage import Layout
@@ -46,13 +46,13 @@ NOTE = "rebuilt from its artifact after the job table had lost it; where its inp
 # ---------------------------------------------------------------- the damaged table
 def open_table(path: Path) -> JobTable:
     """The job table at `path`. A damaged one is set aside, and a new one takes from it every
-    job that is still as it was written. Raises jobs.DatabaseUnusable."""
+    job that is still as it was written. Raises database.DatabaseUnusable."""
     waiting = path.with_name(path.name + ".damaged")  # until all is taken from it
     if waiting.exists() and not path.exists():
         _move(path, waiting)  # killed between the two renames
     try:
         table = JobTable(path)
-    except jobs.DatabaseDamaged as error:
+    except database.DatabaseDamaged as error:
         log.error("the job table is damaged: %s", error)
         if waiting.exists():
             _keep(waiting, 0)
@@ -89,7 +89,7 @@ def _salvage(damaged: Path, table: JobTable) -> int:
             for job, pages in read_damaged(damaged):
                 salvaged += table.restore(job, pages)
     except sqlite3.OperationalError as error:
-        raise jobs.DatabaseUnusable(f"the new job table can't be written: {error}") from error
+        raise database.DatabaseUnusable(f"the new job table can't be written: {error}") from error
     return salvaged
 
 
@@ -114,7 +114,7 @@ def _renew_first_page(path: Path) -> None:
     """Put today's first page, which holds the schema, in place of a damaged one. Where the tables
     lay elsewhere than they do today, no row's checksum will be right."""
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(jobs.SCHEMA)
+        db.executescript(database.SCHEMA)
         page_bytes = db.execute("PRAGMA page_size").fetchone()[0]
         first = bytearray(db.serialize()[:page_bytes])
     first[28:32] = (path.stat().st_size // page_bytes).to_bytes(4, "big")  # the file's size in pages
@@ -129,10 +129,10 @@ def _read_jobs(path: Path) -> list[tuple[Job, list[Page]]]:
         db.row_factory = sqlite3.Row
         for order in ("ASC", "DESC"):  # from both sides of a page that can't be read
             query = f"SELECT number FROM jobs ORDER BY number {order}"
-            with contextlib.suppress(*jobs.UNREADABLE):
+            with contextlib.suppress(*database.UNREADABLE):
                 numbers.update(row[0] for row in db.execute(query))
         for number in sorted(numbers):
-            with contextlib.suppress(*jobs.UNREADABLE):
+            with contextlib.suppress(*database.UNREADABLE):
                 found.append(_read_sealed(db, number))
     return [item for item in found if item]
 
@@ -142,7 +142,7 @@ def _read_sealed(db: sqlite3.Connection, number: int) -> tuple[Job, list[Page]] 
     if row is None or not _is_sealed(row, "jobs"):
         return None
     job, pages = jobs.job_from_row(row), []
-    with contextlib.suppress(*jobs.UNREADABLE):
+    with contextlib.suppress(*database.UNREADABLE):
         rows = db.execute("SELECT * FROM pages WHERE job_id = ? ORDER BY n", (job.id,)).fetchall()
         pages = [jobs.page_from_row(row) for row in rows if _is_sealed(row, "pages")]
     if [page.n for page in pages] == [*range(1, job.total + 1)]:
@@ -156,8 +156,8 @@ def _read_sealed(db: sqlite3.Connection, number: int) -> tuple[Job, list[Page]] 
 
 def _is_sealed(row: sqlite3.Row, table: str) -> bool:
     # Not in SQL: "WHERE job_id = ?" would have it seal what was asked for, not what is there.
-    values = (row[column] for column in jobs.SEALED[table])
-    return bool(row["seal"] == jobs.checksum(jobs.SCHEMA_VERSION, *values))
+    values = (row[column] for column in database.SEALED[table])
+    return bool(row["seal"] == database.checksum(database.SCHEMA_VERSION, *values))
 
 
 # ---------------------------------------------------------------- artifacts

@@ -8,12 +8,13 @@ Runs in: the dispatcher thread.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import budgets
-from jobs import Job, Page
-from messages import CONTAINER_FORMATS, Plan, StagedPage
+from jobs import Job, Page, parsed
+from messages import CONTAINER_FORMATS, ComputePage, KnownPage, Limits, Plan, SourcePage, Stage, StagedPage
 from work.workers import TaskKey
 
 
@@ -68,3 +69,46 @@ class Run:
         if not self.finished or not self.left:
             return None
         return round((now_s - self.started_s) / self.finished * self.left, 1)
+
+    # -- its tasks
+    def stage_task(
+        self, source: Path, known: Iterable[Page], limits: Limits, reserve_bytes: int | None
+    ) -> Stage:
+        """What has the input looked at, and its pages copied. known: those of attempts before."""
+        job = self.job
+        return Stage(
+            job.id,
+            job.attempt,
+            source,
+            self.staging,
+            self.outputs,
+            job.params,
+            job.plan,
+            tuple(_known(page) for page in known),
+            parsed(job.manifest),
+            limits,
+            self.settled,
+            reserve_bytes,
+        )
+
+    def page_task(self, n: int, carry: str | None, limits: Limits) -> ComputePage:
+        """What has page n computed, or taken over as it is for the reason in carry."""
+        job, page = self.job, self.pages[n]
+        assert job.plan is not None
+        return ComputePage(
+            job.id,
+            job.attempt,
+            n,
+            self.staging / page.staged,
+            self.outputs / page.stem,
+            job.params,
+            job.plan,
+            limits,
+            carry,
+            self.share_of(n),
+        )
+
+
+def _known(page: Page) -> KnownPage:
+    source = SourcePage(page.name, page.staged, page.source_sha256, page.source_bytes, page.source_error)
+    return KnownPage(source, page.output if page.status != "pending" else None, page.sha256)

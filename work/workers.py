@@ -1,6 +1,6 @@
 """The dispatcher's end of a worker, and what runs at the other end.
 
-Map: Slot - WorkerSlot - keep_awake - deaths in words - run_worker
+Map: Slot - WorkerSlot - who is next (quickest, idlest) - keep_awake - deaths in words - run_worker
 Rule: nothing here waits for a worker, but stop(), and that not long: one that stopped must not hold up
 the others.
 Runs in: the dispatcher thread, a send-N thread a worker; run_worker in the child.
@@ -20,13 +20,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import logs
 from messages import CARD_LOST_STATUS, BootFailed, Cancel, ComputePage, EngineChoice, Task
 
+STRANGERS_PAGES = 2  # that a worker beside others has at once, before its pace is known
 PACES = 8  # pages that tell a worker's pace; a node's come several at a time
 PACE_KEPT_S = 60.0  # of idleness; it may have been another program's fault
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
@@ -165,6 +166,30 @@ class WorkerSlot(Slot):
             self.process.kill()
             self.process.join()
         self.conn.close()
+
+
+# ---------------------------------------------------------------- who is next
+def quickest(slots: Sequence[Slot], rest: int, now_s: float) -> Slot | None:
+    """Of workers on unlike cards the one whose next page would be done first, at the pace of its last
+    ones. None where all together would be done with the rest, in pages, before it: nobody is to wait for
+    the last pages of a slow card."""
+    able = [slot for slot in slots if slot.is_open()]
+    paces = {slot.index: pace_s for slot in able if (pace_s := slot.pace_s(now_s)) is not None}
+    if len(able) < 2 or len(paces) < len(able):
+        few = [slot for slot in able if slot.index in paces or len(slot.tasks) < STRANGERS_PAGES]
+        return idlest(few if len(able) > 1 else able)
+
+    def done_s(slot: Slot) -> float:
+        return (len(slot.tasks) + 1) * paces[slot.index]
+
+    rest_s = rest / sum(1 / max(pace_s, 1e-3) for pace_s in paces.values())
+    best = min((slot for slot in able if slot.room() > 0), key=done_s, default=None)
+    return best if best and done_s(best) <= max(rest_s, min(map(done_s, able))) else None
+
+
+def idlest(slots: Sequence[Slot]) -> Slot | None:
+    """Who takes most pages now, if anybody takes one."""
+    return max((slot for slot in slots if slot.room() > 0), key=Slot.room, default=None)
 
 
 # ---------------------------------------------------------------- the machine
