@@ -154,8 +154,8 @@ class Api:
         state = request.query.get("status")
         if state is not None and state not in jobs.STATES:
             raise jobs.InvalidFields([("status", f"must be one of {', '.join(jobs.STATES)}")])
-        limit = whole_number(request.query, "limit", 1, 500) or 100
-        before = whole_number(request.query, "cursor", 0, 2**62)
+        limit = whole_number(request.query, "limit", routes.LIMIT) or routes.LISTED
+        before = whole_number(request.query, "cursor", routes.CURSOR)
         found = self.table.page_of_jobs(state, request.query.get("q", ""), limit + 1, before)
         cursor = str(found[limit - 1].number) if len(found) > limit else None
         states = [submissions.to_state(job, self.layout) for job in found[:limit]]
@@ -247,7 +247,7 @@ class Api:
     def before(self, request: Request, id: str, n: str) -> Answer:
         """GET /jobs/{id}/pages/{n}/before."""
         job, page = self._page(id, n)
-        width = whole_number(request.query, "w", 16, 4096)
+        width = whole_number(request.query, "w", routes.WIDTH)
         path = self.layout.staging / job.id / page.staged
         preview = self._preview_path(page, "before", page.source_sha256, width)
         if preview and preview.is_file():
@@ -274,7 +274,7 @@ class Api:
     def after(self, request: Request, id: str, n: str) -> Answer:
         """GET /jobs/{id}/pages/{n}/after."""
         job, page = self._page(id, n)
-        width = whole_number(request.query, "w", 16, 4096)
+        width = whole_number(request.query, "w", routes.WIDTH)
         if page.output is None or page.sha256 is None:
             raise Refused(409, "NOT_THERE_YET", f"page {n} is not finished")
         preview = self._preview_path(page, "after", page.sha256, width)
@@ -581,7 +581,7 @@ class Api:
     # -- websocket
     def _upgrade(self, handler: wire.Handler, request: Request, values: dict[str, str]) -> Answer | None:
         """Shake hands here; frames are the loop's."""
-        after = whole_number(request.query, "after", 0, 2**62)
+        after = whole_number(request.query, "after", routes.CURSOR)
         if request.method != "GET" or not request.headers.all("upgrade"):
             upgrade = {"Upgrade": "websocket", "Connection": "close"}
             raise Refused(426, "UPGRADE", "this is a WebSocket; connect with one", upgrade)

@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jobs import InvalidFields
@@ -67,11 +68,12 @@ def _no_constant(name: str) -> None:
 
 
 # ---------------------------------------------------------------- queries and fields
-def whole_number(query: dict[str, str], name: str, least: int, most: int) -> int | None:
-    """The query's number of this name, None without one. Raises InvalidFields."""
+def whole_number(query: dict[str, str], name: str, schema: Mapping[str, Any]) -> int | None:
+    """The query's number of this name, in its schema's bounds; None without one. Raises InvalidFields."""
     text = query.get(name)
     if text is None:
         return None
+    least, most = schema["minimum"], schema["maximum"]
     if not re.fullmatch(r"[0-9]{1,19}", text) or not least <= int(text) <= most:
         raise InvalidFields([(name, f"must be a whole number from {least} to {most}")])
     return int(text)

@@ -15,7 +15,9 @@ from web.openapi import Route
 ZIP = ", ".join(containers.MEDIA_TYPES.values())
 IMAGE, TEXT, PAGE = "image/*, application/octet-stream", "text/plain", "text/html"
 ASSET = "text/javascript, text/css"
-WIDTH = {"w": {"type": "integer", "minimum": 16, "maximum": 4096}}
+WIDTH = {"type": "integer", "minimum": 16, "maximum": 4096}
+LISTED = 100  # jobs of an answer, where nothing else is asked for
+LIMIT = {"type": "integer", "minimum": 1, "maximum": 500, "default": LISTED}
 TEXT_OF_PARAM = {"type": "string", "description": "as in POST /jobs; unusable, the page comes back as it was"}
 TEXT_OF_VARIANT = {"type": "string", "description": "as in POST /jobs, where the body is an image"}
 CURSOR = {"type": "integer", "minimum": 0, "maximum": 2**62}
@@ -66,7 +68,7 @@ ROUTES = (
         query={
             "status": {"type": "string", "enum": list(jobs.STATES)},
             "q": {"type": "string"},
-            "limit": {"type": "integer", "minimum": 1, "maximum": 500},
+            "limit": LIMIT,
             "cursor": CURSOR,
         },
     ),
@@ -121,7 +123,7 @@ ROUTES = (
         "before",
         "A page as it came",
         IMAGE_ANSWERS,
-        query=WIDTH,
+        query={"w": WIDTH},
         headers=CONDITIONS,
     ),
     Route(
@@ -130,7 +132,7 @@ ROUTES = (
         "after",
         "A page upscaled",
         IMAGE_ANSWERS,
-        query=WIDTH,
+        query={"w": WIDTH},
         headers=CONDITIONS,
     ),
     Route(
