@@ -48,7 +48,7 @@ from serving import png, until, volume
 
 import jobs
 import storage
-from files import artifacts
+from files import artifacts, database
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {f"{n:02d}.png": png(48, 64, n) for n in range(22)}
@@ -320,7 +320,7 @@ class Trial:
         try:
             with self.service.frozen_table() as table:
                 job, pages = table.get(self.job), table.pages(self.job)
-        except jobs.JobError as error:
+        except database.DatabaseDamaged as error:
             self.found.append(f"the job table after a kill: {error.detail}")
             self.service.start()
             return "staging"

@@ -16,6 +16,8 @@ import pytest
 from helpers import require
 from kills import BAD, MOMENTS, VICTIMS, Service, Tally, Trial, contents
 
+from files import database
+
 WORKER, SERVICE = VICTIMS
 
 
@@ -175,7 +177,7 @@ def test_a_damaged_job_table_is_found(service):
     data = bytearray((service.root / "jobs.sqlite3").read_bytes())
     data[data.index(trial.job.encode())] ^= 1
     (service.root / "jobs.sqlite3").write_bytes(data)
-    with pytest.raises(kills.jobs.JobError, match=r"jobs\.sqlite3: "), service.frozen_table():
+    with pytest.raises(database.DatabaseDamaged, match=r"jobs\.sqlite3: "), service.frozen_table():
         pass
 
 

@@ -38,6 +38,7 @@ from serving import PLAN
 
 import jobs
 import storage
+from files import database
 from jobs import Job, JobTable
 from messages import Limits, PageDone, Params, SourcePage, Staged, StagedPage
 from storage import Layout
@@ -802,5 +803,5 @@ def a_removal_by_age_without_its_setting(patch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_a_defect_planted_in_the_job_table_is_found(monkeypatch, defect):
     defect(monkeypatch)
-    with pytest.raises((AssertionError, pytest.fail.Exception, jobs.JobError)):
+    with pytest.raises((AssertionError, pytest.fail.Exception, jobs.JobError, database.DatabaseDamaged)):
         run_state_machine_as_test(Machine, settings=settings(THOROUGH, phases=[Phase.generate]))

@@ -36,6 +36,8 @@ def examined(
             "PYTHONPATH": str(HERE),
         }
         arguments = ["--config-file", str(HERE / "schemathesis.toml"), "run", "--no-color"]
+        if plant:
+            arguments += ["--max-failures", "1"]
         arguments += ["--max-examples", str(examples), f"http://127.0.0.1:{world.port}/openapi.json"]
         done = subprocess.run(
             [str(command), *arguments],
