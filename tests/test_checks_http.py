@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -345,15 +346,14 @@ def test_r06_no_path_that_a_client_can_spell_is_opened_outside_the_storage_root(
     ]
     with target(tmp_path, "plants:opens_are_noted") as one:
         world = one.world
-        for _, path, _ in world.routes:
-            for name in names:
-                for hole in ("{id}", "{n}", "{path}", "artifact", "incoming"):
-                    for method in ("GET", "PUT", "DELETE", "POST"):
-                        job = NOBODY if method == "DELETE" else world.finished
-                        spelt = path.replace(hole, name).replace("{id}", job).replace("{n}", "1")
-                        head = f"{method} {spelt} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n"
-                        fields = f"Authorization: Bearer {world.token}\r\n\r\n"
-                        fuzz.send((head + fields).encode(), (), world.port)
+        holes = ("{id}", "{n}", "{path}", "artifact", "incoming")
+        paths = {path.replace(hole, name) for _, path, _ in world.routes for name in names for hole in holes}
+        for path, method in itertools.product(sorted(paths), ("GET", "PUT", "DELETE", "POST")):
+            job = NOBODY if method == "DELETE" else world.finished
+            spelt = path.replace("{id}", job).replace("{n}", "1")
+            head = f"{method} {spelt} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n"
+            fields = f"Authorization: Bearer {world.token}\r\n\r\n"
+            fuzz.send((head + fields).encode(), (), world.port)
         for path in OUTSIDE:
             for kind in ("zip", "folder"):
                 one.client.call("POST", "/jobs", submission(path, kind))

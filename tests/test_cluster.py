@@ -85,7 +85,7 @@ class Ring:
 
 @pytest.fixture(scope="module")
 def ring() -> Iterator[Ring]:
-    """The cluster that the tests share; each brings its nodes."""
+    """The cluster that the tests share, and its nodes."""
     require(importlib.util.find_spec("ray") and sys.platform == "linux", "Ray is not installed: .[cluster]")
     place = Path(tempfile.mkdtemp(prefix="ring-"))  # short: Ray's sockets lie in it
     with pytest.MonkeyPatch.context() as patch:
@@ -103,16 +103,12 @@ def ring() -> Iterator[Ring]:
             shutil.rmtree(place)
 
 
-@contextlib.contextmanager
-def nodes(ring: Ring, count: int) -> Iterator[list[Any]]:
-    """Nodes of one core each; the block may kill and add some."""
-    started = [ring.ray.add_node(**NODE, wait=False) for _ in range(count)]
-    try:
-        yield started
-    finally:
-        for node in started:
-            if node in ring.ray.worker_nodes:
-                ring.ray.remove_node(node)
+def nodes(ring: Ring, count: int) -> list[Any]:
+    """So many nodes of one core each, those that earlier tests left where there are any."""
+    left = list(ring.ray.worker_nodes)
+    for node in left[count:]:
+        ring.ray.remove_node(node)
+    return left[:count] + [ring.ray.add_node(**NODE, wait=False) for _ in range(count - len(left))]
 
 
 @contextlib.contextmanager
@@ -162,7 +158,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- with Ray
 def test_pages_and_report_are_those_of_one_machine(tmp_path, ring, alone):
-    with nodes(ring, 2), serving(tmp_path, ring.address) as (service, client):
+    nodes(ring, 2)
+    with serving(tmp_path, ring.address) as (service, client):
         # Nodes start with the first page; one could compute a whole volume before the other is up.
         run(client, volume({"1.png": png()}), "first.zip")
         until(lambda: sum(bool(node.capacity) for node in service.dispatcher.nodes.values()) == 2, 60)
@@ -182,7 +179,8 @@ def test_own_weights_go_to_the_nodes_and_repeated_pages_do_not(tmp_path, ring):
     pages = {f"{n}.png": png(96, 128, n) for n in range(3)}
     weights = tmp_path / "models/own.safetensors"
     weights.parent.mkdir()
-    with nodes(ring, 1), serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (_, client):
+    nodes(ring, 1)
+    with serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (_, client):
         made_of(weights, seed=1)
         _, computed, _ = made(client, pages, model="own")
         assert made(client, pages, model="own")[1:] == (computed, 3)
@@ -221,7 +219,8 @@ def test_a_cluster_of_its_own_gives_the_same(tmp_path, ring, alone, monkeypatch)
 
 def test_a_page_that_kills_its_workers_is_carried_and_costs_the_job_no_attempt(tmp_path, ring):
     pages = {f"{n}.png": png(width, shade=n) for n, width in enumerate((32, faults.KILLER, 33, 34))}
-    with nodes(ring, 2), serving(tmp_path, ring.address, faults.by_width) as (service, client):
+    nodes(ring, 2)
+    with serving(tmp_path, ring.address, faults.by_width) as (service, client):
         client.call("PUT", "/incoming/v.zip", volume(pages))
         state = client.wait(job := client.submit("v.zip"))
         items = facts(client, state)["items"]
@@ -231,13 +230,14 @@ def test_a_page_that_kills_its_workers_is_carried_and_costs_the_job_no_attempt(t
 
 
 def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_path, ring, alone):
-    with nodes(ring, 1) as running, serving(tmp_path, ring.address, faults.held_up) as (service, client):
+    running = nodes(ring, 1)
+    with serving(tmp_path, ring.address, faults.held_up) as (service, client):
         (ring.place / "go").unlink(missing_ok=True)
         client.call("PUT", "/incoming/v.zip", mixed())
         job = client.submit("v.zip")
         busy = lambda: [node for node in service.dispatcher.nodes.values() if node.tasks]  # noqa: E731
         first = until(busy, 60)[0]
-        running.append(ring.ray.add_node(**NODE, wait=False))
+        ring.ray.add_node(**NODE, wait=False)
         until(lambda: len(busy()) == 2, 60)
         ring.ray.remove_node(running[0], allow_graceful=False)
         # Its worker lives on for a moment, and could still end what it holds.
@@ -249,13 +249,9 @@ def test_a_node_added_halfway_takes_pages_and_one_killed_halfway_loses_none(tmp_
 
 def test_two_jobs_share_the_nodes_a_third_waits_and_cancel_reaches_them(tmp_path, ring, monkeypatch):
     monkeypatch.setattr(workers, "STRANGERS_PAGES", 1 << 10)  # their pace is not what is looked at
-    with (
-        nodes(ring, 2),
-        serving(tmp_path, ring.address, faults.held_up_on_unlike_machines, max_concurrency=2) as (
-            service,
-            client,
-        ),
-    ):
+    nodes(ring, 2)
+    worker = faults.held_up_on_unlike_machines
+    with serving(tmp_path, ring.address, worker, max_concurrency=2) as (service, client):
         (ring.place / "go").unlink(missing_ok=True)
         client.call("PUT", "/incoming/v.zip", mixed())
         jobs = [client.submit("v.zip") for _ in range(3)]

@@ -99,14 +99,16 @@ def test_a_full_disk_fails_the_job_and_resume_finishes_it(tmp_path, notes):
         check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
 
 
-def test_workers_that_cannot_start_fail_the_job_with_the_reason(tmp_path, notes):
-    with serving(tmp_path, faults.cannot_boot) as (_, client):
+def test_workers_that_cannot_start_fail_the_job_with_the_reason_and_leave_no_thread_behind(tmp_path, notes):
+    with serving(tmp_path, faults.cannot_boot) as (service, client):
         client.call("PUT", "/incoming/v.zip", widths(32))
         state = client.wait(job := client.submit("v.zip"))
         code = client.full_state(job)["errorCode"]
-    assert (state.status, code) == ("FAILED", "WORKER_CANNOT_START")
-    assert "no torch here" in state.last_error
-    assert (notes / "boots").stat().st_size == dispatch.CARELESS_DEATHS
+        assert (state.status, code) == ("FAILED", "WORKER_CANNOT_START")
+        assert "no torch here" in state.last_error
+        assert (notes / "boots").stat().st_size == dispatch.CARELESS_DEATHS
+        names = lambda: [one.name for one in threading.enumerate() if one.name.startswith("send-")]  # noqa: E731
+        until(lambda: len(names()) <= len(service.dispatcher.workers))
 
 
 def test_a_finished_page_that_was_damaged_is_computed_again_before_packing(tmp_path):
@@ -298,15 +300,6 @@ def test_a_machine_that_slept_blames_no_worker_for_its_silence(tmp_path, monkeyp
         made._check_deadlines()
         assert slot.doom
         made.workers.clear()
-
-
-def test_workers_that_ended_leave_no_thread_behind(tmp_path, notes):
-    with serving(tmp_path, faults.cannot_boot) as (service, client):
-        client.call("PUT", "/incoming/v.zip", widths(32))
-        client.wait(client.submit("v.zip"))
-        assert (notes / "boots").stat().st_size >= dispatch.CARELESS_DEATHS
-        names = lambda: [one.name for one in threading.enumerate() if one.name.startswith("send-")]  # noqa: E731
-        until(lambda: len(names()) <= len(service.dispatcher.workers))
 
 
 def test_a_cancel_while_a_job_waits_removes_its_working_copy(tmp_path):
