@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from helpers import require
 
-import engine  # noqa: F401  before a test file loads torch, see there: two pytest processes share the cores
+import engine  # noqa: F401  before a test file loads torch, see there: several pytest processes share the cores
 import storage
 
 # The same bytes from every service that a test starts as a command: which convolutions are fastest,
