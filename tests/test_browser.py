@@ -316,6 +316,83 @@ def test_what_is_deleted_in_another_window_is_gone_when_somebody_comes_back_to_t
         see(home, "Cancelled", "#jobs")
 
 
+def test_a_volumes_page_acts_on_that_volume_also_after_another_was_looked_at(tmp_path, visit):
+    with still(tmp_path) as service:
+        first, second = queued(service, "First"), queued(service, "Second")
+        page = visit(f"{service.url}/#{first.id}")
+        see(page, "First 1", "#title")
+        page.evaluate(f"location.hash = '{second.id}'")
+        see(page, "Second 1", "#title")
+        page.locator("#one .actions").get_by_role("button", name="Cancel").click()
+        until(lambda: service.table.get(second.id).cancelled)
+        assert service.table.get(first.id).state == jobs.PENDING
+
+
+def test_the_first_key_leads_to_the_content_and_not_to_a_volume_of_that_name(tmp_path, visit):
+    with still(tmp_path) as service:
+        page = visit(service.url)
+        see(page, "Nothing here yet")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "main" and page.locator("#home").is_visible()
+
+
+def test_pages_that_are_computed_again_do_not_leave_the_list_empty(tmp_path, visit):
+    with still(tmp_path) as service:
+        job = with_pages(service, 4, error="it is damaged")
+        page = visit(f"{service.url}/#{job.id}")
+        button(page, "Show only these").click()
+        until(lambda: page.locator("#shelf li").count() == 1)
+        page.locator("#one .actions").get_by_role("button", name="Retry failed pages").click()
+        until(lambda: page.locator("#shelf li").count() == 4)
+
+
+def test_a_books_formats_are_those_that_it_holds(tmp_path, visit):
+    with still(tmp_path) as service:
+        page = visit(service.url)
+        page.get_by_label("AVIF").check()
+        page.get_by_text("More settings").click()
+        page.get_by_label("PDF", exact=True).check()
+        assert page.get_by_label("JPEG").is_checked()
+        disabled = [page.get_by_label(name, exact=True).is_disabled() for name in ("PNG", "WebP", "AVIF")]
+        assert disabled == [False, True, True]
+        page.get_by_label("EPUB", exact=True).check()
+        assert not page.get_by_label("WebP").is_disabled()
+
+
+def test_a_model_of_ones_own_stays_chosen_until_a_worker_knows_of_it(tmp_path, visit):
+    with still(tmp_path) as service:
+        page = visit(service.url)
+        see(page, "Connected")
+        page.evaluate("localStorage.setItem('settings', JSON.stringify({ model: 'mine' }))")
+        with page.expect_response("**/health"):
+            page.reload()
+        until(lambda: page.locator("#model option").count() > 3)
+        assert page.get_by_label("Model").input_value() == "mine"
+
+
+def test_a_name_that_only_this_system_holds_is_no_hindrance(tmp_path, visit):
+    require(os.name == "posix", "Windows holds no such name")
+    (tmp_path / "Who? v02.cbz").write_bytes(volume({"1.png": png()}))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "Who? v02.cbz")
+        button(page, "Upscale this volume").click()
+        see(page, "Who? 02", "#jobs")
+        (job,) = service.table.changed_since(0)
+        assert re.fullmatch(r"Who_ v02 [0-9-]{15}\.cbz", job.input_path) and job.title == "Who?"
+
+
+def test_a_file_that_went_is_no_lost_line(tmp_path, visit):
+    (tmp_path / "Gone 1.cbz").write_bytes(volume({"1.png": png()}))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "Gone 1.cbz")
+        (tmp_path / "Gone 1.cbz").unlink()
+        button(page, "Upscale this volume").click()
+        see(page, "Gone 1.cbz could not be read.", "#uploads")
+
+
 def test_what_is_no_volume_is_refused_with_its_name(tmp_path, visit):
     (tmp_path / "notes.docx").write_bytes(b"%PDF")
     with still(tmp_path / "root") as service:
