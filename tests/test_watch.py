@@ -238,6 +238,33 @@ def test_a_refused_upload_is_told_once_and_tried_again_when_it_changes(watched, 
     assert watched.look() == ["t/1.zip"]
 
 
+def test_what_could_not_be_read_here_is_tried_again_once_that_changed_or_it_is_sent_again(watched, caplog):
+    data = volume({f"{n}.png": png(shade=n) for n in range(3)})
+    watched.watch.limits = Limits(pages=2)
+    watched.put("t/1.zip", data)
+    assert watched.look() == [] and "the limit is 2" in caplog.text
+    watched.watch.limits = watched.service.config.limits
+    assert watched.look() == []  # nobody knows of it
+    watched.put("t/1.zip", data)  # the same once more
+    assert watched.look() == ["t/1.zip"]
+    watched.watch.limits = Limits(pages=2)
+    watched.put("u/1.zip", volume({f"{n}.png": png(shade=n) for n in range(3, 6)}))
+    assert watched.look() == ["t/1.zip"]
+    watched.watch.means = "another program"
+    watched.watch.limits = watched.service.config.limits
+    assert watched.look() == ["t/1.zip", "u/1.zip"]
+
+
+def test_an_upload_that_was_tried_for_months_is_still_tried_hourly(watched, monkeypatch):
+    watched.put("t/1.zip", volume({"1.png": png()}))
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads, "content_of", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        watched.look()
+        watched.watch.waiting["t/1.zip"].tries = 5000
+        assert watched.look(watch.LONGEST_WAIT_S) == []
+    assert watched.look(watch.LONGEST_WAIT_S) == ["t/1.zip"]
+
+
 def test_a_full_disk_is_waited_for_and_told_once(watched, caplog, monkeypatch):
     watched.put("t/1.zip", volume({"1.png": png()}))
     watched.watch.reserve_bytes = 1 << 60

@@ -24,7 +24,7 @@ import storage
 from messages import Limits
 
 NUMBERED = re.compile(
-    r"(?P<title>.*?)[\s_.,\-]*(?:\b(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
+    r"(?P<title>.*?)[\s_.,\-]*(?:(?<![a-z])(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
     re.IGNORECASE,
 )
 TITLE_CHARACTERS = 300  # of a title, or a volume's name
@@ -112,9 +112,10 @@ def _in_folder(
 
     inside: it lies in a folder that is an upload itself; only archives count there.
     """
+    arriving = [entry.name for entry in files if storage.is_unfinished(entry.name)]
     for entry in files:
         if is_archive_name(entry.name):
-            partial = storage.awaits(entry.name, (other.name for other in files))
+            partial = storage.awaits(entry.name, arriving)
             yield _upload((*parts, entry.name), "zip", [(entry.name, entry)], partial)
     if parts and not inside and any(storage.is_page_name([entry.name]) for entry in files):
         held = list(_files_below(folder, limits.depth))

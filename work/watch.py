@@ -12,8 +12,10 @@ Runs in: the watch thread, which Service starts and ends.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
+import shutil
 import sqlite3
 import threading
 import time
@@ -34,6 +36,8 @@ log = logging.getLogger("watch")
 
 LONGEST_WAIT_S = 3600.0  # between two tries of what the disk, not the upload, stands in the way of
 KEPT = 50_000  # uploads that are remembered after they left incoming/
+# What decides, beside the limits, which inputs can be read here.
+LIBRARIES, PROGRAMS = ("rarfile", "py7zr", "pypdfium2"), ("unrar", "unar", "bsdtar", "tar")
 
 
 @dataclass(slots=True)
@@ -47,9 +51,16 @@ class Waiting:
     told: str = ""  # why it waits, as the log said last
 
 
+def means_of_reading(limits: Limits) -> str:
+    """What an upload that was refused is refused under, in one line."""
+    here = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    return f"{here} {[name for name in PROGRAMS if shutil.which(name)]} {limits}"
+
+
 class Memory:
-    """What was dealt with, by path: (stamp, content), kept in one file. Lost, it costs a look at
-    each upload: what is in the job table is still not submitted again."""
+    """What was dealt with, by path: (stamp, content), kept in one file; of what was refused the stamp with
+    the means of reading behind it, and no content. Lost, it costs a look at each upload: what is in the
+    job table is still not submitted again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,6 +103,7 @@ class Watch:
         self.monotonic = monotonic
         self.make_room = make_room  # for a submission that had none
         self.memory = Memory(layout.root / "watched.json")
+        self.means = means_of_reading(limits)
         self.waiting: dict[str, Waiting] = {}  # by path
         self._stumbled = ""  # over what the last look did
         self._ended = threading.Event()
@@ -129,7 +141,7 @@ class Watch:
         for path, upload in found.items():
             if self._ended.is_set():
                 return
-            if self.memory.known.get(path, ("", ""))[0] == upload.stamp:
+            if self.memory.known.get(path, ("", ""))[0] in (upload.stamp, self._refused(upload)):
                 self.waiting.pop(path, None)
                 continue
             now_s = self.monotonic()
@@ -148,8 +160,10 @@ class Watch:
             content = self._content(upload)
             if content is None:
                 return  # it changed meanwhile: the next look finds another stamp
-            self._take(upload, content)
-            self.memory.keep(upload.path, upload.stamp, content, present)
+            if self._take(upload, content):
+                self.memory.keep(upload.path, upload.stamp, content, present)
+            else:
+                self.memory.keep(upload.path, self._refused(upload), "", present)
             self.waiting.pop(upload.path, None)
         except uploads.Interrupted:
             raise
@@ -158,7 +172,7 @@ class Watch:
             if isinstance(error, storage.NoRoom):
                 self.make_room()
             waiting.tries += 1
-            waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2**waiting.tries)
+            waiting.not_before_s = self.monotonic() + min(LONGEST_WAIT_S, 30.0 * 2 ** min(waiting.tries, 7))
             if not isinstance(error, (storage.StorageError, OSError, sqlite3.Error)):
                 log.error("looking at %a stumbled", upload.path, exc_info=error)
             reason = storage.reason_of(error)
@@ -179,10 +193,15 @@ class Watch:
         again = uploads.find_upload(incoming, upload.path, self.limits)
         return content if again is not None and again.stamp == upload.stamp else None
 
-    def _take(self, upload: Upload, content: str) -> None:
-        """Submit an upload, unless this content was. Raises storage.NoRoom, OSError, sqlite3.Error."""
+    def _refused(self, upload: Upload) -> str:
+        """Its stamp where it was refused under these limits, and with these libraries and programs."""
+        return f"{upload.stamp} {self.means}"
+
+    def _take(self, upload: Upload, content: str) -> bool:
+        """Submit an upload, unless this content was; False where it is refused. Raises storage.NoRoom,
+        OSError, sqlite3.Error."""
         if self.memory.known.get(upload.path, ("", ""))[1] == content:
-            return  # sent once more, or touched
+            return True  # sent once more, or touched
         try:
             place = inputs.resolve_incoming(self.layout, "incoming/" + upload.path)
             with inputs.opened(place, self.limits) as archive:
@@ -190,13 +209,14 @@ class Watch:
             job = self._submit(upload, content)
         except storage.NoRoom:
             raise
-        # Of the upload itself: it stays so until it changes, and is not tried again before.
+        # Of the upload itself: it stays so until it changes, or what reads it here.
         except (storage.StorageError, jobs.JobError) as error:
             log.warning("%s is not submitted: %s", ascii(upload.path), error.detail)
-            return
+            return False
         if job:
             log.info("%s lay still: job %s", ascii(upload.path), job.id)
             self.wake()
+        return True
 
     def _submit(self, upload: Upload, content: str) -> jobs.Job | None:
         title, volume = uploads.title_and_volume(upload.path, upload.kind)
