@@ -30,6 +30,8 @@ from messages import CHOICES, RANGES, EngineChoice, Limits, Params, Plan, Source
 LIMITS = Limits()
 DEFAULTS = Params()
 CONTAINERS = {".zip": "zip", ".cbz": "cbz", ".epub": "epub", ".pdf": "pdf"}  # that are written
+STAGING = ".staging"  # in OUT.partial: the pages as they came
+MARKS = (STAGING, storage.REPORT_NAME, containers.INDEX)  # one of them is in every OUT.partial of ours
 FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
 
 
@@ -129,6 +131,25 @@ def check_places(source: Path, target: Path) -> None:
     if target.suffix.lower() in storage.ARCHIVE_SUFFIXES - CONTAINERS.keys():
         kinds = ", ".join(CONTAINERS)
         raise Usage(f"{target} can't be written; OUT may be a folder, or end in one of {kinds}")
+    if not is_image(source):
+        check_work(source, work_of(target))
+
+
+def work_of(target: Path) -> Path:
+    """Where a volume's pages are gathered until all of them are there."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_work(source: Path, work: Path) -> None:
+    """Raises Usage where gathering pages would write over the input, or empty what isn't ours."""
+    inside, outside = source.resolve(), work.resolve()
+    if inside == outside or outside in inside.parents:
+        where = "is" if inside == outside else "lies in"
+        raise Usage(f"{source} {where} {work}, where pages would be gathered; choose another OUT")
+    is_free = not os.path.lexists(work) or (work.is_dir() and not os.listdir(work))
+    if not is_free and not any((work / mark).exists() for mark in MARKS):
+        why = "pages would be gathered there, and what it holds is not from an earlier try"
+        raise Usage(f"{work} exists: {why}; rename it, or choose another OUT")
 
 
 def params_of(given: argparse.Namespace) -> Params:
@@ -159,10 +180,14 @@ def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engine
     """Raises PageError; nothing is written then."""
     page = pages.decode_page(source.read_bytes(), params, LIMITS)
     result, _ = engines.compute(page.pixels, params, upscaling.plan_for(plan, page.pixels))
-    data, suffix, why = pages.encode(result, params, page.profile)
-    if why:
+    data, suffix, why = budgets.fitted(
+        lambda tried: pages.encode(result, tried, page.profile), params, params.max_page_bytes
+    )
+    if FORMATS[suffix] != params.output_format:
         raise pages.PageError(f"{why}; call OUT {target.stem}{suffix}")
     storage.write_whole(target, data)
+    if why:
+        print(storage.printable(f"{target}: {why}"), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- a volume
@@ -181,49 +206,62 @@ class Volume:
     plan: Plan
     engines: upscaling.Engines
     items: list[dict[str, Any]] = field(default_factory=list)
+    # Output path without suffix -> item of an earlier try, of pages that this one has not reached.
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
         """Where pages are gathered."""
-        return self.target.with_name(self.target.name + ".partial")
+        return work_of(self.target)
 
     def run(self) -> int:
         """Compute what is missing, then put OUT in place; see main for the status."""
         try:
             return self._run()
         finally:
-            with contextlib.suppress(OSError):  # of one with nothing in it nothing is to be gone on with
-                self.work.rmdir()
+            self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        """Of a folder with nothing in it nothing is to be gone on with."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.work) == [STAGING]:
+                (self.work / STAGING).rmdir()
+            self.work.rmdir()
 
     def _run(self) -> int:
-        staging = self.work / ".staging"
-        if self.params.container == "cbz":
-            collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
-        staged = spreads.divided(
-            inputs.stage_input(self.source, staging, LIMITS), staging, self.params, LIMITS
-        )
-        sources = [page for page in staged if isinstance(page, SourcePage)]
+        staging = self.work / STAGING
+        sources = self._staged(staging)
         stems = storage.output_stems([page.name for page in sources])
-        known = self._known()
+        self.earlier = self._known()
         progress = Progress(len(sources))
         with ThreadPoolExecutor(1, "encode") as encoder:
             # One page is encoded and written while the next is computed.
             before: Future[dict[str, Any]] | None = None
             for page, stem in zip(sources, stems, strict=True):
-                item = known.get(page.name)
+                item = self.earlier.get(stem)
                 if item and self._still_done(item, page):
                     self._record(before, progress)
                     before = None
                     self.items.append(item)
                     progress.skip()
-                    continue
-                computed = self._compute(staging / page.staged, page)
-                self._record(before, progress)
-                before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
+                else:
+                    computed = self._compute(staging / page.staged, page)
+                    self._record(before, progress)
+                    before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
+                self.earlier.pop(stem, None)
             self._record(before, progress)
         shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
         self._finish()
         return int(any(item["error"] for item in self.items))
+
+    def _staged(self, staging: Path) -> list[SourcePage]:
+        """The pages as they came, copied; beside them what else a cbz holds."""
+        staging.mkdir(parents=True, exist_ok=True)  # first, being a mark: what follows may be interrupted
+        if self.params.container == "cbz":
+            collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
+        staged = inputs.stage_input(self.source, staging, LIMITS)
+        each = spreads.divided(staged, staging, self.params, LIMITS)
+        return [page for page in each if isinstance(page, SourcePage)]
 
     def _compute(self, path: Path, page: SourcePage) -> tuple[pages.Decoded | None, str | None, str | None]:
         """(the page upscaled, deviation, error)."""
@@ -277,24 +315,26 @@ class Volume:
         }
 
     # ------------------------------------------------------------ its record
-    def _report(self) -> dict[str, Any]:
-        return {"params": reported(self.params), "plan": asdict(self.plan), "items": self.items}
+    def _report(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"params": reported(self.params), "plan": asdict(self.plan), "items": items}
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """Source name -> item of an earlier run with the same settings."""
+        """Output path without suffix -> item of an earlier try with the same settings."""
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
             earlier = Plan.of(report["plan"])
             if self.engines.choice.convolutions == "auto" and _untimed(earlier) == _untimed(self.plan):
                 self.plan = earlier  # what was measured then holds for the volume
             same = earlier == self.plan and report["params"] == reported(self.params)
-            return {item["source"]: item for item in report["items"]} if same else {}
+            found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
+            return found if same else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # begun anew: nothing in it could be believed
 
     def _still_done(self, item: dict[str, Any], page: SourcePage) -> bool:
-        same = item.get("sourceSha256") == page.sha256 and not item.get("error")
-        return same and storage.file_is(self.work / item["filename"], item["sha256"])
+        is_its = (item.get("source"), item.get("sourceSha256")) == (page.name, page.sha256)
+        is_good = is_its and not item.get("error")
+        return is_good and storage.file_is(self.work / item["filename"], item["sha256"])
 
     def _record(self, written: Future[dict[str, Any]] | None, progress: Progress) -> None:
         """A page is on disk: only now does it count."""
@@ -302,19 +342,22 @@ class Volume:
             return
         item = written.result()
         self.items.append(item)
-        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
+        # A page that was done anew may lie before others that are not reached yet, and are done.
+        report = self._report([*self.items, *self.earlier.values()])
+        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
         progress.page(item)
 
     def _finish(self) -> None:
+        report = self._report(self.items)
         if self.target.suffix.lower() in CONTAINERS:
-            containers.pack(self.work, self.target, self._report())
+            containers.pack(self.work, self.target, report)
             shutil.rmtree(self.work)
         else:
-            storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(self._report()))
+            storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
             artifacts.remove_strays(
                 self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
             )
-            shutil.rmtree(self.work / ".staging", ignore_errors=True)
+            shutil.rmtree(self.work / STAGING, ignore_errors=True)
             storage.patiently(os.replace, self.work, self.target)
 
 

@@ -11,6 +11,7 @@ Runs in: a process of its own; torch in a child of it, which may be missing, cra
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import platform
@@ -73,9 +74,9 @@ class Check:
 
 
 # ---------------------------------------------------------------- storage, port, token
-def nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+def nearest(folder: Path) -> Path | None:
+    """The folder, or the nearest above it that is there; None on a drive of Windows' that is gone."""
+    return next((place for place in (folder, *folder.parents) if place.is_dir()), None)
 
 
 def write_problem(folder: Path) -> str | None:
@@ -97,8 +98,12 @@ def check_storage(config: Config) -> Iterator[Check]:
     if root.exists() and not root.is_dir():
         yield Check("storage", f"{root} is a file", "remove it, or set REICHAN_STORAGE_ROOT")
         return
-    if not root.is_dir():
-        above = nearest(root)
+    above = nearest(root)
+    if above is None:
+        text = f"{root} is on a drive that is not there"
+        yield Check("storage", text, "choose another REICHAN_STORAGE_ROOT")
+        return
+    if above != root:
         if not os.access(above, os.W_OK):
             yield Check("storage", f"{root} can't be made in {above}", "choose another REICHAN_STORAGE_ROOT")
             return
@@ -115,7 +120,7 @@ def check_storage(config: Config) -> Iterator[Check]:
     if takes_long_paths() is False:
         text = "Windows takes paths of 260 characters at most: volumes with long names may fail"
         yield Check("storage", text, storage.LONG_PATHS)
-    free = shutil.disk_usage(nearest(root)).free
+    free = shutil.disk_usage(above).free
     scarce = free < config.reserve_bytes + LITTLE_BYTES
     remedy = "make room, or set REICHAN_STORAGE_ROOT to a larger disk: a volume takes about 1 GB on its way"
     yield Check("storage", f"{free / 1e9:.1f} GB free", remedy if scarce else None)
@@ -147,7 +152,7 @@ def answering(host: str, port: int) -> dict[str, Any] | None:
     try:
         with opener.open(address, timeout=3) as answer:
             health = json.loads(answer.read(65536))
-    except ValueError:
+    except (ValueError, http.client.HTTPException):  # what it says is no JSON, or no HTTP
         return {}
     except OSError as error:
         refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)

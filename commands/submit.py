@@ -142,9 +142,18 @@ def check(given: argparse.Namespace) -> None:
         raise Failure(f"--priority takes -{MOST_PRIORITY} to {MOST_PRIORITY}, not {given.priority}")
 
 
-def title_and_volume(path: Path) -> tuple[str, str]:
+def as_text(names: Sequence[str]) -> list[str]:
+    """Names from the disk or the command line. On Linux those in an old code page, as old archives
+    have them, come as no text that could be sent."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return storage.decode_names([os.fsencode(name) for name in names])
+    return list(names)
+
+
+def title_and_volume(name: str) -> tuple[str, str]:
     """From the input's name, see NAME_AND_NUMBER."""
-    name = path.absolute().name
     stem = os.path.splitext(name)[0] if name.lower().endswith(ARCHIVES) else name
     found = NAME_AND_NUMBER.fullmatch(stem)
     if found and found[1].strip():
@@ -157,8 +166,8 @@ class Service:
     """One service over HTTP; a connection a request. Raises Refusal, OSError, HTTPException."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
         try:
+            parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
             self.host, self.port = parts.hostname or "", parts.port
         except ValueError as error:
             raise Failure(f"--url {url}: {error}") from error
@@ -209,6 +218,8 @@ class Service:
             health = self.ask("GET", "/health")
         except (OSError, http.client.HTTPException) as error:
             raise Failure(f"no service at {self.url}: {_reason(error)}") from error
+        except UnicodeError as error:  # a host's name, or a token, that no request can hold
+            raise Failure(f"{self.url} can't be asked, or not with this token: {error}") from error
         except Refusal as refusal:
             raise Failure(f"no service at {self.url}: {refusal}") from refusal
         if "registered_jobs" not in health:
@@ -296,16 +307,17 @@ class Input:
         """What the service needs of it for these params. Raises Failure."""
         name = path.absolute().name
         if path.is_dir():
-            files = tuple(_files_below(path, params or {}))
-            if not any(storage.is_page_name(file.parts[-1:]) or _is_archive(file) for _, file in files):
+            found = list(_files_below(path, params or {}))
+            if not any(storage.is_page_name(file.parts[-1:]) or _is_archive(file) for _, file in found):
                 raise Failure(f"{path} holds no pages ({', '.join(sorted(storage.PAGE_SUFFIXES))})")
-            return cls(path, name, files)
+            name, *names = as_text([name, *(name for name, _ in found)])
+            return cls(path, name, tuple(zip(names, (file for _, file in found), strict=True)))
         if not path.is_file():
             raise Failure(f"{path} is not there")
         if not name.lower().endswith(ARCHIVES):
             known = ", ".join(ARCHIVES)
             raise Failure(f"{path} is no folder and no {known}; for a single image: python infer.py")
-        return cls(path, os.path.splitext(name)[0], None)
+        return cls(path, as_text([os.path.splitext(name)[0]])[0], None)
 
     def pieces(self) -> Iterator[bytes]:
         """All bytes of the archive, a little at a time; a folder becomes one on the way."""
@@ -427,21 +439,11 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]
     Raises Failure."""
     params = params_of(given)
     source = Input.of(given.path, params)
-    title, volume = title_and_volume(given.path)
+    title, volume = title_and_volume(source.name)
     sha256, size = hashed(source, line)
     path = f"incoming/{storage.cut_bytes(storage.slug(source.name), 80)}-{sha256[:16]}.zip"
-    body = {
-        "title": given.title or title,
-        "volume": given.volume or volume,
-        "input": {"type": "zip", "path": path},
-        "params": params,
-    }
-    whole = hashlib.sha256(json.dumps([sha256, body], sort_keys=True).encode()).hexdigest()
-    headers = {"Idempotency-Key": str(uuid.uuid4()) if given.again else f"submit-{whole}"}
-
-    def predicted() -> dict[str, Any]:
-        wanted = {"input": body["input"], "variants": [body["params"]]}
-        return service.ask("POST", "/preview", wanted)
+    title, volume = as_text([given.title or title, given.volume or volume])
+    body = {"title": title, "volume": volume, "input": {"type": "zip", "path": path}, "params": params}
 
     def with_input(ask: Callable[[], dict[str, Any]], patience_s: float = PATIENCE_S) -> dict[str, Any]:
         """Ask; where the input is not there (any more), send it and ask again."""
@@ -454,21 +456,55 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]
         return dict(patiently(ask, "submitting", patience_s))
 
     if given.predict:
-        line.show("computing a page ...")
-        try:
-            answer = with_input(predicted, PREVIEW_S)
-            line.end()
-            print(f"predicted {of_preview(answer)}")
-        except Refusal as refusal:
-            line.end()
-            print(f"predicted nothing: {refusal}")  # a page may be damaged; the others can be good
-    answer = with_input(lambda: service.ask("POST", "/jobs", body, headers))
-    jobs = [str(job) for job in answer.get("jobIds") or [answer["jobId"]]]
-    for path_of_job in (f"/jobs/{job}" for job in jobs):
-        state = patiently(functools.partial(service.ask, "GET", path_of_job), "asking about the job")
+        foretell(service, body, with_input, line)
+    key = str(uuid.uuid4()) if given.again else key_of(sha256, body)
+    states = submitted(service, body, key, with_input)
+    for state in states:
         if state["status"] == "FAILED":  # one that was there before, cancelled perhaps: it is wanted again
-            with_input(functools.partial(service.ask, "POST", f"{path_of_job}/resume"))
-    return jobs
+            with_input(functools.partial(service.ask, "POST", f"/jobs/{state['jobId']}/resume"))
+    return [str(state["jobId"]) for state in states]
+
+
+def key_of(*facts: Any) -> str:
+    """The Idempotency-Key that follows from what is submitted."""
+    return "submit-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def foretell(
+    service: Service, body: dict[str, Any], with_input: Callable[..., dict[str, Any]], line: Line
+) -> None:
+    """Print what the volume will take. Raises Failure."""
+    wanted = {"input": body["input"], "variants": [body["params"]]}
+    line.show("computing a page ...")
+    try:
+        answer = with_input(functools.partial(service.ask, "POST", "/preview", wanted), PREVIEW_S)
+        line.end()
+        print(f"predicted {of_preview(answer)}")
+    except Refusal as refusal:
+        line.end()
+        print(f"predicted nothing: {refusal}")  # a page may be damaged; the others can be good
+
+
+def submitted(
+    service: Service, body: dict[str, Any], key: str, with_input: Callable[..., dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The state of each job that this key makes, or made before. Raises Failure."""
+    while True:
+        headers = {"Idempotency-Key": key}
+        answer = with_input(functools.partial(service.ask, "POST", "/jobs", body, headers))
+        jobs = [str(job) for job in answer.get("jobIds") or [answer["jobId"]]]
+        asked = (functools.partial(service.ask, "GET", f"/jobs/{job}") for job in jobs)
+        states = [dict(patiently(ask, "asking about the job")) for ask in asked]
+        if not any(is_removed(state) for state in states):
+            return states
+        # What it made was removed by age; of several volumes all are made again, as a key makes all. The
+        # next key follows from this one: the same command then finds what is made now.
+        key = key_of(key, jobs)
+
+
+def is_removed(state: dict[str, Any]) -> bool:
+    """Whether a finished job's artifact was removed by age."""
+    return bool(state["status"] == "SUCCESS" and state["artifactHash"] and state["artifactPath"] is None)
 
 
 def prioritize(service: Service, jobs: list[str], priority: int) -> None:
@@ -638,22 +674,36 @@ def again(service: Service, job: str, given: argparse.Namespace) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def hint(service: Service, job: str, given: argparse.Namespace, failure: Failure) -> str:
+    """What to do about a failure, for the person at the keyboard."""
+    if isinstance(failure, Refusal) and failure.status_code == http.HTTPStatus.GONE:
+        how = "the same command with --again" if given.path else "submit with the volume's PATH and --again"
+        return f"{how} makes it anew"
+    return f"try again with\n  {again(service, job, given)}"
+
+
+def tell_kept(service: Service, job: str) -> None:
+    """Name the pages that were kept as they were, and why. Raises Failure."""
+    asked = functools.partial(service.ask, "GET", f"/jobs/{job}/pages")
+    for page in patiently(asked, "asking about the pages")["pages"]:
+        if page["error"]:
+            print(storage.printable(f"kept as it was: {page['name']}: {page['error']}"), file=sys.stderr)
+
+
 def closing(service: Service, state: dict[str, Any], given: argparse.Namespace, line: Line) -> int:
     """Tell how a job ended, fetch what it made; the exit status. Raises Failure."""
     if state["status"] == "FAILED":
         raise Failure(f"job {state['jobId']} failed: {state['lastError'] or state['message']}", JOB_FAILED)
     if state["message"]:
         print(storage.printable(state["message"]), file=sys.stderr)
-    if state["failedPages"]:
-        for page in service.ask("GET", f"/jobs/{state['jobId']}/pages")["pages"]:
-            if page["error"]:
-                print(storage.printable(f"kept as it was: {page['name']}: {page['error']}"), file=sys.stderr)
-    if given.download:
-        try:
+    try:
+        if state["failedPages"]:
+            tell_kept(service, state["jobId"])
+        if given.download:
             print(f"artifact  {download(service, state, given.download, line)}")
-        except Refusal as refusal:
-            refusal.status = NOT_FETCHED
-            raise
+    except Refusal as refusal:
+        refusal.status = NOT_FETCHED
+        raise
     print(f"sha256    {state['artifactHash']}")
     return SOME_CARRIED if state["failedPages"] else ALL_WELL
 
@@ -669,7 +719,7 @@ def follow(service: Service, jobs: Sequence[str], given: argparse.Namespace, lin
                 raise
             line.end()
             print(f"submit: {storage.printable(str(failure))}", file=sys.stderr)
-            print(f"try again with\n  {again(service, job, given)}", file=sys.stderr)
+            print(hint(service, job, given, failure), file=sys.stderr)
             status = max(status, failure.status)
     return status
 
@@ -699,7 +749,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         line.end()
         print(f"submit: {storage.printable(str(failure))}", file=sys.stderr)
         if failure.status == NOT_FETCHED and jobs and service:
-            print(f"try again with\n  {again(service, jobs[0], given)}", file=sys.stderr)
+            print(hint(service, jobs[0], given, failure), file=sys.stderr)
         return failure.status
     except OSError as error:  # of files here: requests have their own
         line.end()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from drawn import colour, grey
 from engines import COMPACT, native
@@ -16,6 +19,7 @@ from helpers import require
 
 from commands import cli, verify
 from engine import pages, rolling, upscaling
+from files import containers
 from messages import Params
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +102,18 @@ def test_one_image_takes_its_format_from_the_name(volume, tmp_path):
     assert cv2.imread(str(tmp_path / "page.webp"), cv2.IMREAD_UNCHANGED).shape[:2] == (72, 60)
 
 
+def test_one_image_is_no_larger_than_asked(tmp_path, capsys):
+    page = np.random.default_rng(7).integers(0, 256, (64, 64), np.uint8)
+    cv2.imwrite(str(tmp_path / "in.png"), page)
+    assert run(tmp_path / "in.png", tmp_path / "large.jpg") == 0
+    most = (tmp_path / "large.jpg").stat().st_size // 2
+    assert run(tmp_path / "in.png", tmp_path / "small.jpg", "--max-page-bytes", str(most)) == 0
+    assert 0 < (tmp_path / "small.jpg").stat().st_size <= most
+    assert "small.jpg: for its size written as jpg, quality" in capsys.readouterr().err
+    assert run(tmp_path / "in.png", tmp_path / "small.png", "--max-page-bytes", str(most)) == 2
+    assert "call OUT small." in capsys.readouterr().err and not (tmp_path / "small.png").exists()
+
+
 def test_a_bad_page_is_carried_and_told(volume, tmp_path, capsys):
     (volume / NAMES[1]).write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     assert run(volume, tmp_path / "out.cbz") == 1
@@ -134,6 +150,41 @@ def test_an_interrupted_volume_goes_on(volume, tmp_path, monkeypatch, capsys):
         assert run(volume, tmp_path / "out.cbz") == 0
     assert len(computed) == 2  # the first page was recorded, the second still being written
     assert (tmp_path / "out.cbz").read_bytes() == (tmp_path / "whole.cbz").read_bytes()
+
+
+def test_a_page_that_is_done_anew_makes_no_later_one_forgotten(volume, tmp_path, monkeypatch):
+    first = volume / NAMES[0]
+    for n in (4, 5):
+        (first.parent / f"01{n}.png").write_bytes(cv2.imencode(".png", grey(24, 20 + n))[1].tobytes())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)  # three of five are recorded
+        assert run(volume, tmp_path / "out") == 130
+    first.write_bytes(cv2.imencode(".png", grey(26, 22))[1].tobytes())
+    for stop, status in ((2, 130), (99, 0)):
+        with monkeypatch.context() as patch:
+            computed = interrupt_at(patch, stop)
+            assert run(volume, tmp_path / "out") == status
+    assert len(computed) == 2  # the fourth, which was still being written, and the fifth
+    run(volume, tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_a_page_added_beside_one_of_its_name_takes_no_other_page_s_place(volume, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        run(volume, tmp_path / "out")
+    added = cv2.imencode(".jpg", grey(26, 22))[1].tobytes()
+    (volume / NAMES[0]).with_suffix(".jpg").write_bytes(added)  # is called as 001.png was
+    write = cli.Volume._write
+
+    def slowly(*arguments):
+        time.sleep(0.3)  # while what the other page left is looked at
+        return write(*arguments)
+
+    monkeypatch.setattr(cli.Volume, "_write", slowly)
+    assert run(volume, tmp_path / "out") == 0
+    run(volume, tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("model", [COMPACT, "auto"])
@@ -196,6 +247,49 @@ def test_a_command_that_makes_no_sense_is_refused(volume, tmp_path, capsys, sour
     assert run(tmp_path / source, tmp_path / target, *flags) == 2
     assert says in capsys.readouterr().err
     assert contents(volume) == before and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("source", ["out.partial", "out.partial/volume.cbz", "out.partial/in"])
+def test_an_input_where_pages_would_be_gathered_is_refused(volume, tmp_path, capsys, source):
+    place = tmp_path / source
+    if source.endswith(".cbz"):
+        place.parent.mkdir()
+        zipped(volume, place)
+    else:
+        shutil.copytree(volume, place)
+    (tmp_path / "out.partial" / "artifact-report.json").write_bytes(b"of an earlier run")
+    before = contents(tmp_path / "out.partial")
+    assert run(place, tmp_path / "out") == 2
+    assert "pages would be gathered" in capsys.readouterr().err
+    assert contents(tmp_path / "out.partial") == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_someone_s_own_is_not_emptied_for_pages_to_be_gathered(volume, tmp_path, capsys, is_folder):
+    theirs = tmp_path / "out.partial" / "notes.txt" if is_folder else tmp_path / "out.partial"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_bytes(b"mine")
+    assert run(volume, tmp_path / "out") == 2
+    assert "rename it, or choose another OUT" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"mine"
+    theirs.unlink()
+    assert run(volume, tmp_path / "out") == 0
+
+
+def test_an_interruption_while_other_files_are_kept_is_gone_on_with(volume, tmp_path, monkeypatch):
+    (volume / "notes.txt").write_bytes(b"notes")
+    keep_one = containers._keep_one
+
+    def interrupted(*arguments):
+        keep_one(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(containers, "_keep_one", interrupted)
+        assert run(volume, tmp_path / "out.cbz") == 130
+    assert (tmp_path / "out.cbz.partial" / "notes.txt").is_file()
+    assert run(volume, tmp_path / "out.cbz") == 0
+    assert contents(tmp_path / "out.cbz")["notes.txt"] == b"notes"
 
 
 def test_the_command_itself_runs(volume, tmp_path):

@@ -191,6 +191,13 @@ def test_a_storage_root_that_can_t_be_used_is_a_finding(config, tmp_path, monkey
     assert findings(doctor.check_storage(config))["storage"].startswith("let this user write there")
 
 
+def test_a_storage_root_on_a_drive_that_is_gone_is_a_finding(config, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)  # as on Windows, where Z:\\ itself is gone
+    checks = list(doctor.check_storage(config))
+    assert findings(checks) == {"storage": "choose another REICHAN_STORAGE_ROOT"}
+    assert "is on a drive that is not there" in checks[-1].text
+
+
 def test_a_disk_without_room_is_a_finding(config, monkeypatch):
     usage = shutil._ntuple_diskusage(1 << 40, 1 << 40, 1 << 30)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
@@ -217,6 +224,22 @@ def test_the_port_s_owner_is_told(config, tmp_path):
         thread.join()
     assert check.remedy and "another program" in check.text
     assert not findings(doctor.check_port(config))
+
+
+def test_a_program_at_the_port_that_speaks_no_http_is_a_stranger(config):
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        stranger.settimeout(10)
+
+        def greet() -> None:
+            with stranger.accept()[0] as line:
+                line.recv(65536)
+                line.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        (check,) = doctor.check_port(dataclasses.replace(config, port=stranger.getsockname()[1]))
+        thread.join()
+    assert check.remedy and "another program" in check.text
 
 
 def test_a_service_that_holds_the_storage_root_elsewhere_is_told(tmp_path):

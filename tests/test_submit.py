@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import finished, png, queued, running, still, until, volume
+from helpers import require
+from serving import PLAN, finished, png, queued, running, still, until, volume
 
 import jobs
 import messages
@@ -213,6 +214,28 @@ def test_a_job_that_was_cancelled_goes_on_by_the_same_command(service, tmp_path)
     assert (service.table.get(job).state, service.table.get(job).retries) == ("PENDING", 1)
 
 
+def ended(service, job_id: str, **facts: object) -> jobs.Job:
+    """The waiting job, over; its artifact was never on disk."""
+    job = jobs.claim(service.table, 1000.0)
+    assert job.id == job_id and service.table.change(job, state=jobs.RUNNING, plan=PLAN, total=1)
+    made = {"artifact_hash": "0" * 64, "artifact_bytes": 1, "processed": 1}
+    return jobs.advance(service.table, service.table.get(job_id), "finish", 2000.0, **made, **facts)
+
+
+def test_a_volume_whose_artifact_was_removed_by_age_is_made_again_by_the_same_command(service, tmp_path):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    made = [run(service, tmp_path / "v.zip")[1].split()[1]]
+    for _ in range(2):
+        job = ended(service, made[-1])
+        assert run(service, tmp_path / "v.zip")[1].split()[1] == job.id  # its artifact is there
+        assert service.table.change(job, artifact_removed_s=3000.0)
+        (service.config.layout.incoming / job.input_path).unlink()  # to be sent again
+        fresh, again = (run(service, tmp_path / "v.zip")[1].split()[1] for _ in range(2))
+        assert fresh == again and fresh not in made
+        assert service.table.get(fresh).state == jobs.PENDING
+        made.append(fresh)
+
+
 def test_a_priority_is_given_to_the_same_job_whether_it_was_there_or_not(service, tmp_path):
     (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
     job = run(service, tmp_path / "v.zip", "--priority", "7")[1].split()[1]
@@ -234,6 +257,27 @@ def test_a_folder_s_zip_has_the_same_bytes_at_every_reading_and_is_never_held(tm
     assert max(map(len, source.pieces())) <= submit.PIECE_BYTES
 
 
+def test_names_in_an_old_code_page_become_text(service, tmp_path):
+    require(sys.platform == "linux", "other systems take no such names")
+
+    def old(name: str) -> str:
+        return os.fsdecode(name.encode("cp932"))
+
+    folder = tmp_path / old("よつばと 第03巻")
+    (folder / old("第1話")).mkdir(parents=True)
+    (folder / old("第1話") / old("ページ.png")).write_bytes(png())
+    for flags in ([], ["--title", old("よつばと"), "--volume", old("上")]):
+        assert run(service, folder, *flags)[0] == 0
+        job = sole_job(service)
+        assert (job.title, job.volume) == ("よつばと", "上" if flags else "03")
+        with zipfile.ZipFile(service.config.layout.incoming / job.input_path) as archive:
+            assert archive.namelist() == ["第1話/ページ.png"]
+        assert service.table.delete(jobs.cancel(service.table, job.id, 1.0))
+    (tmp_path / old("よつばと 第04巻.cbz")).write_bytes(volume({"1.png": png()}))
+    assert run(service, tmp_path / old("よつばと 第04巻.cbz"))[0] == 0
+    assert (sole_job(service).title, sole_job(service).volume) == ("よつばと", "04")
+
+
 @pytest.mark.parametrize(
     ("name", "title", "number"),
     [("Yotsuba v03.cbz", "Yotsuba", "03"), ("One_Piece_vol.12.zip", "One_Piece", "12"),
@@ -241,7 +285,7 @@ def test_a_folder_s_zip_has_the_same_bytes_at_every_reading_and_is_never_held(tm
      ("Akira", "Akira", "01"), ("12", "12", "01")],
 )  # fmt: skip
 def test_title_and_volume_come_from_the_name(name, title, number):
-    assert submit.title_and_volume(Path(name)) == (title, number)
+    assert submit.title_and_volume(name) == (title, number)
 
 
 def test_an_upload_that_breaks_off_is_sent_again(service, tmp_path):
@@ -288,8 +332,9 @@ def test_what_can_t_be_done_is_said_in_one_line(service, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("url", "says"),
-    [("ftp://books", "not like http://192.168.1.10:8001"), ("http://books:eighty", "eighty")],
-)
+    [("ftp://books", "not like http://192.168.1.10:8001"), ("http://books:eighty", "eighty"),
+     ("http://[::1:8001", "Invalid IPv6 URL"), ("http://books..home:8001", "label empty")],
+)  # fmt: skip
 def test_an_address_that_is_none_is_said_in_one_line(url, says):
     status, _, err = run(url, "--job", "x")
     assert status == 2 and says in err and err.count("\n") == 1
@@ -461,7 +506,54 @@ def test_an_artifact_that_is_not_what_its_job_promises_is_refused(service, tmp_p
     path.unlink()
     status, _, err = run(service, "--job", job.id, "--download", tmp_path / "to")
     assert status == 4 and "no longer on disk" in err
+    assert "the volume's PATH and --again makes it anew" in err and f"--job {job.id}" not in err
     assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_an_artifact_that_is_gone_is_made_anew_by_again_and_no_job_is_named_to_be_asked_for_it(
+    service, tmp_path
+):
+    (tmp_path / "v.zip").write_bytes(volume({"1.png": png()}))
+    job = ended(service, run(service, tmp_path / "v.zip")[1].split()[1])
+    status, _, err = run(service, tmp_path / "v.zip", "--download", tmp_path / "to")
+    assert status == 4 and "ARTIFACT_GONE" in err
+    assert "the same command with --again" in err and "--job" not in err
+    given = submit.parser().parse_args([str(tmp_path / "v.zip"), "--download", str(tmp_path / "to")])
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        status = submit.follow(submit.Service(service.url, None), [job.id] * 2, given, submit.Line())
+    assert status == 4 and told.getvalue().count("the same command with --again") == 2
+    assert "--job" not in told.getvalue()
+
+
+@pytest.mark.parametrize("away", ["no line", "503"])
+def test_pages_kept_as_they_were_are_asked_for_patiently(service, monkeypatch, away):
+    job = ended(service, queued(service).id, failed_pages=1)
+    ask, refused = submit.Service.ask, []
+
+    def flaky(self, method, path, *rest):
+        if path.endswith("/pages") and not refused:
+            refused.append(path)
+            raise ConnectionRefusedError if away == "no line" else submit.Refusal(503, {})
+        return ask(self, method, path, *rest)
+
+    monkeypatch.setattr(submit.Service, "ask", flaky)
+    status, out, _ = run(service, "--job", job.id, "--watch")
+    assert (status, len(refused)) == (1, 1) and job.artifact_hash in out
+
+
+def test_a_service_that_stays_away_after_the_job_is_no_failure_to_submit_it(service, monkeypatch):
+    job = ended(service, queued(service).id, failed_pages=1)
+    ask = submit.Service.ask
+
+    def away(self, method, path, *rest):
+        if path.endswith("/pages"):
+            raise submit.Refusal(503, {})
+        return ask(self, method, path, *rest)
+
+    monkeypatch.setattr(submit.Service, "ask", away)
+    monkeypatch.setattr(submit.patiently, "__defaults__", (0.1,))
+    status, _, err = run(service, "--job", job.id, "--watch")
+    assert status == 4 and f"try again with\n  python server.py submit --job {job.id}" in err
 
 
 def test_a_client_s_process_loads_nothing_of_the_service_but_storage():
