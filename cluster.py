@@ -41,6 +41,7 @@ from files.cache import PageCache
 from jobs import Job, JobError, lose_worker
 from messages import (
     AUTO_MODEL,
+    DIED_TWICE,
     Beat,
     BootFailed,
     ComputePage,
@@ -55,8 +56,9 @@ from messages import (
     TaskFailed,
 )
 from work import workers
-from work.dispatch import DIED_TWICE, PAGE_DEATHS, Dispatcher
+from work.dispatch import PAGE_DEATHS, Dispatcher
 from work.node import BATCH_BYTES, PAGE, Declined, Lost, Node, Weights, code_hash
+from work.questions import WorkerDied
 from work.runs import Run
 from work.workers import Slot, WorkerSlot
 
@@ -325,7 +327,7 @@ class ClusterDispatcher(Dispatcher):
         for key in node.tasks:
             if isinstance(key, str):
                 if blame:
-                    self.questions.disappoint(key, f"the worker ended: {node.doom or why}")
+                    self.questions.disappoint(key, WorkerDied(f"the worker ended: {node.doom or why}"))
                 continue  # else it is still asked for, and given to another
             run = self.runs.get(key[0])
             if run and run.job.attempt == key[1] and key[2]:

@@ -44,6 +44,7 @@ from files import containers, inputs, sandbox, weightfiles
 from files.cache import Entry, PageCache
 from messages import (
     CARD_LOST_STATUS,
+    DIED_TWICE,
     Beat,
     Cancel,
     ComputePage,
@@ -259,7 +260,8 @@ class Worker:
         wanted = pages.target_size(width, height, params)
         spent = time.perf_counter() - started
         if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
-            fits = len(data) <= (_most_bytes(task) or len(data))
+            most = _most_bytes(task)
+            fits = most is None or len(data) <= most
             if fits and not mark and not params.profile:
                 self.encoders.submit(self._page_step, task, self._carry)
             else:
@@ -330,12 +332,17 @@ class Worker:
     def _carry(self, task: ComputePage) -> None:
         """Take the original over, so that a reader finds the page where it belongs."""
         data, suffix = task.source.read_bytes(), task.source.suffix
-        half = spreads.half_of(data, storage.mark_of(task.source.name), task.limits)
-        data, suffix = half or (data, suffix)
-        width, height, mode = 0, 0, ""
-        with contextlib.suppress(PageError):
-            pixels = pages.decode(data, 1, task.limits)
-            (height, width), mode = pixels.shape[:2], pages.MODES[pages.channels(pixels)]
+        half, width, height, mode = None, 0, 0, ""
+        # Whatever a decoder makes of it; where workers died of the page, none gets it once more.
+        if task.carry == DIED_TWICE:
+            with contextlib.suppress(PageError):
+                width, height = pages.header_size(data)
+        else:
+            with contextlib.suppress(Exception):
+                half = spreads.half_of(data, storage.mark_of(task.source.name), task.limits)
+                data, suffix = half or (data, suffix)
+                pixels = pages.decode(data, 1, task.limits)
+                (height, width), mode = pixels.shape[:2], pages.MODES[pages.channels(pixels)]
         self._finish(
             task,
             data,
@@ -388,7 +395,11 @@ class Worker:
     def _settled(self, params: Params, plan: Plan | None) -> Plan:
         """The job's last plan while it holds, else a new one."""
         if plan is None or not self.engines.is_current(plan):
-            return self.engines.plan(params)
+            self.watch.begin(FIRST_STEP_LIMIT_S)  # it may measure on the device, for the first time
+            try:
+                return self.engines.plan(params)
+            finally:
+                self.watch.begin(math.inf)
         if params.device != "auto":
             devices.pick_device(plan.device)  # with "auto" its pages may deviate to the CPU
         return plan
@@ -507,7 +518,8 @@ def _still_done(task: Stage, known: KnownPage | None, source: SourcePage) -> boo
 
 def _most_bytes(task: ComputePage) -> int | None:
     """How large a page may be, by its own limit and by its share of the artifact."""
-    return min(filter(None, (task.most_bytes, task.params.max_page_bytes)), default=None)
+    limits = (task.most_bytes, task.params.max_page_bytes)
+    return min((most for most in limits if most is not None), default=None)
 
 
 def write_part(task: Preview) -> None:

@@ -675,7 +675,7 @@ def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPag
             processed=sum(page.status != "pending" for page in pages),
             failed_pages=sum(page.failed for page in pages),
             left_out=job.left_out if event.left_out is None else event.left_out,
-            reconciliation=event.reconciliation or job.reconciliation,
+            reconciliation=job.reconciliation if event.left_out is None else event.reconciliation,
             current_page=next((page.name for page in pages if page.status == "pending"), None),
         )
         if not changed:

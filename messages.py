@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # ---------------------------------------------------------------- settings
+DIED_TWICE = "the worker process died twice while computing this page"  # why it is taken over as it is
 AUTO_MODEL = "auto"  # in place of a model's name: the page decides (upscaling.choose_model)
 
 

@@ -119,11 +119,13 @@ def _halves(item: SourcePage, staging: Path, params: Params, limits: Limits) -> 
 def _marked(item: SourcePage, staging: Path, mark: str, name: str) -> SourcePage:
     number, suffix = os.path.splitext(item.staged)
     staged = f"{number}.{mark}{suffix}"
-    if not (staging / staged).exists():
+    whole, marked = staging / item.staged, staging / staged
+    if not (marked.exists() and os.path.samefile(whole, marked)):
+        storage.remove_file(marked)  # of another input, which Windows left while it was being shown
         try:
-            os.link(staging / item.staged, staging / staged)
+            os.link(whole, marked)
         except OSError:  # a file system without links
-            shutil.copyfile(staging / item.staged, staging / staged)
+            shutil.copyfile(whole, marked)
     return replace(item, name=name, staged=staged)
 
 

@@ -41,10 +41,13 @@ class Tally:
         width, size_bytes = max(1, width // parts), size_bytes // parts
         wanted = pages.target_size(width, height, self.params)
         if self.params.has_target and wanted <= (width, height):
-            self.carried_bytes += size_bytes
-            return
-        self.computed += 1
-        self.input_pixels += width * height
+            if not self.params.profile and parts == 1:
+                self.carried_bytes += size_bytes
+                return
+            # Reduced or encoded anew, by no network (infer.Worker._reduce).
+        else:
+            self.computed += 1
+            self.input_pixels += width * height
         self.output_pixels += wanted[0] * wanted[1]
         self.source_bytes += size_bytes
 

@@ -297,12 +297,18 @@ def _is_special(entry: zipfile.ZipInfo | formats.Member) -> bool:
 
 
 def list_folder(root: Path, limits: Limits) -> Listing:
-    """Walk a folder without following links. Raises LimitExceeded, UnsafeName."""
+    """Walk a folder without following links. Raises LimitExceeded, UnsafeName, InputUnusable where a part
+    of it can't be read: pages would be missing, and nobody told."""
+
+    def refuse(error: OSError) -> None:
+        name = ascii(os.path.relpath(error.filename or root, root))
+        raise storage.InputUnusable(f"the folder {name} can't be read: {storage.reason_of(error)}") from error
+
     found: list[tuple[bytes, Path]] = []
     others: list[tuple[bytes, Path]] = []
     reserved = total_bytes = seen = 0
     manifest = None
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         depth = len(Path(folder).relative_to(root).parts) + 1
         if depth > limits.depth:  # here and not later: os.walk recurses until Python 3.12
             raise storage.LimitExceeded("depth", depth, limits.depth, "nested folders")
@@ -314,13 +320,17 @@ def list_folder(root: Path, limits: Limits) -> Listing:
                 raise storage.LimitExceeded("entries", seen, limits.entries, "files in the folder")
             path = Path(folder, name)
             raw = os.fsencode(path.relative_to(root).as_posix())
+            try:
+                size_bytes = path.lstat().st_size
+            except FileNotFoundError:  # since the folder was read
+                continue
             if storage.is_page_name([name]):
                 # Copyparty reserves a page's name with an empty file while it receives the page.
-                if not path.lstat().st_size and storage.awaits(name, files):
+                if not size_bytes and storage.awaits(name, files):
                     reserved += 1
                     continue
                 found.append((raw, path))
-                total_bytes += path.lstat().st_size
+                total_bytes += size_bytes
             elif not storage.is_junk([name]):
                 others.append((raw, path))
                 if name == "manifest.json" and Path(folder) == root:
@@ -488,8 +498,11 @@ def input_sizes(place: Path, limits: Limits) -> list[tuple[str, int]]:
     a file too large to be taken as a page counts for nothing."""
     if place.is_file():
         return [(place.name, place.stat().st_size)]
-    found = (Path(folder, name) for folder, _, files in os.walk(place) for name in files)
-    sizes = [(path.name, path.lstat().st_size) for path in found if storage.is_page_name([path.name])]
+    sizes = []
+    for folder, _, files in os.walk(place):
+        for name in filter(lambda name: storage.is_page_name([name]), files):
+            with contextlib.suppress(FileNotFoundError):  # since the folder was read
+                sizes.append((name, Path(folder, name).lstat().st_size))
     return [(name, size_bytes) for name, size_bytes in sizes if size_bytes <= limits.entry_bytes]
 
 
@@ -525,8 +538,13 @@ def stage_input(
 
 
 def entry_bytes(entry: Entry) -> int:
-    """How large an entry says it is. Raises OSError where its file is gone."""
-    return entry.member.file_size if entry.member else entry.path.lstat().st_size
+    """How large an entry says it is. Raises InputUnusable where its file is gone."""
+    if entry.member:
+        return entry.member.file_size
+    try:
+        return entry.path.lstat().st_size
+    except OSError as error:
+        raise storage.InputUnusable(f"{entry.name[:200]!a} is gone: {storage.reason_of(error)}") from error
 
 
 def read_entry(

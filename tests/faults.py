@@ -50,6 +50,23 @@ def by_width(conn: Any, choice: Any, slot: int) -> None:
     infer.worker_main(conn, choice, slot)
 
 
+def deadly_decoder(conn: Any, choice: Any, slot: int) -> None:
+    """The real worker, whose decoder dies of pages of a width, whatever they are decoded for."""
+    import infer
+    from engine import pages
+
+    decode = pages._decode_upright
+
+    def dying(data: bytes) -> Any:
+        if pages.header_size(data)[0] == KILLER:
+            note("killer")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(data)
+
+    pages._decode_upright = dying
+    infer.worker_main(conn, choice, slot)
+
+
 def full_disk(conn: Any, choice: Any, slot: int) -> None:
     """The real worker on a disk that is full until someone makes room."""
     import infer

@@ -19,6 +19,7 @@ from client import Client, check_artifact
 from serving import png, queued, running, still, until, volume
 
 import jobs
+import messages
 import server
 import settings
 import storage
@@ -64,6 +65,19 @@ def test_a_page_that_always_kills_its_worker_is_carried_and_the_rest_goes_on(tmp
     assert "died twice" in report["items"][1]["error"]
     # Once beside others, then twice alone.
     assert (notes / "killer").stat().st_size == 1 + dispatch.PAGE_DEATHS
+
+
+def test_a_page_that_kills_whatever_decodes_it_is_carried_and_looked_at_twice_at_most(tmp_path, notes):
+    with serving(tmp_path, faults.deadly_decoder) as (_, client):
+        client.call("PUT", "/incoming/v.zip", widths(32, faults.KILLER, 33))
+        state = client.wait(job := client.submit("v.zip"))
+        report = check_artifact(client.call("GET", f"/jobs/{job}/artifact").body, state)
+        looks = [client.call("GET", f"/jobs/{job}/pages/2/after?w=96").problem() for _ in range(3)]
+    items = report["items"]
+    assert [item["status"] for item in items] == ["upscaled", "carried", "upscaled"]
+    assert "died twice" in items[1]["error"] and items[1]["width"] == faults.KILLER
+    assert [look.status for look in looks] == [503, 503, 422] and "died of it" in looks[2].detail
+    assert (notes / "killer").stat().st_size == 1 + dispatch.PAGE_DEATHS + 2
 
 
 def test_a_page_that_fails_once_is_upscaled_at_the_end(tmp_path, notes):
@@ -325,3 +339,100 @@ def test_a_resume_with_another_input_takes_no_page_from_the_old_working_copy(tmp
         assert not inputs.staged_pages_intact(
             layout.staging / job.id, [SourcePage("1.png", "", "0" * 64, 1, None)]
         )
+
+
+def dead(run: Run, tasks: dict[Any, Any], exclusive: bool) -> Any:
+    """A worker that died with these tasks: without a process."""
+    slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)
+    slot.tasks, slot.doom, slot.exclusive = tasks, None, exclusive
+    return slot
+
+
+def with_a_run(service: server.Service, deaths: int = 0) -> Run:
+    """A running job of one page, as the dispatcher knows it."""
+    job, made = running(service), service.dispatcher
+    page = jobs.Page(job.id, 1, "1.png", "1.png", "0" * 64, 9, None, "1", deaths=deaths)
+    service.table.replace_pages(job.id, [page])
+    run = Run(job, service.config.layout.staging / job.id, service.config.layout.outputs, pages={1: page})
+    made.runs[job.id] = run
+    return run
+
+
+def test_a_page_is_not_blamed_for_what_its_worker_was_asked_beside_it(tmp_path):
+    for asked, deaths in ((True, 0), (False, 1)):
+        with still(tmp_path / str(deaths)) as service:
+            run = with_a_run(service)
+            tasks: dict[Any, Any] = {run.key(1): run.page_task(1, None, service.config.limits)}
+            slot = dead(run, tasks | ({"a preview": None} if asked else {}), exclusive=True)
+            service.dispatcher._lose(run, slot, "it was killed")
+            page = service.table.page(run.job.id, 1)
+            assert (page.deaths, page.alone) == (deaths, True)
+
+
+def test_a_page_that_can_not_even_be_taken_over_fails_the_job_and_does_not_go_round_for_ever(tmp_path):
+    for deaths, state in ((2, jobs.PENDING), (3, jobs.FAILED)):
+        with still(tmp_path / str(deaths)) as service:
+            run = with_a_run(service, deaths)
+            task = run.page_task(1, "it is damaged", service.config.limits)
+            service.dispatcher._lose(run, dead(run, {run.key(1): task}, exclusive=False), "it was killed")
+            job = service.table.get(run.job.id)
+            assert job.state == state and service.table.page(job.id, 1).deaths == deaths + 1
+            assert job.error_code == (None if state == jobs.PENDING else "PAGE_LOST")
+
+
+def test_what_a_worker_was_asked_that_was_killed_for_a_cancel_is_asked_again(tmp_path):
+    for doom, is_open in (("cancel", True), (None, False)):
+        with still(tmp_path / str(doom)) as service:
+            made = service.dispatcher
+            future = made.ask("a preview", None)
+            slot = SimpleNamespace(index=0, doom=doom, tasks={"a preview": None}, capacity=4)
+            slot.stop = lambda wait_s: None
+            slot.process = SimpleNamespace(exitcode=-9, join=lambda: None)
+            made.workers[0] = slot
+            made._bury(slot)
+            assert future.done() != is_open and bool(made.questions.unanswered()) == is_open
+
+
+def test_a_pause_lets_no_worker_wait_for_a_page_that_will_not_come(tmp_path):
+    with still(tmp_path) as service:
+        made = service.dispatcher
+        slot = SimpleNamespace(kept_for="job")
+        made.workers[0] = slot
+        service.table.pause(True)
+        made._see_pause()
+        assert slot.kept_for is None
+        made.workers.clear()
+
+
+def test_a_volume_that_the_machine_slept_through_measures_no_time(tmp_path):
+    for wall_s, is_held in ((5.0, False), (8 * 3600.0, True)):
+        with still(tmp_path / str(wall_s)) as service:
+            run = with_a_run(service)
+            run.job = dispatch.replace(run.job, started_s=service.table.clock() - wall_s)
+            run.claimed_s = time.monotonic() - 5.0
+            service.dispatcher._finish(run, messages.Packed(run.job.id, run.job.attempt, "0" * 64, 9))
+            assert run.held == is_held
+
+
+def test_a_resume_finds_its_input_also_where_that_lies_in_a_folder_of_the_same_name(tmp_path):
+    with still(tmp_path) as service:
+        table, layout, limits = service.table, service.config.layout, service.config.limits
+        job = queued(service)
+        table.change(job, input_path="incoming/t.zip")
+        (layout.incoming / "incoming").mkdir()
+        for place, shade in (("t.zip", 1), ("incoming/t.zip", 2)):
+            (layout.incoming / place).write_bytes(volume({"1.png": png(shade=shade)}))
+        jobs.cancel(table, job.id, 1.0)
+        again = submissions.resume(table, layout, job.id, None, limits)
+        assert (again.state, again.input_path) == (jobs.PENDING, "incoming/t.zip")
+
+
+def test_a_comparison_with_a_manifest_is_that_of_the_input_that_was_looked_at_last(tmp_path):
+    with still(tmp_path) as service:
+        job = running(service)
+        service.table.change(job, reconciliation={"missing": ["of the old one"]})
+        job = service.table.get(job.id)
+        for left_out, kept in ((None, True), (0, False)):
+            staged = messages.Staged(job.id, job.attempt, job.plan, left_out, None)
+            job = jobs.record_stage(service.table, job, staged, [])
+            assert bool(job.reconciliation) == kept

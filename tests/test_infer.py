@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,19 @@ def test_a_job_that_is_finished_but_for_its_artifact_looks_at_its_input_only_if_
     stage = Stage("job", 1, place, tmp_path / "staging", outputs, Params(), None, (known,), None, Limits())
     found = [page for page in worker._staged_pages(stage, {"1.png": known}) if isinstance(page, SourcePage)]
     assert [page.sha256 == source.sha256 for page in found] == [bool(staged)]
+
+
+def test_a_hang_while_a_plan_is_settled_is_seen(worker, monkeypatch):
+    """The rest of staging may take as long as the disk does."""
+    seen = []
+    monkeypatch.setattr(worker.engines, "plan", lambda params: seen.append(worker.watch.worst().limit_s))
+    worker.watch.begin(math.inf)
+    worker._settled(Params(), None)
+    assert seen == [infer.FIRST_STEP_LIMIT_S] and math.isinf(worker.watch.worst().limit_s)
+
+
+def test_a_share_of_no_bytes_at_all_is_a_limit_too(tmp_path):
+    page = page_of(tmp_path)
+    shares = [(None, None), (0, None), (None, 5000), (7000, 5000), (0, 5000)]
+    tasks = [replace(page, most_bytes=own, params=Params(max_page_bytes=each)) for own, each in shares]
+    assert [infer._most_bytes(task) for task in tasks] == [None, 0, 5000, 5000, 0]

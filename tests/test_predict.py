@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
-from serving import PARAMS, PLAN, finished, running, still
+from serving import PARAMS, PLAN, finished, png, running, still
 
 import jobs
 import server
-from messages import PageDone, Workload
+from engine.survey import Tally
+from messages import PageDone, Params, Workload
 from work import predict, submissions
 from work.predict import Measured, Sample
 
@@ -111,7 +112,7 @@ def ended(
     service.table.clock = lambda: job.started_s + after_s
     pages = [
         jobs.Page(job.id, n, "p", "p", "", 500_000, None, "p", "upscaled", width=2000, height=2000,
-                  seconds=1.0, bytes=1_000_000)
+                  model="realesr-animevideov3", seconds=1.0, bytes=1_000_000)
         for n in range(10)
     ]  # fmt: skip
     facts = rates.end(job, pages, TEN.size_bytes, cached, held)
@@ -203,3 +204,26 @@ def test_volumes_count_for_more_than_previews_and_previews_are_bounded(service):
 def test_a_job_without_a_forecast_ends_as_before(service):
     job = finished(service)
     assert submissions.to_state(job, service.config.layout)["prediction"] is None
+
+
+def test_pages_that_no_network_made_cost_their_bytes_and_do_not_count_as_computed():
+    told = predict.forecast(Workload(2, 2_000_000, 6_000_000, 900), None)
+    page = jobs.Page("job", 1, "1", "1", "", 300, None, "1", "upscaled", width=1000, height=2000, bytes=100,
+                     seconds=2.0, model="m")  # fmt: skip
+    reduced = replace(page, n=3, model=None, seconds=0.1)
+    seen = predict.measure(told, [page, replace(page, n=2), reduced], 9.0, 500)
+    assert (seen.workload.pages, seen.workload.input_pixels) == (2, 2_000_000)
+    assert (seen.workload.output_pixels, seen.page_seconds) == (6_000_000, pytest.approx(4.1))
+
+
+def test_a_page_that_a_screen_reduces_is_counted_by_what_becomes_of_it():
+    head = png(1600, 2400)
+    for params, computed, output_pixels, carried in (
+        (Params(profile="kobo-libra", target_width=1264, target_height=1680), 0, 1120 * 1680, 0),
+        (Params(target_width=1264, target_height=1680), 0, 0, 9000),
+        (Params(scale=2), 1, 3200 * 4800, 0),
+    ):
+        tally = Tally(params)
+        tally.add(head, 9000)
+        counted = tally.computed, tally.output_pixels, tally.carried_bytes
+        assert counted == (computed, output_pixels, carried)

@@ -21,6 +21,7 @@ import server
 import settings
 from files import weightfiles
 from web import asking, preview
+from work.questions import WorkerDied
 
 COMPACT = {"model": "realesr-animevideov3"}
 CBZ = {"container": "cbz"}
@@ -292,7 +293,7 @@ def test_a_page_that_worker_after_worker_dies_of_is_left_alone(tmp_path, monkeyp
 
     def lost(_key: str, _task: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_exception(jobs.JobError("the worker ended"))
+        future.set_exception(WorkerDied("the worker ended"))
         return future
 
     with still(tmp_path) as service:

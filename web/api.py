@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import re
+import threading
 import time
 import unicodedata
 import urllib.parse
@@ -35,7 +36,7 @@ import storage
 from files import containers, inputs, weightfiles
 from jobs import Job, JobTable
 from messages import Params, Preview, Probe, Probed, setting_name
-from web import openapi, preview, reader, routes, webpage, wire
+from web import asking, openapi, preview, reader, routes, webpage, wire
 from web.bodies import digest_of, json_body, json_object, whole_number
 from web.gate import NO_COOKIE, Gate, cors, preflight
 from web.live import MESSAGE_BYTES, Live, Watcher
@@ -72,6 +73,8 @@ class Api:
         self.reader = reader.Reader(
             dispatcher, self.layout, config.limits, config.page_wait_s, config.page_cache_bytes
         )
+        self._drawing = threading.RLock()
+        self._drawn = asking.Asked(dispatcher, self._drawing)
         self.previews = preview.Previews(dispatcher, self.layout, config.limits, config.page_wait_s)
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
@@ -293,8 +296,12 @@ class Api:
 
     def _preview(self, source: Path, target: Path, width: int | None) -> Path:
         task = Preview(target.name + target.parent.name, source, target, width or 0, self.config.limits)
+        with self._drawing:
+            if self._drawn.is_deadly(task.key):
+                raise Refused(422, "NO_PREVIEW", "the page can't be shown: two worker processes died of it")
+            future = self._drawn.underway.get(task.key) or self._drawn.ask(task.key, task, lambda _: None)
         try:
-            answer = self.dispatcher.ask(task.key, task).result(PREVIEW_S)
+            answer = future.result(PREVIEW_S)
         except (FutureTimeout, CancelledError, jobs.JobError) as error:
             raise Refused(503, "NO_PREVIEW", "no worker could draw it in time; try again") from error
         if answer.error:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import storage
 from work.dispatch import Dispatcher
-from work.questions import Question
+from work.questions import Question, WorkerDied
 
 AT_ONCE = 8  # questions with the workers, or waiting for one, of one kind
 REMEMBERED = 1000  # outcomes without a file
@@ -114,7 +114,7 @@ class Asked:
     def _ended(self, key: str, future: Future[Any], ended: Callable[[Any], None]) -> None:
         with self._lock:
             self.underway.pop(key, None)
-            went_wrong = not future.cancelled() and future.exception() is not None
-            if went_wrong:
+            error = None if future.cancelled() else future.exception()
+            if isinstance(error, WorkerDied):
                 self._deaths[key] = self._deaths.get(key, 0) + 1
-            ended(None if future.cancelled() or went_wrong else future.result())
+            ended(None if future.cancelled() or error else future.result())

@@ -33,6 +33,7 @@ from files import weightfiles
 from jobs import JobError
 from messages import (
     CHOICES,
+    DIED_TWICE,
     OF_VOLUMES,
     RANGES,
     ComputePage,
@@ -56,7 +57,6 @@ log = logging.getLogger("reader")
 PAGE_BYTES = 64 << 20  # of one page as it comes; readers get theirs from the web
 BODIES = 16  # requests that hold a page in memory; the others wait
 STOPPING = "the service is shutting down"
-DEADLY = "the worker process died twice while computing this page"
 IMAGES = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif", "jxl")
 
 
@@ -176,7 +176,7 @@ class Reader:
         if file is None and key in self._failed:
             return Outcome(None, self._failed[key])
         if file is None and self._asked.is_deadly(key):
-            return Outcome(None, DEADLY)
+            return Outcome(None, DIED_TWICE)
         return Outcome(file) if file else None
 
     # -- computing

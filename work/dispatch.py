@@ -44,6 +44,7 @@ from jobs import (
     reopen_page,
 )
 from messages import (
+    DIED_TWICE,
     Beat,
     BootFailed,
     ComputePage,
@@ -66,7 +67,7 @@ from messages import (
 from storage import Layout
 from work.metrics import Metrics
 from work.predict import Rates
-from work.questions import Question, Questions
+from work.questions import Question, Questions, WorkerDied
 from work.retention import Keep, Retention
 from work.runs import Run
 from work.submissions import artifact_of, closing_message, to_report
@@ -88,7 +89,7 @@ BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never aga
 BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
-DIED_TWICE = "the worker process died twice while computing this page"
+CARRY_DEATHS = 4  # of workers, those among them that were only to take it over
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
 
@@ -263,6 +264,8 @@ class Dispatcher:
         if late_s > ASLEEP_S:
             for holder in self.holders():
                 holder.excuse(late_s)
+            for run in self.runs.values():
+                run.held = True
         if self._wake_r in ready:
             self._woken.clear()
             self._wake_r.recv_bytes()
@@ -321,6 +324,8 @@ class Dispatcher:
         paused = self.table.is_paused
         if paused and self.paused_s is None:
             self.paused_s = now_s
+            for slot in self.holders():
+                slot.kept_for = None  # no page will come to have it for itself
             log.info("the queue is paused; %d running jobs are held", len(self.runs))
             for run in self.runs.values():  # nobody knows when they will be done
                 run.held = True
@@ -695,6 +700,9 @@ class Dispatcher:
 
     def _finish(self, run: Run, event: Packed) -> None:
         pages = self.table.pages(run.job.id)
+        # Where this clock stands still while the machine sleeps, the other one tells.
+        awake_s = time.monotonic() - run.claimed_s
+        run.held |= self.table.clock() - (run.job.started_s or 0.0) > awake_s + ASLEEP_S
         advance(
             self.table,
             run.job,
@@ -762,9 +770,9 @@ class Dispatcher:
         if slot.capacity == 0:
             self._on_boot_failure(why)
         hurt = {key[0] for key in slot.tasks if not isinstance(key, str)}
-        for key in slot.tasks:
-            if isinstance(key, str):
-                self.questions.disappoint(key, f"the worker ended: {why}")
+        for key in slot.tasks if slot.capacity and slot.doom != "cancel" else ():
+            if isinstance(key, str):  # else it is still asked, and another worker gets it
+                self.questions.disappoint(key, WorkerDied(f"the worker ended: {why}"))
         for job_id in hurt:
             run = self.runs.get(job_id)
             if run:
@@ -772,13 +780,26 @@ class Dispatcher:
 
     def _lose(self, run: Run, slot: WorkerSlot, why: str) -> None:
         """One attempt is spent. The next finds on disk and in the table where to go on."""
-        blamed = [key[2] for key in slot.tasks if not isinstance(key, str) and key[:2] == run.key(0)[:2]]
+        mine = {
+            key[2]: task
+            for key, task in slot.tasks.items()
+            if not isinstance(key, str) and key[:2] == run.key(0)[:2]
+        }
         self._abandon(run)
+        asked = any(isinstance(key, str) for key in slot.tasks)  # which is likelier to have done it
         # Killed for a cancelled neighbour's sake: nobody here is to blame.
         if slot.doom != "cancel":
-            for n in filter(None, blamed):
-                self._suspect(run, n, run.pages[n].deaths + slot.exclusive)
-            if 0 in blamed and not slot.singles():  # a reader's page is likelier to have done it
+            for n, task in mine.items():
+                if not isinstance(task, ComputePage):
+                    continue
+                carried = task.carry is not None
+                deaths = run.pages[n].deaths + (carried or (slot.exclusive and not asked))
+                self._suspect(run, n, deaths)
+                if carried and deaths >= CARRY_DEATHS:
+                    detail = f"{run.pages[n].name} can't be taken over as it is either: {why}"
+                    self._fail(run, "PAGE_LOST", detail)
+                    return
+            if 0 in mine and not asked:
                 count = self.careless_deaths.get(run.job.id, 0) + 1
                 self.careless_deaths[run.job.id] = count
                 if count >= CARELESS_DEATHS:
@@ -803,7 +824,7 @@ class Dispatcher:
             return  # with one that is up, the jobs go on
         for run in list(self.runs.values()):
             self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
-        self.questions.disappoint_all(f"the worker process can't start: {why}")
+        self.questions.disappoint_all(JobError(f"the worker process can't start: {why}"))
 
 
 def _failure(code: str, detail: str) -> dict[str, Any]:

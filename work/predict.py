@@ -176,20 +176,21 @@ def measure(
 ) -> Measured:
     """What a volume showed that ended without a break; told: its forecast, cached: the pages that no
     work was done for."""
-    computed = [page for page in pages if page.status == "upscaled" and page.n not in cached]
+    made = [page for page in pages if page.status == "upscaled" and page.n not in cached]
+    computed = [page for page in made if page.model is not None]  # the others were reduced by no network
     expected = told["workload"]["pages"]
     # A page that turned out to be damaged was counted by its header.
     share = len(computed) / expected if expected else 0.0
     workload = Workload(
         len(computed),
         round(share * told["workload"]["input_pixels"]),
-        sum((page.width or 0) * (page.height or 0) for page in computed),
-        sum(page.source_bytes for page in computed),
+        sum((page.width or 0) * (page.height or 0) for page in made),
+        sum(page.source_bytes for page in made),
         sum(page.bytes or 0 for page in pages if page.status == "carried" or page.n in cached),
         told["workload"]["other_bytes"],
         len(cached),
     )
-    page_seconds = sum(page.seconds or 0.0 for page in computed)
+    page_seconds = sum(page.seconds or 0.0 for page in made)
     return Measured(workload, seconds, page_seconds, size_bytes, told["staged"])
 
 
@@ -275,7 +276,8 @@ class Rates:
     ) -> dict[str, Any]:
         """What became of the prediction: columns for the job's last move. Says so in the log.
 
-        cached: the pages that came from the cache; held: whether the queue was paused meanwhile.
+        cached: the pages that came from the cache; held: whether the queue was paused meanwhile, or
+        the machine asleep.
         """
         if job.forecast is None:
             return {}

@@ -1,6 +1,6 @@
 """What other threads ask of the workers, outside any job: pages for readers, previews, surveys, a probe.
 
-Map: Questions
+Map: WorkerDied - Questions
 Rule: one question a key at a time; who asks the same again meanwhile shares its answer.
 Runs in: http-N threads (ask), the dispatcher thread (the rest).
 """
@@ -17,6 +17,12 @@ from messages import ComputePage, Preview, Probe, Survey
 Question = Probe | Preview | Survey | ComputePage
 
 
+class WorkerDied(JobError):
+    """A worker ended with this question, perhaps by it."""
+
+    code = "WORKER_DIED"
+
+
 class Questions:
     """Questions without an answer yet, by key."""
 
@@ -25,7 +31,7 @@ class Questions:
         self._lock = threading.Lock()  # of _open
 
     def ask(self, key: str, question: Question) -> Future[Any]:
-        """The answer to come; fails with JobError where a worker dies of the question."""
+        """The answer to come. It fails with WorkerDied where a worker does, else with JobError."""
         with self._lock:
             if key not in self._open:
                 self._open[key] = (question, Future())
@@ -42,16 +48,16 @@ class Questions:
         if future and not future.cancelled():
             future.set_result(event)
 
-    def disappoint(self, key: str, why: str) -> None:
+    def disappoint(self, key: str, error: JobError) -> None:
         """No answer will come to this one."""
         future = self._taken(key)
         if future and not future.cancelled():
-            future.set_exception(JobError(why))
+            future.set_exception(error)
 
-    def disappoint_all(self, why: str) -> None:
+    def disappoint_all(self, error: JobError) -> None:
         """Nor to any that is open now."""
         for key, _ in self.unanswered():
-            self.disappoint(key, why)
+            self.disappoint(key, error)
 
     def cancel_all(self) -> None:
         """The service ends."""

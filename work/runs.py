@@ -7,6 +7,7 @@ Runs in: the dispatcher thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,11 +37,12 @@ class Run:
     shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
     file_task: str | None = "stage"  # the stage or pack task that is due
     pack_tries: int = 0
+    claimed_s: float = field(default_factory=time.monotonic)
     started_s: float = 0.0  # monotonic, when the first page was dealt
     finished: int = 0  # pages that this attempt computed, or took over
     left: int = 0  # pages that are not finished
     cached: set[int] = field(default_factory=set)  # pages that came from the cache
-    held: bool = False  # by a pause of the queue
+    held: bool = False  # by a pause of the queue, or by the machine's sleep
 
     def key(self, n: int) -> TaskKey:
         """The key of this attempt's page n, or of its stage or pack (0)."""

@@ -273,7 +273,7 @@ def resume(
     # Without their files the pages must be computed again, and for that the input must be there.
     lost = job.outputs_removed_s is not None
     remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
-    path, kind = given or (job.input_path, job.input_type)
+    path, kind = given or (f"incoming/{job.input_path}", job.input_type)
     place = inputs.resolve_incoming(layout, path)
     if remains:
         inputs.check_input(place, kind, limits)
