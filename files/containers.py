@@ -302,7 +302,8 @@ BEFORE_PAGE_COUNT = frozenset(
 
 def comic_info(path: Path, items: Sequence[Mapping[str, Any]]) -> bytes:
     """A ComicInfo.xml with PageCount, and each Page's ImageWidth, ImageHeight and ImageSize, as
-    these items of a report have them; all else in it stays byte for byte.
+    these items of a report have them, and its Image where pages before it were split; all else in it
+    stays byte for byte.
 
     Raises ComicInfoError: it is too large, no XML in its encoding, has a DOCTYPE (whose
     entities may grow without end or read other files), or is no ComicInfo.
@@ -348,6 +349,8 @@ class _Edits:
     def __init__(self, data: bytes, items: Sequence[Mapping[str, Any]]) -> None:
         self.data = data
         self.items = items
+        # Its pages are those that came: of the halves of a double page the first one stands for it.
+        self.firsts = [n for n, item in enumerate(items) if not _is_half(item, "-2")]
         self.found: list[tuple[int, int, bytes]] = []
         self._path: list[str] = []
         self._begins: list[int] = []
@@ -406,14 +409,19 @@ class _Edits:
         return b"<PageCount>%d</PageCount>" % len(self.items)
 
     def _page(self, at: int, image: str) -> None:
-        n = int(image) if re.fullmatch(r"[0-9]{1,6}", image) else len(self.items)
-        if n >= len(self.items):
+        came = int(image) if re.fullmatch(r"[0-9]{1,6}", image) else len(self.firsts)
+        if came >= len(self.firsts):
             return  # it speaks of no page that is here
+        n = self.firsts[came]
         item = self.items[n]
-        sizes = {"ImageWidth": item["width"], "ImageHeight": item["height"], "ImageSize": item["bytes"]}
+        # A carried page that nothing decodes has no size: better none than the old one.
+        values = {"ImageWidth": item["width"], "ImageHeight": item["height"], "ImageSize": item["bytes"]}
+        if n != came:
+            values["Image"] = n
+        if _is_half(item):
+            values["DoublePage"] = None
         attributes = self._tag(at)["attributes"]
-        for name, value in sizes.items():
-            # A carried page that nothing decodes has no size: better none than the old one.
+        for name, value in values.items():
             new = b' %b="%d"' % (name.encode(), value) if value else b""
             old = re.compile(rb"\s+%b\s*=\s*(?:\"[^\"]*\"|'[^']*')" % name.encode())
             attributes, times = _replaced(attributes, old, new)
@@ -432,6 +440,14 @@ class _Edits:
         if tag is None:
             raise ComicInfoError("it is XML of an unusual kind")
         return tag
+
+
+def _is_half(item: Mapping[str, Any], number: str = "") -> bool:
+    """Whether a page is a half of a double page; number: "-1" for the first, "-2" for the second."""
+    source = item.get("source") or ""
+    name = source if isinstance(source, str) else source["filename"]
+    is_half = any(half in (item.get("deviation") or "") for half in storage.HALVES.values())
+    return is_half and os.path.splitext(name)[0].endswith(number)
 
 
 def _replaced(attributes: bytes, old: re.Pattern[bytes], new: bytes) -> tuple[bytes, int]:

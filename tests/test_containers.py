@@ -112,6 +112,19 @@ def test_a_page_that_nothing_decodes_has_no_size_rather_than_its_old_one(tmp_pat
     assert b'<Page Image="0" ImageSize="12"/>' in made
 
 
+def test_what_it_says_of_a_page_stays_with_that_page_where_another_before_it_was_split(tmp_path):
+    halves = "the right half of a double page", "the left half of a double page"
+    names = {"1.png": None, "2-1.png": halves[0], "2-2.png": halves[1], "3-2.png": None}
+    size = {"width": 1, "height": 1, "bytes": 1}
+    items = [size | {"source": {"filename": name}, "deviation": why} for name, why in names.items()]
+    said = b'<Page Image="1" DoublePage="true"/><Page Image="2" Bookmark="Chapter 2"/><Page Image="3"/>'
+    data = b"<ComicInfo><PageCount>3</PageCount><Pages>%b</Pages></ComicInfo>" % said
+    sized = b'ImageWidth="1" ImageHeight="1" ImageSize="1"'
+    made = brought_up_to_date(tmp_path, data, items)
+    assert b'<Pages><Page Image="1" %b/><Page Image="3" Bookmark="Chapter 2" %b/>' % (sized, sized) in made
+    assert b'<Page Image="3"/></Pages>' in made, "of a page that never came nothing is known"
+
+
 def test_tens_of_thousands_of_pages_in_it_cost_no_more_than_reading_it(tmp_path):
     one = b'<Page Image="0"/>'
     data = b"<ComicInfo><Pages>" + one * 30_000 + b"</Pages></ComicInfo>"

@@ -24,6 +24,7 @@ from work import submissions, uploads
 from work.submissions import Submission
 
 MOST = 1000  # jobs of one request
+FILES = 500_000  # in a folder of volumes
 
 
 # ---------------------------------------------------------------- find
@@ -53,7 +54,7 @@ def find(place: Path, limits: Limits) -> list[Volume]:
     """
     with inputs.opened(place, limits) as archive:
         # What a folder holds in all is nothing to refuse: each volume is measured by itself.
-        each = replace(limits, total_bytes=1 << 62)
+        each = replace(limits, total_bytes=1 << 62, entries=max(limits.entries, FILES))
         listing = inputs.list_entries(place, limits if archive else each, archive)
     archives = [entry for entry in listing.others if uploads.is_archive_name(entry.name.rpartition("/")[2])]
     names = [entry.name for entry in listing.others]
