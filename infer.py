@@ -77,6 +77,7 @@ from messages import (
 log = logging.getLogger("infer")
 
 FIRST_STEP_LIMIT_S = 600.0  # before anything was measured: a slow machine compiles kernels
+SETTLE_LIMIT_S = 3600.0  # "auto" tries each of its models on the device
 
 
 class Watch:
@@ -395,7 +396,7 @@ class Worker:
     def _settled(self, params: Params, plan: Plan | None) -> Plan:
         """The job's last plan while it holds, else a new one."""
         if plan is None or not self.engines.is_current(plan):
-            self.watch.begin(FIRST_STEP_LIMIT_S)  # it may measure on the device, for the first time
+            self.watch.begin(SETTLE_LIMIT_S)
             try:
                 return self.engines.plan(params)
             finally:

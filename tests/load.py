@@ -244,7 +244,8 @@ class Lurker:
 
 def crowd(conn: Connection) -> None:
     """Lurkers that look up once a second, so that they cost little beside what they cost the
-    service. (port, [(path, bytes a second)]) adds some, "left" counts and closes them."""
+    service. (port, [(path, bytes a second)]) adds some, "left" counts and closes them, once all were told
+    of the end or 10 s have passed."""
     lurkers: list[Lurker] = []
     while True:
         if not conn.poll(1.0):
@@ -257,8 +258,11 @@ def crowd(conn: Connection) -> None:
                 conn.send(len(lurkers))
             case "left":
                 readers = [one for one in lurkers if one.bytes_s is None]
-                for one in readers:
-                    one.read()
+                until_s = time.monotonic() + 10
+                while not all(one.told_end for one in readers) and time.monotonic() < until_s:
+                    for one in readers:
+                        one.read()
+                    time.sleep(0.02)
                 conn.send((sum(one.told_end for one in readers), sum(one.frames for one in readers)))
                 for one in lurkers:
                     one.line.close()
@@ -381,7 +385,6 @@ def watch_job(service: Served, lurkers: Connection, idle: int, slow: int) -> Wat
     assert ended(service.client, job).status == "SUCCESS"
     spent_s, memory_mb = service.cpu_s() - began_s, rss_mb(service.pid)
     good.join(10)
-    time.sleep(0.3)  # the last round reaches all
     lurkers.send("left")
     told_end, frames = lurkers.recv()
     changes, lags = service.ask("taken")
@@ -688,14 +691,15 @@ def race(rounds: int, seed: int) -> list[Line]:
         client = Client(service.url)
         upload(client, "race.zip", 2, 16, seed)
         ended(client, client.submit("race.zip"))
-        for _ in range(rounds):
+        # More rounds where no race came about: one end alone says nothing.
+        while ends.total() < rounds or (len(ends) < 2 and ends.total() < 300):
             ends[race_once(service, "race.zip", rng, moment_s)] += 1
         left = [*Path(folder).glob("staging/*"), *Path(folder).rglob("*.tmp")]
         artifacts = len([*Path(folder).glob("artifacts/*")])
         after = ended(client, client.submit("race.zip")).status
     return [
         Line("rounds: done with a whole artifact, cancelled without any",
-             f"{ends[jobs.SUCCESS]}, {ends[jobs.FAILED]} of {rounds}", "every one", ends.total() == rounds),
+             f"{ends[jobs.SUCCESS]}, {ends[jobs.FAILED]} of {ends.total()}", "both came", len(ends) == 2),
         Line("artifacts on disk beside the first job's", f"{artifacts - 1}", "of jobs that are done",
              artifacts - 1 == ends[jobs.SUCCESS]),
         Line("files left in staging, temporary files", f"{len(left)}", "none", not left),

@@ -32,7 +32,8 @@ def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 # ---------------------------------------------------------------- no bugs
 def opens_are_noted() -> None:
-    """Every path that the process opens, lists or removes is written beside its storage root."""
+    """Every path that the process opens, lists or removes is written beside its storage root, in which
+    a token lies that nobody should open."""
     notes: list[Any] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -50,6 +51,7 @@ def opens_are_noted() -> None:
 
     def populated(real: Any, service: server.Service) -> Any:
         world = real(service)
+        (service.config.layout.root / "token").write_text("a token that was kept here")
         path = service.config.layout.root.parent / "log-of-opens"
         notes.append(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600))
         return world

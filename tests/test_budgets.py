@@ -52,9 +52,16 @@ def test_then_the_format_changes():
 
 
 def test_the_least_quality_is_not_tried_again():
-    least = budgets.LEAST_QUALITY
+    least, tried = budgets.LEAST_QUALITY, []
+
+    def encode(given: Params) -> budgets.Encoded:
+        tried.append((given.output_format, given.jpeg_quality))
+        return pages.encode(PAGE, given)
+
     most = size(jpeg_quality=least) - 1
-    assert fitted(most, jpeg_quality=least) == fitted(most)
+    assert budgets.fitted(encode, Params(jpeg_quality=least), most) == fitted(most)
+    assert [quality for form, quality in tried if form == "jpg"] == [least]
+    assert len({*tried}) == len(tried)
 
 
 def test_png_becomes_a_lossless_webp_before_it_loses_anything():

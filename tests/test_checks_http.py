@@ -7,6 +7,7 @@ descriptors are counted the service has a process of its own (fuzz.Target, Linux
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -333,7 +334,7 @@ def test_r05_an_input_that_is_not_in_incoming_is_422_and_makes_no_row(service, c
 
 
 @on_linux
-def test_r06_no_path_that_a_client_can_spell_is_opened_outside_the_storage_root(tmp_path):
+def test_r06_no_path_that_a_client_can_spell_is_opened_but_uploads_and_what_became_of_them(tmp_path):
     names = [
         "..",
         "%2e%2e",
@@ -343,6 +344,8 @@ def test_r06_no_path_that_a_client_can_spell_is_opened_outside_the_storage_root(
         "%00",
         "%2fetc%2fpasswd",
         "C:%5cx",
+        "../token",
+        "..%2ftoken",
     ]
     with target(tmp_path, "plants:opens_are_noted") as one:
         world = one.world
@@ -358,11 +361,14 @@ def test_r06_no_path_that_a_client_can_spell_is_opened_outside_the_storage_root(
             for kind in ("zip", "folder"):
                 one.client.call("POST", "/jobs", submission(path, kind))
         assert one.faults() == []
-        opened = {Path(line) for line in (tmp_path / "target/log-of-opens").read_text().splitlines()}
-    outside = [path for path in opened if not path.is_relative_to(tmp_path / "target/storage")]
+        lines = (tmp_path / "target/log-of-opens").read_text().splitlines()
+    opened = {Path(os.path.normpath(line)) for line in lines}  # incoming/../token lies not in incoming
+    assert (tmp_path / "target/storage/token").is_file()  # something that must not be opened
+    held = ("incoming", "outputs", "artifacts", "previews", "models")
+    mine = [tmp_path / "target/storage" / name for name in held]
     # Its own page, and what sqlite and the standard library read of themselves.
-    own = (Path(server.__file__).parent, Path(sys.prefix), Path(sys.base_prefix))
-    assert [path for path in outside if not any(path.is_relative_to(folder) for folder in own)] == []
+    mine += [Path(server.__file__).parent, Path(sys.prefix), Path(sys.base_prefix)]
+    assert [path for path in opened if not any(path.is_relative_to(folder) for folder in mine)] == []
     assert len(opened) > 3  # the watch saw something
 
 
@@ -595,16 +601,19 @@ def test_two_uploads_that_want_a_file_and_a_folder_of_one_name_get_201_and_409(s
 
 
 # ---------------------------------------------------------------- D: artifacts
-def test_d03_the_etag_is_strong_the_zips_hash_and_the_same_after_a_restart(tmp_path):
+def test_d03_etag_and_repr_digest_are_the_zips_hash_also_of_a_part_and_after_a_restart(tmp_path):
     found = []
     with still(tmp_path) as service:
         job = finished(service, b"some artifact")
         found.append(Client(service.url).call("HEAD", f"/jobs/{job.id}/artifact").headers)
     with still(tmp_path) as service:
-        found.append(Client(service.url).call("HEAD", f"/jobs/{job.id}/artifact").headers)
-    digest = hashlib.sha256(b"some artifact").hexdigest()
-    assert [headers["etag"] for headers in found] == [f'"{digest}"'] * 2
-    assert found[0]["last-modified"] == found[1]["last-modified"]
+        for wanted in ({}, {"Range": "bytes=1-3"}):
+            found.append(Client(service.url).call("GET", f"/jobs/{job.id}/artifact", None, wanted).headers)
+    digest = hashlib.sha256(b"some artifact")
+    assert [headers["etag"] for headers in found] == [f'"{digest.hexdigest()}"'] * 3
+    coded = base64.b64encode(digest.digest()).decode()
+    assert [headers["repr-digest"] for headers in found] == [f"sha-256=:{coded}:"] * 3
+    assert len({headers["last-modified"] for headers in found}) == 1
 
 
 def test_d04_a_download_cut_at_twenty_places_is_joined_to_the_artifact(service, client):
@@ -756,8 +765,8 @@ def rss_mb() -> float:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="there is no way to stop a process")
 def test_w09_a_client_whose_process_is_stopped_is_dropped_by_its_pings(service, monkeypatch):
-    monkeypatch.setattr(live, "PING_S", 0.7)
     assert live.PING_S * 2 < 45
+    monkeypatch.setattr(live, "PING_S", 0.7)
     code = (
         "import sys, threading; from websockets.sync.client import connect\n"
         "with connect(sys.argv[1], proxy=None) as line: print('there', flush=True); threading.Event().wait()"
@@ -861,6 +870,25 @@ def test_o01_only_loopbacks_own_names_are_answered_on_http_and_websocket(service
 
 
 @pytest.mark.parametrize(
+    ("host", "is_let_in"),
+    [
+        ("manga.home", True),
+        ("MANGA.HOME:443", True),
+        ("localhost", True),
+        ("other.home:8443", True),
+        ("other.home", False),  # named with its port, it is meant with it
+        ("evil.manga.home", False),
+    ],
+)
+def test_o01_a_host_behind_a_proxy_is_let_in_by_its_name(tmp_path, host, is_let_in):
+    with still(tmp_path, allowed_hosts=("Manga.home", "other.home:8443")) as service:
+        assert ask(service, f"Host: {host}")[0] == (200 if is_let_in else 421)
+        with dial(service.http.server_port) as line:
+            line.sendall(HANDSHAKE.replace(b"localhost", host.encode()))
+            assert line.recv(100)[9:12] == (b"101" if is_let_in else b"421")
+
+
+@pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1:1"]
 )
 def test_o02_o04_another_sites_preflight_gets_no_permission_and_its_request_nothing_done(service, origin):
@@ -890,6 +918,22 @@ def test_o03_the_apps_preflight_is_answered_with_its_own_origin(service, origin)
     assert (status, headers["access-control-allow-origin"], headers["vary"]) == (204, origin, "Origin")
     assert {"PUT", "DELETE"} <= {*headers["access-control-allow-methods"].split(", ")}
     assert ask(service, *fields[:2])[1]["access-control-allow-origin"] == origin
+
+
+def test_o03_an_allowed_origin_may_ask_act_and_read_and_no_other_may(tmp_path):
+    with still(tmp_path, allowed_origins=("https://manga.home",)) as service:
+        cancel = {"method": "POST", "path": f"/jobs/{queued(service).id}/cancel"}
+        for origin, status in (("http://manga.home", 403), ("https://manga.home", 200)):
+            fields = ("Host: localhost", f"Origin: {origin}")
+            is_let_in = status == 200
+            _, headers = ask(service, *fields, "Access-Control-Request-Method: POST", method="OPTIONS")
+            assert headers.get("access-control-allow-origin") == (origin if is_let_in else None)
+            found, headers = ask(service, *fields, **cancel)
+            assert found == status
+            assert headers.get("access-control-allow-origin") == (origin if is_let_in else None)
+            with dial(service.http.server_port) as line:
+                line.sendall(HANDSHAKE[:-2] + f"Origin: {origin}\r\n\r\n".encode())
+                assert line.recv(100)[9:12] == (b"101" if is_let_in else b"403")
 
 
 def test_a_page_that_is_not_listed_yet_is_no_unknown_page(service):

@@ -153,11 +153,12 @@ def test_two_claimers_of_two_hundred_jobs_claim_each_once_and_in_order(tmp_path)
 
 # ---------------------------------------------------------------- cancel and resume
 def test_a_cancel_racing_the_end_leaves_a_whole_artifact_or_none(service, client):
-    """tests/load.py race does it 500 times."""
+    """Until both came; tests/load.py race does it 500 times."""
     client.call("PUT", "/incoming/race.zip", volume({f"{n}.png": png(16, 16, n) for n in range(2)}))
-    rng, guess = random.Random(7), [0.05]
-    ends = Counter(race_once(service, "race.zip", rng, guess) for _ in range(25))
-    assert {*ends} <= {"SUCCESS", "FAILED"}
+    rng, guess, ends = random.Random(7), [0.05], Counter[str]()
+    while ends.total() < 25 or (len(ends) < 2 and ends.total() < 300):
+        ends[race_once(service, "race.zip", rng, guess)] += 1
+    assert {*ends} == {"SUCCESS", "FAILED"}
     assert not [*service.config.layout.staging.iterdir()]
 
 
@@ -215,8 +216,12 @@ def test_twenty_resumes_at_once_are_one(service, client):
     client.call("PUT", "/incoming/t.zip", volume({"1.png": png(16, 16), "2.png": b"broken"}))
     job = over(client, client.submit("t.zip")).job_id
     before = service.table.get(job).attempt
-    replies = at_once(*[lambda: client.post(job, "resume")] * 20)
-    assert {state.retries for state in replies} == {1}
+    client.call("POST", "/queue/pause")  # else it may be over, and be resumed once more, before the last asks
+    try:
+        replies = at_once(*[lambda: client.post(job, "resume")] * 20)
+    finally:
+        client.call("POST", "/queue/resume")
+    assert {(state.status, state.retries) for state in replies} == {("PENDING", 1)}
     state = over(client, job)
     assert (state.status, state.retries, service.table.get(job).attempt) == ("SUCCESS", 1, before + 1)
 

@@ -77,11 +77,13 @@ def test_on_windows_torch_takes_no_more_than_a_card_has(monkeypatch):
 
 
 def test_a_card_s_memory_is_told_once_it_is_used_and_never_by_waking_it(monkeypatch):
-    assert devices.card_memory(0) is None
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "_has_kernels", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("a card was woken"))
+    assert devices.card_memory(3) is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 10))
     assert devices.card_memory(3) == ("cuda:1", 7, 10)
 

@@ -189,7 +189,7 @@ def test_a_hang_while_a_plan_is_settled_is_seen(worker, monkeypatch):
     monkeypatch.setattr(worker.engines, "plan", lambda params: seen.append(worker.watch.worst().limit_s))
     worker.watch.begin(math.inf)
     worker._settled(Params(), None)
-    assert seen == [infer.FIRST_STEP_LIMIT_S] and math.isinf(worker.watch.worst().limit_s)
+    assert seen == [infer.SETTLE_LIMIT_S] and math.isinf(worker.watch.worst().limit_s)
 
 
 def test_a_share_of_no_bytes_at_all_is_a_limit_too(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,7 +142,7 @@ def test_pages_and_a_job_go_on_side_by_side(client):
     assert client.state(job).status == "SUCCESS"
 
 
-def test_many_at_once_are_bounded_and_each_gets_an_image(service, client):
+def test_many_at_once_each_get_an_image(service, client):
     asked = [png(16, 16, shade) for shade in range(2 * asking.AT_ONCE)]
     with ThreadPoolExecutor(len(asked)) as pool:
         replies = list(pool.map(lambda page: post(client, page), asked))
@@ -174,6 +173,18 @@ def test_the_same_page_asked_for_by_several_is_computed_once(service, client, mo
 
 
 # ---------------------------------------------------------------- without a worker
+def test_so_many_are_asked_for_at_once_and_no_more(tmp_path):
+    with still(tmp_path, page_wait_s=0) as service:
+        client = Client(service.url)
+        replies = [post(client, png(16, 16, shade)) for shade in range(asking.AT_ONCE + 1)]
+        *waits, full = [reply.headers["x-reichan-reason"] for reply in replies]
+        assert all("takes over" in why for why in waits)
+        assert full == f"{asking.AT_ONCE} pages are being computed already"
+        assert replies[-1].body == png(16, 16, asking.AT_ONCE)
+        # Asked for again, a page that is on its way is none more.
+        assert "takes over" in post(client, png(16, 16, 0)).headers["x-reichan-reason"]
+
+
 def test_what_is_no_page_at_all_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "PAGE_BYTES", 10_000)
     with still(tmp_path, token="0123456789") as service:
@@ -189,17 +200,20 @@ def test_what_is_no_page_at_all_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_page_that_nobody_computes_is_waited_for_and_given_back(tmp_path):
-    """And the service's end frees who waits: it hears of it at once."""
     with still(tmp_path, page_wait_s=0) as service:
         reply = post(Client(service.url), png())
         assert reply.body == png() and "takes over 0 s" in reply.headers["x-reichan-reason"]
-        service.api.reader.wait_s = 60.0
+
+
+def test_the_services_end_frees_who_waits(tmp_path, monkeypatch):
+    with still(tmp_path, page_wait_s=20) as service, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(service.dispatcher, "_deal", lambda: None)  # no worker takes it
         service.dispatcher.start()
-        waiting = threading.Thread(target=service.dispatcher.stop)
-        waiting.start()
-        reply = post(Client(service.url), png(shade=1))
-        waiting.join()
-        assert reply.body == png(shade=1) and "shutting down" in reply.headers["x-reichan-reason"]
+        reply = pool.submit(post, Client(service.url), png(shade=1))
+        until(lambda: service.api.reader._asked.underway)
+        service.dispatcher.stop()
+        assert reply.result().body == png(shade=1)
+        assert "shutting down" in reply.result().headers["x-reichan-reason"]
 
 
 @pytest.mark.parametrize("beside", [True, False])

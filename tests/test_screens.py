@@ -80,11 +80,17 @@ def test_a_job_for_a_screen_within_its_bytes(tmp_path):
         "small": {"1.png": coded(colour(45, 30))},
         "large": {"1.png": coded(np.kron(grey(500, 400), np.ones((2, 2), np.uint8)))},
         "noisy": {f"{n}.png": coded(np.roll(noisy, n)) for n in range(6)},
+        # The second page is as large as asked already: without a limit it stays byte for byte.
+        "bounded": {"1.png": coded(noisy), "2.png": coded(np.tile(noisy, (2, 2)))},
     }
+    volumes["boundless"] = volumes["bounded"]
+    most_bytes = 8192
     wanted = {
         "small": {"profile": "kobo-touch", "outputFormat": "png"},
         "large": {"profile": "kobo-touch", "outputFormat": "png"},
         "noisy": {"maxArtifactBytes": 1 << 16, "scale": 2},
+        "bounded": {"maxPageBytes": most_bytes, "targetHeight": 180},
+        "boundless": {"targetHeight": 180},
     }
     found, reports = {}, {}
     with server.Service(settings.Config(storage_root=tmp_path, port=0, precision="fp32")) as service:
@@ -114,3 +120,6 @@ def test_a_job_for_a_screen_within_its_bytes(tmp_path):
     assert len(found["noisy"]) <= 1 << 16
     assert len(reports["noisy"]["items"]) == 6
     assert all("for its size written as" in item["deviation"] for item in reports["noisy"]["items"])
+    sizes = {name: [item["bytes"] for item in report["items"]] for name, report in reports.items()}
+    assert max(sizes["bounded"]) <= most_bytes < min(sizes["boundless"])
+    assert all("for its size written as" in item["deviation"] for item in reports["bounded"]["items"])

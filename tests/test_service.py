@@ -264,6 +264,24 @@ def test_bound_to_the_network_the_service_makes_a_token(tmp_path, monkeypatch):
         assert Client(running.url, token).call("GET", "/jobs").status == 200
 
 
+def test_the_token_that_was_made_is_the_second_line_printed(tmp_path):
+    # As bound to the network, while nothing is: no test is heard outside.
+    code = "import settings, server, sys; settings.Config.is_loopback = False; sys.exit(server.main())"
+    command = [sys.executable, "-c", code, "--port", "0", "--storage-root", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            first = process.stdout.readline()
+            process.terminate()
+            assert process.wait(15) == 0
+        finally:
+            process.kill()
+        printed = process.stdout.read()
+    assert first.startswith("serving on http://127.0.0.1:")
+    assert printed == f"access token: {(tmp_path / 'token').read_text().strip()}\n"
+
+
 def start(root: Path) -> tuple[subprocess.Popen[str], Client]:
     """A service process of its own."""
     command = [sys.executable, str(ROOT / "server.py"), "--port", "0", "--storage-root", str(root)]

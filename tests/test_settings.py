@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,12 +29,68 @@ def config(**environ: str) -> settings.Config:
     return settings.read_config({f"REICHAN_{name}": value for name, value in environ.items()}, NO_FLAGS)
 
 
+VARIABLES = [
+    ("STORAGE_ROOT", "elsewhere", {"storage_root": Path("elsewhere")}),
+    ("MODEL_ROOT", "weights", {"model_root": Path("weights")}),
+    ("BIND", "[::1]:9000", {"host": "::1", "port": 9000}),
+    ("TOKEN", "a-token-of-mine", {"token": "a-token-of-mine"}),
+    ("MAX_CONCURRENCY", "3", {"max_concurrency": 3}),
+    ("CLUSTER", "head:6379", {"cluster": "head:6379"}),
+    ("ALLOWED_ORIGINS", "https://a.home/, app://b", {"allowed_origins": ("https://a.home", "app://b")}),
+    ("ALLOWED_HOSTS", "a.home,,b.home:8443", {"allowed_hosts": ("a.home", "b.home:8443")}),
+    ("DEVICE", "CPU", {"device": "cpu"}),
+    ("PRECISION", "bf16", {"precision": "bf16"}),
+    ("CONVOLUTIONS", "winograd", {"convolutions": "winograd"}),
+    ("ENGINE", "upstream", {"engine": "upstream"}),
+    ("LOG", "json", {"log": "json"}),
+    ("SANDBOX", "off", {"sandbox": False}),
+    ("PAGE_WAIT_S", "7", {"page_wait_s": 7}),
+    ("PAGE_CACHE_BYTES", "0", {"page_cache_bytes": 0}),
+    ("WATCH_S", "60", {"watch_s": 60}),
+    ("WATCH_PARAMS", '{"scale": 3}', {"watch_params": {"scale": 3}}),
+    ("JOB_CACHE_BYTES", "4G", {"job_cache_bytes": 4 << 30}),
+    ("MAX_UPLOAD_BYTES", "3k", {"upload_bytes": 3072}),
+    ("RESERVE_BYTES", "0", {"reserve_bytes": 0}),
+    ("CHECK_ROOM", "off", {"checks_room": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "values"), VARIABLES, ids=[name for name, _, _ in VARIABLES])
+def test_each_variable_reaches_its_own_field_and_no_other(monkeypatch, name, text, values):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # Ray may not be installed
+    assert config(**{name: text}) == replace(config(), **values) != config()
+
+
+def test_no_variable_of_the_readme_is_left_out_here():
+    text = Path(server.__file__).with_name("README.md").read_text(encoding="utf-8")
+    here = {f"REICHAN_{name}" for name, _, _ in VARIABLES}
+    here |= {*map(setting_name, settings.LIMIT_SETTINGS)}  # these and those of age: see below
+    here |= {f"REICHAN_KEEP_{name.upper()}" for name in asdict(Keep())}
+    assert here == {*re.findall("REICHAN_[A-Z_]*[A-Z]", text)} - {"REICHAN_URL"}  # which is the hook's alone
+
+
+def test_a_flag_wins_over_the_variable_and_leaves_the_others():
+    environ = {
+        "REICHAN_BIND": "127.0.0.2:9000", "REICHAN_TOKEN": "the-variable-s",
+        "REICHAN_STORAGE_ROOT": "variable", "REICHAN_MODEL_ROOT": "variable/models",
+    }  # fmt: skip
+    unchanged = settings.read_config(environ, server.parse_flags([]))
+    for flag, text, values in (
+        ("--host", "127.0.0.3", {"host": "127.0.0.3"}),
+        ("--port", "0", {"port": 0}),  # any free one
+        ("--token", "the-flag-s", {"token": "the-flag-s"}),
+        ("--storage-root", "flag", {"storage_root": Path("flag")}),
+        ("--model-root", "flag", {"model_root": Path("flag")}),
+    ):
+        found = settings.read_config(environ, server.parse_flags([flag, text]))
+        assert found == replace(unchanged, **values) != unchanged
+
+
 def test_every_limit_is_a_setting_of_its_own():
     for n, name in enumerate(settings.LIMIT_SETTINGS, 7):
         assert config(**{f"MAX_{name.upper()}": str(n)}).limits == replace(Limits(), **{name: n})
     assert {*settings.LIMIT_SETTINGS, "ratio_from_bytes"} == {*asdict(Limits())}
     assert config() == settings.Config(convolutions="auto")  # a Config made by hand measures nothing
-    assert config(MAX_UPLOAD_BYTES="3k").upload_bytes == 3072
     assert config(MAX_ENTRY_BYTES=" 2G ").limits.entry_bytes == 2 << 30
 
 

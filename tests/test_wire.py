@@ -810,14 +810,15 @@ def test_those_turned_away_are_let_go_in_the_end(hasty):
         until(lambda: not http._refused)
 
 
-def test_two_hundred_half_requests_do_not_keep_a_good_one_waiting():
+def test_two_hundred_half_requests_do_not_keep_a_good_one_waiting(monkeypatch):
+    monkeypatch.setattr(wire, "HEAD_S", 60.0)  # it must not be their own end that makes room
     before = threading.active_count()
     with serving(cap=100) as http, contextlib.ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(dial(http.server_port)).sendall(b"G")
         start_s = time.monotonic()
         assert one(exchange(http.server_port, GET + CLOSE + b"\r\n"))[0] == 200
-        assert time.monotonic() - start_s < 2
+        assert time.monotonic() - start_s < 10
         until(lambda: len(http.peers) <= 100)
     until(lambda: threading.active_count() <= before)
 
