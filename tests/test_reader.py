@@ -228,7 +228,7 @@ def test_a_job_that_was_staging_is_not_blamed_for_what_a_readers_page_did(tmp_pa
             run = dispatch.Run(claimed, layout.staging / job.id, layout.outputs)
             dispatcher.runs[job.id] = run
             slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)  # dead: without a process
-            slot.tasks, slot.doom, slot.exclusive = {run.key(0): page, **tasks}, None, False
+            slot.tasks, slot.doom, slot.exclusive = {run.key(0): None, **tasks}, None, False
             dispatcher._lose(run, slot, "it was killed")
         assert service.table.get(job.id).state == (jobs.PENDING if beside else jobs.FAILED)
 
