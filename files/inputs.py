@@ -296,18 +296,15 @@ def _is_special(entry: zipfile.ZipInfo | formats.Member) -> bool:
     return entry.create_system == 3 and kind not in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
-def list_folder(root: Path, limits: Limits) -> Listing:
-    """Walk a folder without following links. Raises LimitExceeded, UnsafeName, InputUnusable where a part
-    of it can't be read: pages would be missing, and nobody told."""
+def _files_below(root: Path, limits: Limits) -> Iterator[tuple[Path, int, list[str]]]:
+    """(path, bytes, names of all files in its folder) of each file. Raises LimitExceeded, InputUnusable where
+    a folder can't be read: its pages would be missing, and nobody told."""
 
     def refuse(error: OSError) -> None:
         name = ascii(os.path.relpath(error.filename or root, root))
         raise storage.InputUnusable(f"the folder {name} can't be read: {storage.reason_of(error)}") from error
 
-    found: list[tuple[bytes, Path]] = []
-    others: list[tuple[bytes, Path]] = []
-    reserved = total_bytes = seen = 0
-    manifest = None
+    seen = 0
     for folder, subfolders, files in os.walk(root, onerror=refuse):
         depth = len(Path(folder).relative_to(root).parts) + 1
         if depth > limits.depth:  # here and not later: os.walk recurses until Python 3.12
@@ -319,22 +316,32 @@ def list_folder(root: Path, limits: Limits) -> Listing:
             if seen > limits.entries:
                 raise storage.LimitExceeded("entries", seen, limits.entries, "files in the folder")
             path = Path(folder, name)
-            raw = os.fsencode(path.relative_to(root).as_posix())
             try:
                 size_bytes = path.lstat().st_size
-            except FileNotFoundError:  # since the folder was read
+            except FileNotFoundError:  # it went since the folder was read
                 continue
-            if storage.is_page_name([name]):
-                # Copyparty reserves a page's name with an empty file while it receives the page.
-                if not size_bytes and storage.awaits(name, files):
-                    reserved += 1
-                    continue
-                found.append((raw, path))
-                total_bytes += size_bytes
-            elif not storage.is_junk([name]):
-                others.append((raw, path))
-                if name == "manifest.json" and Path(folder) == root:
-                    manifest = read_manifest(path)
+            yield path, size_bytes, files
+
+
+def list_folder(root: Path, limits: Limits) -> Listing:
+    """Look through a folder without following links. Raises LimitExceeded, UnsafeName, InputUnusable."""
+    found: list[tuple[bytes, Path]] = []
+    others: list[tuple[bytes, Path]] = []
+    reserved = total_bytes = 0
+    manifest = None
+    for path, size_bytes, names_beside in _files_below(root, limits):
+        raw = os.fsencode(path.relative_to(root).as_posix())
+        if storage.is_page_name([path.name]):
+            # Copyparty reserves a page's name with an empty file while it receives the page.
+            if not size_bytes and storage.awaits(path.name, names_beside):
+                reserved += 1
+                continue
+            found.append((raw, path))
+            total_bytes += size_bytes
+        elif not storage.is_junk([path.name]):
+            others.append((raw, path))
+            if path == root / "manifest.json":
+                manifest = read_manifest(path)
     if total_bytes > limits.total_bytes:
         raise storage.LimitExceeded("total_bytes", total_bytes, limits.total_bytes, "bytes in the folder")
     names = storage.decode_names([raw for raw, _ in found])
