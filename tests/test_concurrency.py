@@ -159,7 +159,7 @@ def test_a_cancel_racing_the_end_leaves_a_whole_artifact_or_none(service, client
     while ends.total() < 25 or (len(ends) < 2 and ends.total() < 300):
         ends[race_once(service, "race.zip", rng, guess)] += 1
     assert {*ends} == {"SUCCESS", "FAILED"}
-    assert not [*service.config.layout.staging.iterdir()]
+    until(lambda: not [*service.config.layout.staging.iterdir()])
 
 
 def test_a_waiting_job_that_is_cancelled_never_runs(service, client):
