@@ -261,9 +261,7 @@ class Worker:
         wanted = pages.target_size(width, height, params)
         spent = time.perf_counter() - started
         if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
-            most = _most_bytes(task)
-            fits = most is None or len(data) <= most
-            if fits and not mark and not params.profile:
+            if pages.stays(params, len(data), _most_bytes(task), is_part=bool(mark)):
                 self.encoders.submit(self._page_step, task, self._carry)
             else:
                 self.encoders.submit(self._page_step, task, self._reduce, page, wanted, spent)
@@ -334,13 +332,15 @@ class Worker:
         """Take the original over, so that a reader finds the page where it belongs."""
         data, suffix = task.source.read_bytes(), task.source.suffix
         half, width, height, mode = None, 0, 0, ""
-        # Whatever a decoder makes of it; where workers died of the page, none gets it once more.
-        if task.carry == DIED_TWICE:
+        mark = storage.mark_of(task.source.name)
+        # Whatever a decoder makes of it. Where workers died of the page, none gets it once more, but for what
+        # was decoded to be divided: it was not the decoder then, and a half must not become the whole.
+        if task.carry == DIED_TWICE and not mark:
             with contextlib.suppress(PageError):
                 width, height = pages.header_size(data)
         else:
             with contextlib.suppress(Exception):
-                half = spreads.half_of(data, storage.mark_of(task.source.name), task.limits)
+                half = spreads.half_of(data, mark, task.limits)
                 data, suffix = half or (data, suffix)
                 pixels = pages.decode(data, 1, task.limits)
                 (height, width), mode = pixels.shape[:2], pages.MODES[pages.channels(pixels)]

@@ -348,6 +348,14 @@ MARK = re.compile(r".+\.(?P<mark>left|right|clockwise|anticlockwise)\.\w+")
 HALVES = {"left": "the left half of a double page", "right": "the right half of a double page"}
 
 
+def half_number(name: str, deviation: str | None) -> int | None:
+    """1 or 2 where a page of a report is a half of a double page, by its name in the input and what the
+    report says of it; None for all others."""
+    if not any(half in (deviation or "") for half in HALVES.values()):
+        return None
+    return 1 if os.path.splitext(name)[0].endswith("-1") else 2
+
+
 def mark_of(staged: str) -> str | None:
     """What is to be taken of a working copy, by its name; None: all of it."""
     match = MARK.fullmatch(staged)

@@ -124,7 +124,7 @@ class Sources:
 def sources_of(report: dict[str, Any]) -> Sources:
     """Raises TypeError, KeyError, AttributeError where the report makes no sense."""
     others = [file for file in report.get("files", ()) if file["filename"]]
-    expected = [_source_of(item) for item in (*_whole_scans(report["items"]), *others)]
+    expected = [artifacts.source_of(item) for item in (*_whole_scans(report["items"]), *others)]
     if "files" not in report:
         return Sources(expected, None)
     return Sources(expected, {file["source"]["filename"] for file in report["files"] if not file["filename"]})
@@ -167,22 +167,13 @@ def source_faults(
 def _whole_scans(items: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The items, but one for the two halves of a double page, under its name (see spreads.py)."""
     for item in items:
-        half = next((half for half in storage.HALVES.values() if half in (item.get("deviation") or "")), None)
-        if half is None:
+        name, sha256 = artifacts.source_of(item)
+        number = storage.half_number(name, item.get("deviation"))
+        if number is None:
             yield item
-            continue
-        name, sha256 = _source_of(item)
-        stem, suffix = os.path.splitext(name)
-        if stem.endswith("-1"):
+        elif number == 1:
+            stem, suffix = os.path.splitext(name)
             yield {"source": {"filename": stem[:-2] + suffix, "sha256": sha256}}
-
-
-def _source_of(item: dict[str, Any]) -> tuple[str, str]:
-    """(name, SHA-256) of what a page was made of; the command line's reports say it in two keys."""
-    source = item["source"]
-    if isinstance(source, dict):
-        return str(source["filename"]), str(source["sha256"])
-    return str(source), str(item["sourceSha256"])
 
 
 def _shown(entry: Entry) -> str:

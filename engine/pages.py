@@ -490,6 +490,12 @@ def target_size(width: int, height: int, params: Params) -> tuple[int, int]:
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
+def stays(params: Params, size_bytes: int, most_bytes: int | None, is_part: bool) -> bool:
+    """Whether a page that is as large as its target already is taken over byte for byte; else it is written
+    anew, for a screen's greys and pixels, within its bytes, or as the half that it is."""
+    return (most_bytes is None or size_bytes <= most_bytes) and not params.profile and not is_part
+
+
 def resize(pixels: Pixels, size: tuple[int, int], in_light: bool) -> Pixels:
     """An 8-bit page at another size, (width, height).
 

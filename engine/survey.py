@@ -40,12 +40,11 @@ class Tally:
         self.read += 1
         width, size_bytes = max(1, width // parts), size_bytes // parts
         wanted = pages.target_size(width, height, self.params)
-        if self.params.has_target and wanted <= (width, height):
-            if not self.params.profile and parts == 1:
-                self.carried_bytes += size_bytes
-                return
-            # Reduced or encoded anew, by no network (infer.Worker._reduce).
-        else:
+        is_large = self.params.has_target and wanted <= (width, height)
+        if is_large and pages.stays(self.params, size_bytes, self.params.max_page_bytes, parts > 1):
+            self.carried_bytes += size_bytes
+            return
+        if not is_large:  # else it is written anew, by no network
             self.computed += 1
             self.input_pixels += width * height
         self.output_pixels += wanted[0] * wanted[1]

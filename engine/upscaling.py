@@ -66,8 +66,6 @@ class Insane(Exception):
 
 
 # ---------------------------------------------------------------- plans
-
-
 class Measured:
     """What only a try on a worker's device tells of a model: seconds, so not once a job."""
 

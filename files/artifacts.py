@@ -158,6 +158,14 @@ def faults_of(archive: zipfile.ZipFile, report: dict[str, Any]) -> Iterator[tupl
             yield name, f"is there {times} times"
 
 
+def source_of(item: Mapping[str, Any]) -> tuple[str, str]:
+    """(name, SHA-256) of what a report's page was made of; the command line's reports say it in two keys."""
+    source = item["source"]
+    if isinstance(source, dict):
+        return str(source["filename"]), str(source["sha256"])
+    return str(source), str(item["sourceSha256"])
+
+
 def _zip_info(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     info.create_system, info.external_attr = 3, (stat.S_IFREG | 0o644) << 16

@@ -350,7 +350,7 @@ class _Edits:
         self.data = data
         self.items = items
         # Its pages are those that came: of the halves of a double page the first one stands for it.
-        self.firsts = [n for n, item in enumerate(items) if not _is_half(item, "-2")]
+        self.firsts = [n for n, item in enumerate(items) if _half_of(item) != 2]
         self.found: list[tuple[int, int, bytes]] = []
         self._path: list[str] = []
         self._begins: list[int] = []
@@ -418,7 +418,7 @@ class _Edits:
         values = {"ImageWidth": item["width"], "ImageHeight": item["height"], "ImageSize": item["bytes"]}
         if n != came:
             values["Image"] = n
-        if _is_half(item):
+        if _half_of(item):
             values["DoublePage"] = None
         attributes = self._tag(at)["attributes"]
         for name, value in values.items():
@@ -442,12 +442,10 @@ class _Edits:
         return tag
 
 
-def _is_half(item: Mapping[str, Any], number: str = "") -> bool:
-    """Whether a page is a half of a double page; number: "-1" for the first, "-2" for the second."""
-    source = item.get("source") or ""
-    name = source if isinstance(source, str) else source["filename"]
-    is_half = any(half in (item.get("deviation") or "") for half in storage.HALVES.values())
-    return is_half and os.path.splitext(name)[0].endswith(number)
+def _half_of(item: Mapping[str, Any]) -> int | None:
+    """See storage.half_number."""
+    deviation = item.get("deviation")
+    return storage.half_number(artifacts.source_of(item)[0], deviation) if deviation else None
 
 
 def _replaced(attributes: bytes, old: re.Pattern[bytes], new: bytes) -> tuple[bytes, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import html.parser
+import importlib.util
 import io
 import json
 import os
@@ -38,12 +39,19 @@ from messages import Limits
 
 KINDS = {"rar": "a RAR archive", "7z": "a 7z archive", "pdf": "a PDF"}
 READER = ("-m", "files.unpack")
+LIBRARIES, PROGRAMS = ("rarfile", "py7zr", "pypdfium2"), ("unrar", "unar", "bsdtar", "tar")  # see unpack.py
 SILENCE_S = 300.0  # after which a reader is taken for hung
 DEATHS = 20  # of readers of one archive, before the rest of its members is given up
 TOOLS = (
     "its members are compressed, and unpacking RAR needs one of the programs unrar, unar or bsdtar on the "
     "PATH (Debian: apt install unar; Windows brings its own as tar.exe)"
 )
+
+
+def means() -> list[str]:
+    """What is here of the libraries and programs that read these kinds."""
+    libraries = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    return libraries + [name for name in PROGRAMS if shutil.which(name)]
 
 
 class ExtraMissing(storage.InputUnusable):

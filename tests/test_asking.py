@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from work.questions import WorkerDied
 
 def asked(error: Exception | None, times: int) -> tuple[asking.Asked, list[Any]]:
     """What is known of a question that ended so, as often."""
-    made = asking.Asked(SimpleNamespace(ask=lambda key, question: Future()), threading.RLock())
+    made = asking.Asked(SimpleNamespace(ask=lambda key, question: Future()))
     answers: list[Any] = []
     for _ in range(times):
         future = made.ask("key", None, answers.append)

@@ -352,7 +352,9 @@ def test_a_books_formats_are_those_that_it_holds(tmp_path, visit):
         page = visit(service.url)
         page.get_by_label("AVIF").check()
         page.get_by_text("More settings").click()
+        assert not page.get_by_label("Left to right", exact=True).is_visible(), "of a zip's pages nobody asks"
         page.get_by_label("PDF", exact=True).check()
+        assert page.get_by_label("Left to right", exact=True).is_visible()
         assert page.get_by_label("JPEG").is_checked()
         disabled = [page.get_by_label(name, exact=True).is_disabled() for name in ("PNG", "WebP", "AVIF")]
         assert disabled == [False, True, True]

@@ -116,7 +116,8 @@ def test_what_it_says_of_a_page_stays_with_that_page_where_another_before_it_was
     halves = "the right half of a double page", "the left half of a double page"
     names = {"1.png": None, "2-1.png": halves[0], "2-2.png": halves[1], "3-2.png": None}
     size = {"width": 1, "height": 1, "bytes": 1}
-    items = [size | {"source": {"filename": name}, "deviation": why} for name, why in names.items()]
+    sources = [{"source": {"filename": name, "sha256": ""}, "deviation": why} for name, why in names.items()]
+    items = [size | source for source in sources]
     said = b'<Page Image="1" DoublePage="true"/><Page Image="2" Bookmark="Chapter 2"/><Page Image="3"/>'
     data = b"<ComicInfo><PageCount>3</PageCount><Pages>%b</Pages></ComicInfo>" % said
     sized = b'ImageWidth="1" ImageHeight="1" ImageSize="1"'

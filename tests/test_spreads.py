@@ -26,7 +26,7 @@ from commands import verify
 from engine import pages, spreads
 from engine.pages import Pixels
 from files import inputs
-from messages import ComputePage, Limits, Params, SourcePage
+from messages import DIED_TWICE, ComputePage, Limits, Params, SourcePage
 from work import rebuild
 
 LEFT, RIGHT = grey(120, 80), grey(120, 80)[::-1]
@@ -184,17 +184,18 @@ def test_halves_are_pages_of_their_own_to_the_end(tmp_path):
     assert cv2.imdecode(np.frombuffer(before, np.uint8), cv2.IMREAD_UNCHANGED).shape == (87, 64)
 
 
-def test_a_half_that_fails_stays_that_half(tmp_path):
+@pytest.mark.parametrize("why", ["why", DIED_TWICE])
+def test_a_half_that_fails_stays_that_half(tmp_path, why):
     """And not the whole scan, which would then stand there twice."""
     found, staging = staged(tmp_path, {"1.png": COVER, "2.png": coded(SPREAD)}, spreads="split")
     for item, side in zip(found[1:], (RIGHT, LEFT), strict=True):
         places = (staging / item.staged, tmp_path / "out")
-        task = ComputePage("j", 1, 2, *places, Params(), None, Limits(), "why")
+        task = ComputePage("j", 1, 2, *places, Params(), None, Limits(), why)
         written: list[Any] = []
         worker: Any = SimpleNamespace(_finish=lambda *given, to=written, **facts: to.append((given, facts)))
         infer.Worker._carry(worker, task)
         ((_, data, suffix), facts) = written[0]
-        assert (suffix, facts["carried"], facts["error"]) == (".png", True, "why")
+        assert (suffix, facts["carried"], facts["error"]) == (".png", True, why)
         assert facts["deviation"] == storage.HALVES[storage.mark_of(item.staged)]
         kept = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(kept, page(side)) and (facts["height"], facts["width"]) == kept.shape

@@ -16,7 +16,6 @@ import itertools
 import logging
 import os
 import re
-import threading
 import time
 import unicodedata
 import urllib.parse
@@ -73,8 +72,7 @@ class Api:
         self.reader = reader.Reader(
             dispatcher, self.layout, config.limits, config.page_wait_s, config.page_cache_bytes
         )
-        self._drawing = threading.RLock()
-        self._drawn = asking.Asked(dispatcher, self._drawing)
+        self._drawn = asking.Asked(dispatcher)
         self.previews = preview.Previews(dispatcher, self.layout, config.limits, config.page_wait_s)
         self.started_s = time.monotonic()
         self.connections: Callable[[], int] = lambda: 0
@@ -296,10 +294,10 @@ class Api:
 
     def _preview(self, source: Path, target: Path, width: int | None) -> Path:
         task = Preview(target.name + target.parent.name, source, target, width or 0, self.config.limits)
-        with self._drawing:
+        with self._drawn.lock:
             if self._drawn.is_deadly(task.key):
                 raise Refused(422, "NO_PREVIEW", "the page can't be shown: two worker processes died of it")
-            future = self._drawn.underway.get(task.key) or self._drawn.ask(task.key, task, lambda _: None)
+            future = self._drawn.ask(task.key, task, lambda _: None)
         try:
             answer = future.result(PREVIEW_S)
         except (FutureTimeout, CancelledError, jobs.JobError) as error:

@@ -1,7 +1,7 @@
 """What single pages and previews share: questions to the workers, and the folder that their answers lie in.
 
 Map: Newest - Cache - Asked
-Rule: none of this is locked itself: who holds it has one lock for all of it.
+Rule: who holds some of this has one lock for all of it, that of its Asked.
 Runs in: http-* threads; the futures' ends in the dispatcher thread.
 """
 
@@ -87,17 +87,18 @@ class Cache:
 
 
 class Asked:
-    """Questions that are with the workers, AT_ONCE at most."""
+    """Questions of one kind that are with the workers. Its lock is its owner's for all the rest, too, and
+    held when anything of it is called."""
 
-    def __init__(self, dispatcher: Dispatcher, lock: threading.RLock) -> None:
+    def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
+        self.lock = threading.RLock()
         self.underway: dict[str, Future[Any]] = {}
-        self._lock = lock  # the owner's, which holds it when it calls
         self._deaths: Newest[int] = Newest()  # key -> workers that died with it
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more may be asked now."""
+        """Whether as many are underway as should be."""
         return len(self.underway) >= AT_ONCE
 
     def is_deadly(self, key: str) -> bool:
@@ -105,14 +106,16 @@ class Asked:
         return self._deaths.get(key, 0) >= DEATHS
 
     def ask(self, key: str, question: Question, ended: Callable[[Any], None]) -> Future[Any]:
-        """Ask. ended: gets the answer, under the lock, None where there is none; who waits for the future
-        may have it before."""
-        future = self.underway[key] = self.dispatcher.ask(key, question)
-        future.add_done_callback(lambda done: self._ended(key, done, ended))
-        return future
+        """Ask, or share the answer to come of who asked before. ended: gets the answer, under the lock, None
+        where there is none; who waits for the future may have it before."""
+        if key not in self.underway:
+            future = self.underway[key] = self.dispatcher.ask(key, question)
+            future.add_done_callback(lambda done: self._ended(key, done, ended))
+            return future
+        return self.underway[key]
 
     def _ended(self, key: str, future: Future[Any], ended: Callable[[Any], None]) -> None:
-        with self._lock:
+        with self.lock:
             self.underway.pop(key, None)
             error = None if future.cancelled() else future.exception()
             if isinstance(error, WorkerDied):

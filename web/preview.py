@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -189,9 +188,9 @@ class Previews:
         self.limits = limits
         self.wait_s = wait_s  # for all of a request; what isn't there by then is at a later one
         self.folder = layout.previews / "preview"
-        self._lock = threading.RLock()  # of all below
+        self._questions = Asked(dispatcher)
+        self._lock = self._questions.lock  # of all below
         self._made: Cache | None = None  # with the first request
-        self._questions = Asked(dispatcher, self._lock)
         self._done: Newest[PageDone] = Newest()
 
     @property
@@ -305,9 +304,7 @@ class Previews:
         with self._lock:
             if self._questions.is_deadly(key):
                 raise Refused(422, "NO_PREVIEW", "no preview: the worker process died of this page, twice")
-            if key in self._questions.underway:
-                return self._questions.underway[key]
-            if self._questions.is_full:
+            if self._questions.is_full and key not in self._questions.underway:
                 busy = f"{AT_ONCE} previews are being made already; try again"
                 raise Refused(503, "BUSY", busy, {"Retry-After": "5"})
             return self._questions.ask(key, task, lambda event: self._take_in(key, task, event, source_bytes))

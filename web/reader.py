@@ -135,10 +135,10 @@ class Reader:
         self.limits = limits
         self.wait_s = wait_s  # for a page, before its reader gets the original
         self.bodies = threading.BoundedSemaphore(BODIES)
-        self._lock = threading.RLock()  # of all below
+        self._asked = Asked(dispatcher)
+        self._lock = self._asked.lock  # of all below
         self._cache: Cache | None = None  # made when the first page comes
         self._cache_bytes = cache_bytes
-        self._asked = Asked(dispatcher, self._lock)
         self._left: dict[str, Path] = {}  # sources whose request is over before their page is
         self._failed: Newest[str] = Newest()  # key -> why it can't be upscaled
 

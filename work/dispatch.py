@@ -786,27 +786,31 @@ class Dispatcher:
             if not isinstance(key, str) and key[:2] == run.key(0)[:2]
         }
         self._abandon(run)
-        asked = any(isinstance(key, str) for key in slot.tasks)  # which is likelier to have done it
         # Killed for a cancelled neighbour's sake: nobody here is to blame.
-        if slot.doom != "cancel":
-            for n, task in mine.items():
-                if not isinstance(task, ComputePage):
-                    continue
-                carried = task.carry is not None
-                deaths = run.pages[n].deaths + (carried or (slot.exclusive and not asked))
-                self._suspect(run, n, deaths)
-                if carried and deaths >= CARRY_DEATHS:
-                    detail = f"{run.pages[n].name} can't be taken over as it is either: {why}"
-                    self._fail(run, "PAGE_LOST", detail)
-                    return
-            if 0 in mine and not asked:
-                count = self.careless_deaths.get(run.job.id, 0) + 1
-                self.careless_deaths[run.job.id] = count
-                if count >= CARELESS_DEATHS:
-                    self._fail(run, "WORKER_DIED", f"the worker process died {count} times: {why}")
-                    return
+        enough = None if slot.doom == "cancel" else self._blame(run, mine, slot, why)
+        if enough:
+            self._fail(run, *enough)
+            return
         with contextlib.suppress(JobError, sqlite3.OperationalError):  # _take_up_lost tries again
             lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
+
+    def _blame(self, run: Run, mine: dict[int, Task], slot: WorkerSlot, why: str) -> tuple[str, str] | None:
+        """Count a worker's death for what it had of a run; (code, detail) once that is to end the job."""
+        asked = any(isinstance(key, str) for key in slot.tasks)  # which is likelier to have done it
+        for n, task in mine.items():
+            if not isinstance(task, ComputePage):
+                continue
+            carried = task.carry is not None
+            deaths = run.pages[n].deaths + (carried or (slot.exclusive and not asked))
+            self._suspect(run, n, deaths)
+            if carried and deaths >= CARRY_DEATHS:
+                return "PAGE_LOST", f"{run.pages[n].name} can't be taken over as it is either: {why}"
+        if 0 in mine and not asked:
+            count = self.careless_deaths.get(run.job.id, 0) + 1
+            self.careless_deaths[run.job.id] = count
+            if count >= CARELESS_DEATHS:
+                return "WORKER_DIED", f"the worker process died {count} times: {why}"
+        return None
 
     def _suspect(self, run: Run, n: int, deaths: int) -> None:
         """Note that a page may have ended its worker. Where a full disk keeps that out, the job goes on."""

@@ -12,10 +12,8 @@ Runs in: the watch thread, which Service starts and ends.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
-import shutil
 import sqlite3
 import threading
 import time
@@ -36,8 +34,6 @@ log = logging.getLogger("watch")
 
 LONGEST_WAIT_S = 3600.0  # between two tries of what the disk, not the upload, stands in the way of
 KEPT = 50_000  # uploads that are remembered after they left incoming/
-# What decides, beside the limits, which inputs can be read here.
-LIBRARIES, PROGRAMS = ("rarfile", "py7zr", "pypdfium2"), ("unrar", "unar", "bsdtar", "tar")
 
 
 @dataclass(slots=True)
@@ -49,12 +45,6 @@ class Waiting:
     not_before_s: float = 0.0  # monotonic
     tries: int = 0
     told: str = ""  # why it waits, as the log said last
-
-
-def means_of_reading(limits: Limits) -> str:
-    """What an upload that was refused is refused under, in one line."""
-    here = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    return f"{here} {[name for name in PROGRAMS if shutil.which(name)]} {limits}"
 
 
 class Memory:
@@ -93,6 +83,8 @@ class Watch:
         monotonic: Callable[[], float] = time.monotonic,
         make_room: Callable[[], object] = lambda: None,
     ) -> None:
+        from files import formats  # here: without a watch, the service starts without it
+
         self.table = table
         self.layout = layout
         self.limits = limits
@@ -103,7 +95,7 @@ class Watch:
         self.monotonic = monotonic
         self.make_room = make_room  # for a submission that had none
         self.memory = Memory(layout.root / "watched.json")
-        self.means = means_of_reading(limits)
+        self.means = f"{formats.means()} {limits}"
         self.waiting: dict[str, Waiting] = {}  # by path
         self._stumbled = ""  # over what the last look did
         self._ended = threading.Event()
