@@ -8,7 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from helpers import require
+from serving import until
 
 import engine  # noqa: F401  before a test file loads torch, see there: several pytest processes share the cores
 import storage
@@ -57,9 +58,28 @@ def make_hostile(root: Path, kinds: str) -> Path:
     return root
 
 
+def made_once(root: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of several processes makes; the others wait for it."""
+    claim = root.with_suffix(".claimed")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        until(lambda: root.exists() or not claim.exists(), 180)
+        return root if root.exists() else made_once(root, make)  # to fail, or skip, here as it did there
+    try:
+        make(whole := root.with_suffix(".made"))
+        return whole.rename(root)
+    except BaseException:
+        claim.unlink()
+        raise
+
+
 @pytest.fixture(scope="session")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Hostile:
-    root = make_hostile(tmp_path_factory.mktemp("hostile"), "archive,image,folder")
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all pytest processes; theirs lie beside each other
+        place = place.parent
+    root = made_once(place / "hostile", lambda root: make_hostile(root, "archive,image,folder"))
     # run_path, since an import would leave a __pycache__ in a folder that is not ours.
     make = SimpleNamespace(**runpy.run_path(str(MAKE_HOSTILE)))
     return Hostile(root, json.loads((root / "index.json").read_text()), make)

@@ -46,7 +46,8 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # of its own accord 15: other tests beside these would starve the nodes
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
-NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+STORE = {"object_store_memory": 100 << 20, "include_log_monitor": False}
+NODE = STORE | {"num_cpus": 1}
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Ring:
         if not self.port:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self.port = free.getsockname()[1]
-        head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False,
+        head = STORE | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True,
                 "node_ip_address": "127.0.0.1", "gcs_server_port": self.port}  # fmt: skip
         self.ray = Cluster(initialize_head=True, head_node_args=head)
 
