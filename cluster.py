@@ -134,6 +134,10 @@ class NodeSlot(Slot):
         """See Slot."""
         self.bridge.post(ToNode(self.index, item))
 
+    def has_unread(self) -> bool:
+        """See Slot."""
+        return self.bridge.has_unread()
+
     def kill(self, why: str) -> None:
         """See Slot."""
         self.doom = self.doom or why
@@ -203,6 +207,10 @@ class ClusterDispatcher(Dispatcher):
 
     def _see_unfollowed(self) -> None:
         """Settle anew what no machine that is left can follow: better all pages by another plan than none."""
+        for one in self.runs.values():
+            waits = one.todo or one.alone or (one.file_task == "stage" and one.settled is None)
+            if waits and self.declined.get(one.job.id) and not self._page_slots(one):
+                self._await_follower(one)  # the machine that could was lost; it may be back
         for job_id, since_s in list(self.unfollowed_s.items()):
             run = self.runs.get(job_id)
             if run is None or self._page_slots(run):
@@ -228,12 +236,15 @@ class ClusterDispatcher(Dispatcher):
         self._want_file_slot()  # it loads its libraries meanwhile
         if self.settling.get(run.job.id) in self.nodes or self._is_held(run.job.id):
             return
-        able = [node for node in self.nodes.values() if node.is_open()]
-        able = [node for node in able if node.index not in self.declined.get(run.job.id, {})]
+        declined = self.declined.get(run.job.id, {})
+        left = [node for node in self.nodes.values() if node.index not in declined and not node.doom]
+        # A card that is starting, or busy, is waited for: by another machine's plan it would compute nothing.
+        cards = [node for node in left if node.has_card]
+        able = [node for node in cards or left if node.is_open()]
         if not able:
             self._want_page_slot()
             return
-        node = max(able, key=lambda node: (node.has_card, -len(node.tasks)))
+        node = min(able, key=lambda node: len(node.tasks))
         self.settling[run.job.id] = node.index
         plan = None if run.job.id in self.unplanned else run.job.plan
         node.give(run.key(0), Settle(run.job.id, run.job.attempt, run.job.params, plan))
@@ -310,9 +321,13 @@ class ClusterDispatcher(Dispatcher):
             errors = [one for index, one in declined.items() if one.code and index in self.nodes]
             if errors:
                 self._fail(run, str(errors[0].code), errors[0].detail)
-            elif run.job.id not in self.unfollowed_s:
-                self.unfollowed_s[run.job.id] = time.monotonic()
-                self.table.change(run.job, message=f"{NO_FOLLOWER}; it waits for one that can")
+            else:
+                self._await_follower(run)
+
+    def _await_follower(self, run: Run) -> None:
+        if run.job.id not in self.unfollowed_s:
+            self.unfollowed_s[run.job.id] = time.monotonic()
+            self.table.change(run.job, message=f"{NO_FOLLOWER}; it waits for one that can")
 
     # -- losses
     def _lose_node(self, node: NodeSlot, why: str, blame: bool) -> None:
@@ -704,7 +719,7 @@ class Bridge:
         self.by_index.pop(link.index, None)
         for place in [place for place, one in self.links.items() if one is link]:
             self.failures[place] = 0 if link.is_up else self.failures[place] + 1
-            self.not_before_s[place] = time.monotonic() + min(60.0, 2.0 ** self.failures[place])
+            self.not_before_s[place] = time.monotonic() + min(60.0, 2.0 ** min(6, self.failures[place]))
             del self.links[place]
         self.send(lost)
 

@@ -34,7 +34,7 @@ import settings
 from commands import verify
 from messages import Beat, ComputePage, EngineChoice, Limits, PageDone, Params, Settle, Settled
 from work import workers
-from work.node import Declined
+from work.node import Declined, Lost
 from work.runs import Run
 
 HERE = Path(__file__).parent
@@ -349,12 +349,72 @@ def test_a_plan_that_no_machine_follows_any_more_is_settled_anew_after_a_while(t
         assert run.settled == PLAN and not made.unplanned
 
 
+def of_two_nodes(service: server.Service, *cards: bool) -> cluster.ClusterDispatcher:
+    """A dispatcher with nodes 3 and 4, of which some have a card."""
+    made = cluster.ClusterDispatcher("auto", service.table, service.config.layout, EngineChoice(), 1)
+    for index, has_card in zip((3, 4), cards or (False, False), strict=True):
+        made.nodes[index] = cluster.NodeSlot(index, "host", has_card, SimpleNamespace(post=lambda _: None))
+        made.nodes[index].capacity = 4
+    return made
+
+
+def test_when_the_one_machine_that_could_is_lost_it_is_told_and_the_plan_settled_anew(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, job = of_two_nodes(service), running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        run.todo.append(1)
+        made._hear(made.nodes[3], Declined(job.id, job.attempt, 1, None, "it would compute otherwise"))
+        made._see_unfollowed()
+        assert service.table.get(job.id).message is None
+        made._handle(SimpleNamespace(), Lost(4, "switched off", False))
+        made._see_unfollowed()
+        assert "no machine" in service.table.get(job.id).message and made.health()["status"] == "waiting"
+        monkeypatch.setattr(cluster, "UNFOLLOWED_S", -1.0)
+        made._see_unfollowed()
+        assert service.table.get(job.id).state == jobs.PENDING
+        # While the head is away, or with nothing left to compute, nobody waits for a follower.
+        made.runs[job.id] = run = Run(jobs.claim(service.table, 2000.0), tmp_path, tmp_path)
+        run.settled, run.file_task = PLAN, "pack"
+        made._decline(made.nodes[3], Declined(job.id, run.job.attempt, 1, None, "late"))
+        made.unfollowed_s.clear()
+        made._see_unfollowed()
+        assert not made.unfollowed_s
+
+
+def test_a_plan_waits_for_the_machine_with_the_card_while_that_starts_or_is_busy(tmp_path, monkeypatch):
+    """A plan without a card none of the cards could follow."""
+    with still(tmp_path) as service:
+        made, job = of_two_nodes(service, False, True), running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        monkeypatch.setattr(made, "_want_file_slot", lambda: None)
+        card = made.nodes[4]
+        for hinder in ({"capacity": 0}, {"exclusive": True}):
+            with monkeypatch.context() as now:
+                for name, value in hinder.items():
+                    now.setattr(card, name, value)
+                made._ask_for_plan(run)
+                assert not made.settling
+        made._ask_for_plan(run)
+        assert made.settling == {job.id: 4}
+        made.settling.clear()
+        card.free(run.key(0))
+        card.doom = "it did not come up"
+        made._ask_for_plan(run)
+        assert made.settling == {job.id: 3}
+
+
+def test_a_place_where_nothing_comes_up_is_tried_for_ever():
+    place, ended = "host", []
+    link = SimpleNamespace(actor=None, outbox=SimpleNamespace(put=ended.append), index=7, is_up=False)
+    bridge = SimpleNamespace(by_index={7: link}, links={place: link}, not_before_s={}, send=ended.append)
+    bridge.failures = {place: 5000}
+    cluster.Bridge.lose(bridge, link, Lost(7, "out of memory", False))
+    assert not bridge.links and bridge.failures[place] == 5001
+
+
 def test_a_plan_whose_machine_comes_back_is_kept(tmp_path):
     with still(tmp_path) as service:
-        made = cluster.ClusterDispatcher("auto", service.table, service.config.layout, EngineChoice(), 1)
-        for index in (3, 4):
-            made.nodes[index] = cluster.NodeSlot(index, "host", False, SimpleNamespace(post=lambda _: None))
-            made.nodes[index].capacity = 4
+        made = of_two_nodes(service)
         job, back = running(service), made.nodes.pop(4)
         made.runs[job.id] = Run(job, tmp_path, tmp_path)
         made._hear(made.nodes[3], Declined(job.id, job.attempt, 1, None, "it would compute otherwise"))

@@ -83,7 +83,16 @@ def bare_node(spool: Path) -> Node:
     node.lock = threading.RLock()
     node.changed = threading.Condition(node.lock)
     node.is_lost, node.beat, node.held, node.asked = False, None, [], []
+    node.folders = 0
     return node
+
+
+def test_a_page_outside_any_job_that_finds_no_room_is_asked_for_elsewhere(tmp_path):
+    """Not declined, as a job's is: nobody waits for that."""
+    node = bare_node(tmp_path / "full")
+    node.give([(ComputePage("single", 0, 1, Path("1.png"), Path("1"), Params(), None, Limits()), png())])
+    ((event, data),) = node.collect()
+    assert (type(event), event.job_id, event.code, data) == (TaskFailed, "single", "DISK", None)
 
 
 @pytest.mark.parametrize("plan", [PLAN, None])

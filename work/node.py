@@ -232,9 +232,7 @@ class Node:
             folder.mkdir()
             source.write_bytes(data)
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            detail = f"the node's disk refused: {storage.reason_of(error)}"
-            self._decline(task, storage.DiskRefused.code, detail)
+            self._lose_page(Spooled(task, folder), f"the node's disk refused: {storage.reason_of(error)}")
             return
         self.pages[task.job_id, task.attempt, task.n] = Spooled(task, folder)
         self.worker.post(replace(task, source=source, target_stem=folder / PAGE))

@@ -30,6 +30,7 @@ from messages import CARD_LOST_STATUS, BootFailed, Cancel, ComputePage, EngineCh
 STRANGERS_PAGES = 2  # that a worker beside others has at once, before its pace is known
 PACES = 8  # pages that tell a worker's pace; a node's come several at a time
 PACE_KEPT_S = 60.0  # of idleness; it may have been another program's fault
+KILL_S = 1.0  # for a killed process's end, where somebody waits for it
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 
 TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
@@ -51,6 +52,7 @@ class Slot(abc.ABC):
         self.used_s = time.monotonic()  # last time it had a task
         self.obey_by_s: dict[TaskKey, float] = {}  # cancelled tasks -> deadline
         self.doom: str | None = None  # why we killed it
+        self.doomed_s = 0.0  # since when
         self.card: tuple[str, int, int] | None = None  # see Beat
         self.computing_s = 0.0  # since when it computes the page that will be finished next
         self.is_warm = False  # it computed more than one page
@@ -59,6 +61,10 @@ class Slot(abc.ABC):
     @abc.abstractmethod
     def post(self, item: Any) -> None:
         """Send it this, without waiting."""
+
+    def has_unread(self) -> bool:
+        """Whether it said something that nobody has listened to yet."""
+        return False
 
     @abc.abstractmethod
     def kill(self, why: str) -> None:
@@ -131,6 +137,7 @@ class WorkerSlot(Slot):
             target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
         )
         self.process.start()
+        self.is_cut = False  # its end of the pipe is closed
         theirs.close()  # else its end would stay open here, and its death go unnoticed
         # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -153,9 +160,16 @@ class WorkerSlot(Slot):
         """See Slot."""
         self._outbox.put(item)
 
+    def has_unread(self) -> bool:
+        """See Slot."""
+        with contextlib.suppress(OSError):  # EOF is no message, though poll() says so
+            return not self.is_cut and self.conn.poll()
+        return False
+
     def kill(self, why: str) -> None:
         """See Slot; its sentinel wakes the dispatcher."""
-        self.doom = self.doom or why
+        if not self.doom:
+            self.doom, self.doomed_s = why, time.monotonic()
         self.process.kill()
 
     def stop(self, wait_s: float) -> None:
@@ -164,7 +178,7 @@ class WorkerSlot(Slot):
         self.process.join(wait_s)
         if self.process.is_alive():
             self.process.kill()
-            self.process.join()
+            self.process.join(KILL_S)
         self.conn.close()
 
 
