@@ -42,9 +42,9 @@ log = logging.getLogger("jobs")
 PENDING, RUNNING, SUCCESS, FAILED = "PENDING", "RUNNING", "SUCCESS", "FAILED"
 STATES = (PENDING, RUNNING, SUCCESS, FAILED)
 CANCEL_MESSAGE = "Cancelled by user"
-REMOVED = {  # by age: field of Keep -> column that says when, and what in words
-    "outputs_days": ("outputs_removed_s", "the pages were"),
-    "artifacts_days": ("artifact_removed_s", "the artifact was"),
+REMOVED = {  # by age: field of Keep -> column that says when, what in words, which jobs ever had it
+    "outputs_days": ("outputs_removed_s", "the pages were", "total > 0"),
+    "artifacts_days": ("artifact_removed_s", "the artifact was", "artifact_hash IS NOT NULL"),
 }
 
 
@@ -304,7 +304,7 @@ class JobTable:
 
     def by_key(self, key: str) -> list[Job]:
         """What was submitted with this Idempotency-Key: a job, or one a volume, whose keys have a
-        line feed and a number behind it (volumes.submit)."""
+        line feed and "number/count" behind it (submissions.submit_all)."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT * FROM jobs WHERE idempotency_key = ?"
@@ -363,7 +363,8 @@ class JobTable:
 
     def ids_to_clear(self, what: str, before_s: float) -> list[str]:
         """Jobs that ended before this moment and still have `what` (a field of retention.Keep)."""
-        still = f"AND {REMOVED[what][0]} IS NULL" if what in REMOVED else ""
+        column, _, had = REMOVED.get(what, ("", "", ""))
+        still = f"AND {column} IS NULL AND {had}" if column else ""
         with self._lock:
             rows = self._db.execute(
                 f"SELECT id FROM jobs WHERE state IN (?, ?) AND finished_s < ? {still} ORDER BY number",
@@ -686,11 +687,12 @@ def record_stage(table: JobTable, job: Job, event: Staged, found: list[StagedPag
 
 def recover(table: JobTable, layout: Layout, now_s: float) -> None:
     """After any kind of end: jobs that ran go on, leftovers of jobs that are over go."""
-    for job in table.in_state(RUNNING):
-        lose_worker(table, job, now_s)
     over = table.ids_over()
-    for folder in layout.staging.iterdir():
+    for folder in layout.staging.iterdir():  # first: on a full disk the table has no room without
         if folder.name in over:
             storage.remove_tree(folder)
+    with contextlib.suppress(sqlite3.OperationalError):  # full all the same: the dispatcher tries again
+        for job in table.in_state(RUNNING):
+            lose_worker(table, job, now_s)
 
 

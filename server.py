@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -234,7 +235,7 @@ def main() -> int:
             sidecar.call_at_end_of_stdin(ended.set)
         parent = sidecar.take_stdout() if flags.ready_json else None
         service = Service(config)
-    except (settings.ConfigError, storage.StorageError, jobs.JobError, OSError) as error:
+    except (settings.ConfigError, storage.StorageError, jobs.JobError, OSError, sqlite3.Error) as error:
         print(f"server.py: {error}", file=sys.stderr)
         return 2
     sidecar.let_clicks_be()

@@ -41,6 +41,7 @@ PIPELINE = (
 PAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 )
+JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS's in archives, Synology's for thumbnails
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
 REPORT_NAME = "artifact-report.json"
 EPUB_REPORT_NAME = f"META-INF/{REPORT_NAME}"
@@ -275,6 +276,11 @@ def slug(text: str) -> str:
     return safe_component(kept or "untitled")
 
 
+def sent_ending(sha256: str) -> str:
+    """How the name of an archive ends that `server.py submit` sends; sha256: the archive's own, in hex."""
+    return f"-{sha256[:16]}.zip"
+
+
 def safe_component(name: str) -> str:
     """`name` as one path component that every file system here can hold."""
     name = unicodedata.normalize("NFC", name)
@@ -321,7 +327,7 @@ def is_page_name(parts: Sequence[str]) -> bool:
 
 def is_junk(parts: Sequence[str]) -> bool:
     """Whether a file is hidden, or what a file manager left behind: neither page nor left out."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return any(part.startswith(".") or part in JUNK_FOLDERS for part in parts)
 
 
 # What tools call a file that they are still receiving: Copyparty (x.zip.PARTIAL, and with a time and

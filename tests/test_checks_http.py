@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import server
 import settings
 import storage
 from files import inputs
-from web import api, live, routes, wire
+from web import api, live, refusals, routes, wire
 from work import submissions
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="it looks at the service through /proc")
@@ -546,12 +547,29 @@ def test_a_waiting_job_is_cancelled_before_its_files_go(service, client, monkeyp
     assert claimed == [None]
 
 
+def failing(error: OSError) -> Callable[..., Any]:
+    """A function that raises it."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
 def test_files_that_cannot_be_removed_keep_their_job(service, client, monkeypatch):
     job = finished(service)
     outputs = service.config.layout.output_dir(job.title, job.volume, job.id)
     outputs.mkdir(parents=True)
     with monkeypatch.context() as held:
         held.setattr(storage, "remove_tree", lambda folder: None)
+        problem = client.call("DELETE", f"/jobs/{job.id}").problem()
+        assert (problem.status, problem.code) == (409, "FILES_IN_USE")
+    with monkeypatch.context() as held:  # its artifact, which a reader has open on Windows
+        held.setattr(storage, "remove_file", failing(PermissionError(errno.EACCES, "in use")))
+        problem = client.call("DELETE", f"/jobs/{job.id}").problem()
+        assert (problem.status, problem.code) == (409, "FILES_IN_USE")
+    with monkeypatch.context() as held:  # a worker far away, which has not obeyed yet
+        held.setattr(service.dispatcher, "wait_released", lambda *_, **__: False)
         problem = client.call("DELETE", f"/jobs/{job.id}").problem()
         assert (problem.status, problem.code) == (409, "FILES_IN_USE")
     assert client.call("GET", f"/jobs/{job.id}").status == 200
@@ -581,6 +599,35 @@ def test_an_upload_that_breaks_off_or_is_refused_leaves_nothing_not_even_a_folde
     assert sorted(incoming.rglob("*")) == before
     assert client.call("PUT", "/incoming/new/deep/v.zip", b"hello").status == 201
     assert (incoming / "new/deep/v.zip").read_bytes() == b"hello"
+
+
+def test_an_upload_of_unknown_length_leaves_the_reserve_to_the_jobs(service, client, monkeypatch):
+    """Else the job that writes meanwhile is the one that fails."""
+    monkeypatch.setattr(api, "ROOM_LOOK_BYTES", 1 << 10)
+    reserve, incoming = service.config.reserve_bytes, service.config.layout.incoming
+    written = lambda: sum(path.stat().st_size for path in incoming.rglob("*.tmp"))  # noqa: E731
+    least = [1 << 40]
+
+    def free_bytes(_: Any) -> int:
+        least.append(reserve + (4 << 20) - written())
+        return least[-1]
+
+    monkeypatch.setattr(storage, "free_bytes", free_bytes)
+    before = sorted(incoming.rglob("*"))
+    pieces = b"".join(b"100000\r\n" + bytes(1 << 20) + b"\r\n" for _ in range(16)) + b"0\r\n\r\n"
+    head = b"PUT /incoming/v.zip HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with dial(service.http.server_port) as line:
+        with contextlib.suppress(OSError):  # it is answered, and closed, before all was sent
+            line.sendall(head + pieces)
+        answer = drain(line)
+    assert answer == b"" or b" 507 " in answer.split(b"\r\n")[0]
+    assert reserve - (2 << 20) < min(least) < reserve and sorted(incoming.rglob("*")) == before
+
+
+def test_a_file_that_a_program_has_open_is_409_and_no_fault_of_the_disk(service, client, monkeypatch):
+    monkeypatch.setattr(refusals, "IN_USE", (PermissionError,))  # as on Windows
+    monkeypatch.setattr(storage, "replacing", failing(PermissionError(errno.EACCES, "in use")))
+    assert client.call("PUT", "/incoming/v.zip", b"x").problem().code == "FILES_IN_USE"
 
 
 def test_two_uploads_that_want_a_file_and_a_folder_of_one_name_get_201_and_409(service, client, monkeypatch):
@@ -687,6 +734,17 @@ def test_d07_d08_an_artifact_that_is_gone_or_damaged_is_410_and_the_row_stays(se
     for fields in ({}, {"Range": "bytes=0-1"}, {"If-None-Match": f'"{job.artifact_hash}"'}):
         assert client.call("GET", f"/jobs/{job.id}/artifact", None, fields).problem().code == code
     assert client.state(job.id).artifact_hash == job.artifact_hash
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_opened_now_is_not_told_as_gone(service, client, monkeypatch, number):
+    """410 is for good, and asks for the volume to be made again."""
+    job = finished(service)
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "open_regular", failing(OSError(number, os.strerror(number))))
+        reply = client.call("GET", f"/jobs/{job.id}/artifact")
+        assert (reply.status, reply.problem().code) == (503, "DISK") and reply.headers["retry-after"]
+    assert client.call("GET", f"/jobs/{job.id}/artifact").status == 200
 
 
 @on_linux

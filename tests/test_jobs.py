@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from typing import Any
 
 import jobs
 from files import database
@@ -12,6 +13,30 @@ from files import database
 def test_rows_are_the_tables_columns_and_states_what_the_table_allows():
     assert database.SEALED == {"jobs": sorted(jobs.JOB_COLUMNS), "pages": sorted(jobs.PAGE_COLUMNS)}
     assert f"CHECK (state IN {jobs.STATES})" in database.SCHEMA
+
+
+def test_a_disk_too_full_for_the_table_is_given_room_first_and_does_not_stop_the_start(layout, monkeypatch):
+    table = jobs.JobTable(layout.database)
+    values = {"title": "t", "volume": "1", "input_type": "zip", "input_path": "v", "params": jobs.Params()}
+    for name in ("over", "ran"):
+        table.insert({"id": name, **values})
+        (layout.staging / name).mkdir()
+    jobs.cancel(table, "over", 1.0)
+    assert jobs.claim(table, 2.0).id == "ran"
+
+    def full(*_: Any) -> None:
+        assert not (layout.staging / "over").exists()
+        raise sqlite3.OperationalError("database or disk is full")
+
+    try:
+        with monkeypatch.context() as disk:
+            disk.setattr(jobs, "lose_worker", full)
+            jobs.recover(table, layout, 3.0)
+        assert table.get("ran").state == jobs.RUNNING and (layout.staging / "ran").exists()
+        jobs.recover(table, layout, 3.0)
+        assert table.get("ran").state == jobs.PENDING
+    finally:
+        table.close()
 
 
 def test_a_database_of_the_first_version_is_brought_up_to_date(tmp_path):

@@ -95,6 +95,12 @@ def test_age_removes_what_a_setting_names_and_nothing_else(world, keep, days, ex
     assert upload.exists()
 
 
+def test_a_job_that_never_had_anything_is_not_told_that_it_was_removed(world):
+    job = jobs.cancel(world.table, queued(world.service).id, ENDED_S)
+    live_through(world, keeper(world, Keep(outputs_days=1, artifacts_days=1)), 2)
+    assert world.table.get(job.id) == job and job.message == "Cancelled by user"
+
+
 def test_age_removes_a_cbz_as_it_removes_a_zip(world):
     job = ended(world, "cbz")
     part = world.client.call("GET", f"/jobs/{job.id}/artifact", headers={"Range": "bytes=6-"})

@@ -13,6 +13,7 @@ import pytest
 from client import Client
 from serving import png, still, volume
 
+import jobs
 import server
 import settings
 import storage
@@ -46,7 +47,7 @@ SPLITS = [
     (["1.png", "2.png", "notes.txt"], [""]),
     (["S/1.png"], ["S"]),
     (["v1.cbz"], ["v1.cbz"]),
-    (["v1/1.png", "v2/1.png", ".trash/1.png", "__MACOSX/v1/1.png"], ["v1", "v2"]),
+    (["v1/1.png", "v2/1.png", ".trash/1.png", "__MACOSX/v1/1.png", "@eaDir/v1/1.png"], ["v1", "v2"]),
 ]
 
 
@@ -173,6 +174,31 @@ def test_a_repeated_key_answers_the_same_ids_also_when_the_input_is_gone(world):
     assert ask(world.client, "in.zip", "zip", "k").json() == first != other
     assert ask(world.client, "in.zip", "zip", "k", title="another").status == 409
     assert len(rows(world.service)) == 4
+
+
+def test_a_repeated_key_makes_anew_what_was_deleted_of_several_and_nothing_else(world):
+    laid(world.incoming, ["v1/1.png", "v2/1.png", "v3/1.png"], "zip")
+    first = ask(world.client, "in.zip", "zip", "k").json()["jobIds"]
+    for gone in (0, 2):
+        world.client.call("DELETE", f"/jobs/{first[gone]}")
+        again = ask(world.client, "in.zip", "zip", "k").json()["jobIds"]
+        assert [old == new for old, new in zip(first, again, strict=True)] == [n != gone for n in range(3)]
+        assert [world.service.table.get(job).volume for job in again] == ["1", "2", "3"]
+        first = again
+    laid(world.incoming, ["v1/1.png"], "zip")  # another input of this name
+    world.client.call("DELETE", f"/jobs/{first[0]}")
+    assert ask(world.client, "in.zip", "zip", "k").json()["jobIds"] == first[1:]
+
+
+def test_a_volume_that_is_resumed_by_its_upload_s_path_stays_that_volume(world):
+    """A client that resumes with the input it submitted knows no other path."""
+    laid(world.incoming, ["v1/1.png", "v2/1.png"], "zip")
+    job = ask(world.client, "in.zip", "zip").json()["jobIds"][0]
+    world.client.call("POST", f"/jobs/{job}/cancel")
+    body = {"inputPath": "incoming/in.zip", "inputType": "zip"}
+    assert world.client.call("POST", f"/jobs/{job}/resume", body).status == 200
+    resumed = world.service.table.get(job)
+    assert (resumed.state, resumed.input_type, resumed.input_path) == (jobs.PENDING, "zip", "in.zip/v1")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import itertools
 import logging
@@ -48,6 +49,9 @@ log = logging.getLogger("api")
 
 VERSION = "0.1.0"
 PREVIEW_S = 20.0  # for a worker's answer; a cold one loads torch first
+ROOM_LOOK_BYTES = 16 << 20  # of an upload, between two looks at the disk
+# Of opening a file that is not there; None: what is there is no file.
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, None)
 
 
 class Api:
@@ -172,8 +176,8 @@ class Api:
     def delete(self, _request: Request, id: str) -> Answer:
         """DELETE /jobs/{id}."""
         # A cancelled job's worker may still be writing for a moment.
-        if self.table.get(id).state != jobs.RUNNING:
-            self.dispatcher.wait_released(id, timeout_s=5)
+        if self.table.get(id).state != jobs.RUNNING and not self.dispatcher.wait_released(id, timeout_s=5):
+            raise storage.FilesInUse(f"a worker still holds pages of job {id}; try again then")
         submissions.delete(self.table, self.layout, id)
         self.live.end(id)
         return Answer(204)
@@ -310,6 +314,7 @@ class Api:
         try:
             file = storage.open_regular(path)
         except OSError as error:
+            _raise_unless_gone(error)
             raise Refused(410, "PAGE_GONE", "the file is no longer on disk") from error
         stat = os.fstat(file.fileno())
         # Good enough for an image: size and time change whenever it is written anew.
@@ -327,6 +332,7 @@ class Api:
         try:
             file = storage.open_regular(path)
         except OSError as error:
+            _raise_unless_gone(error)
             why = "was removed by age" if job.artifact_removed_s else "is no longer on disk"
             detail = f"the artifact {why}; {_remedy(job)}"
             raise Refused(410, "ARTIFACT_GONE", detail) from error
@@ -379,7 +385,7 @@ class Api:
         request.body.refuse_over(*limit)
         self._check_room(request.body.length or 0)
         existed = target.exists()
-        digest, size = hashlib.sha256(), 0
+        digest, size, looked = hashlib.sha256(), 0, 0
         # Of a broken-off upload nothing may stay, not even the folders that it would have made.
         home = next(folder for folder in target.parents if folder.is_dir())
         try:
@@ -388,6 +394,10 @@ class Api:
                     digest.update(piece)
                     file.write(piece)
                     size += len(piece)
+                    # Its length may be unknown, and jobs write too, which a full disk would end.
+                    if size - looked >= ROOM_LOOK_BYTES:
+                        looked = size
+                        self._check_room(0)
                 if wanted is not None and digest.digest() != wanted:
                     detail = "the bytes received are not those that Repr-Digest names; send them again"
                     raise Refused(422, "DIGEST", detail)
@@ -650,6 +660,13 @@ def content_disposition(name: str) -> str:
     """An attachment's name in both forms of RFC 6266: a plain one, and UTF-8 for the rest."""
     plain = "".join(c if c.isascii() and c.isprintable() and c not in '"\\%;' else "_" for c in name)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Raises Refused where a file that can't be opened may well be there: gone is for good."""
+    if error.errno not in GONE:
+        detail = f"the file can't be read now: {storage.reason_of(error)}; ask again"
+        raise Refused(503, storage.DiskRefused.code, detail, {"Retry-After": "5"}) from error
 
 
 def _image_headers(data: bytes) -> dict[str, str]:

@@ -85,6 +85,7 @@ class Watcher:
         self.pending: dict[str, list[StateFrame]] = {}
         self.running: dict[str, StateFrame] = {}  # last frame of jobs that run, for SILENCE_S
         self.heard_s: dict[str, float] = {}  # when the client last heard of each of them
+        self.gone: set[str] = set()  # jobs that were deleted since the last take
         self.is_over = False  # the last frame taken was a terminal one
         self.sent: dict[str, int] = {}  # job -> seq of the last frame
         self.lock = threading.Lock()
@@ -105,11 +106,16 @@ class Watcher:
         """A job was deleted."""
         with self.lock:
             self.pending.pop(job_id, None)
+            self.gone.add(job_id)
 
     def take(self, now_s: float) -> list[StateFrame]:
         """What is to be sent now: news in order of seq, then running jobs silent for SILENCE_S."""
         with self.lock:
             waiting, self.pending = self.pending, {}
+            gone, self.gone = self.gone, set()
+        for job_id in gone:  # how it ended may never have been taken
+            self.running.pop(job_id, None)
+            self.heard_s.pop(job_id, None)
         frames = [frame for states in waiting.values() for frame in states]
         if len(frames) > 1:
             frames.sort(key=lambda frame: frame.seq)

@@ -389,6 +389,8 @@ def workload_of(
     size_bytes = volume.get("bytes", 0 if crop else source_bytes * count)
     if done.carried:
         return Workload(carried_bytes=volume.get("bytes", source_bytes * count))
+    if not done.input_pixels:  # large enough, and written anew by no network
+        return Workload(output_pixels=done.width * done.height * count, source_bytes=size_bytes)
     pixels = volume.get("pixels", 0 if crop else done.input_pixels * count)
     growth = done.width * done.height / done.input_pixels if params.has_target else params.scale**2
     return Workload(count, pixels, round(pixels * growth), size_bytes) if pixels else None

@@ -149,6 +149,7 @@ ROUTES = (
             410: "Problem",
             412: "Problem",
             416: "Problem",
+            503: "Problem",
         },
         headers=CONDITIONS,
     ),

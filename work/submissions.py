@@ -185,18 +185,30 @@ def submit(
 def submit_all(
     table: jobs.JobTable, key: str | None, body_hash: str, prepare: Callable[[], Sequence[Submission]]
 ) -> list[jobs.Job]:
-    """A job for each of what prepare() checked, or those that this Idempotency-Key made before. Raises
-    KeyReused and what prepare() does, which is called while the job table is free."""
+    """A job for each of what prepare() checked, or those that this Idempotency-Key made before; of several
+    those that were deleted since are made anew. Raises KeyReused and what prepare() does, which is called
+    while the job table is free."""
     before = submitted(table, key, body_hash)
-    if before:
+    if before and len(before) == _place(before[0])[1]:
         return before
     each = prepare()
+    keys = [key and (f"{key}\n{n}/{len(each)}" if len(each) > 1 else key) for n in range(1, len(each) + 1)]
     with table.transaction():
         # Another request with this key may have been quicker.
-        return submitted(table, key, body_hash) or [
-            insert(table, one, key and (key if n == 1 else f"{key}\n{n}"), body_hash)
-            for n, one in enumerate(each, 1)
+        before = submitted(table, key, body_hash)
+        if before and _place(before[0])[1] != len(each):
+            return before  # the input is another by now
+        made = {job.idempotency_key: job for job in before}
+        return [
+            made.get(one) or insert(table, wanted, one, body_hash)
+            for one, wanted in zip(keys, each, strict=True)
         ]
+
+
+def _place(job: jobs.Job) -> tuple[int, int]:
+    """(which, of how many) of the jobs that one key made."""
+    n, _, count = (job.idempotency_key or "").partition("\n")[2].partition("/")
+    return int(n or 1), int(count or 1)
 
 
 def checked(layout: Layout, wanted: Submission, limits: Limits, reserve_bytes: int | None) -> Submission:
@@ -215,7 +227,7 @@ def checked(layout: Layout, wanted: Submission, limits: Limits, reserve_bytes: i
 
 def submitted(table: jobs.JobTable, key: str | None, body_hash: str) -> list[jobs.Job]:
     """The jobs that this Idempotency-Key made before. Raises KeyReused."""
-    found = table.by_key(key) if key else []
+    found = sorted(table.by_key(key) if key else [], key=_place)
     if any(job.request_hash != body_hash for job in found):
         raise jobs.KeyReused("this Idempotency-Key came with another body before; use a new one")
     return found
@@ -275,6 +287,10 @@ def resume(
     remains = lost or not pages or any(page.status == "pending" or page.failed for page in pages)
     path, kind = given or (f"incoming/{job.input_path}", job.input_type)
     place = inputs.resolve_incoming(layout, path)
+    upload = place.relative_to(layout.incoming).as_posix()
+    if job.params.split != "none" and job.input_path.startswith(f"{upload}/"):
+        # The upload that this volume lies in, which is all that its sender named: the volume, not all of it.
+        kind, place = job.input_type, inputs.resolve_incoming(layout, f"incoming/{job.input_path}")
     if remains:
         inputs.check_input(place, kind, limits)
     input_path = place.relative_to(layout.incoming).as_posix()
@@ -337,25 +353,29 @@ def artifact_of(job: jobs.Job, layout: Layout) -> Path:
 
 def remove_files(layout: Layout, job: jobs.Job, outputs: bool = True, artifact: bool = True) -> None:
     """Remove a job's pages (with previews and working copy), its artifact, or both. Raises FilesInUse."""
+    in_use = storage.FilesInUse(
+        f"files of job {job.id} can't be removed now: a program has them open, or their folder is "
+        "read-only; try again then"
+    )
     if artifact:
-        storage.remove_file(artifact_of(job, layout))
+        try:
+            storage.remove_file(artifact_of(job, layout))
+        except PermissionError as error:
+            raise in_use from error
     if outputs:
         held = [layout.output_dir(job.title, job.volume, job.id)]
         held += [layout.staging / job.id, layout.previews / job.id]
         for folder in held:
             storage.remove_tree(folder)
         if any(folder.exists() for folder in held):
-            raise storage.FilesInUse(
-                f"files of job {job.id} can't be removed now: a program has them open, or their folder is "
-                "read-only; try again then"
-            )
+            raise in_use
 
 
 def note_removed(table: jobs.JobTable, job: jobs.Job, what: str, days: int) -> bool:
     """Record what age removed, if the job still is as it was read; `what`: see REMOVED, else the row."""
     if what not in jobs.REMOVED:
         return table.delete(job, as_read=True)
-    column, words = jobs.REMOVED[what]
+    column, words, _ = jobs.REMOVED[what]
     note = f"{words} removed after {days} days (REICHAN_KEEP_{what.upper()})"
     message = f"{job.message}. {note}" if job.message else note
     return table.change(job, message=message, **{column: table.clock()})
