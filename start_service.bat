@@ -5,13 +5,17 @@ setlocal
 cd /d "%~dp0"
 set PYTHONUTF8=1
 rem The package comes last: with it, everything is there. What a broken-off first run left is gone on with.
-.venv\Scripts\python.exe -c "import importlib.metadata as m; m.version('manga-upscale-service')" >nul 2>nul && goto start
+rem -P: pip writes the package's name into this folder before it has installed anything.
+.venv\Scripts\python.exe -P -c "import importlib.metadata as m; m.version('manga-upscale-service')" >nul 2>nul && goto start
+.venv\Scripts\python.exe -c "import sys; sys.exit(sys.version_info < (3, 11))" >nul 2>nul && .venv\Scripts\python.exe -m ensurepip >nul 2>nul && goto ready
 
 set PYTHON=py -3
 py -3 -c "" >nul 2>nul || set PYTHON=python
 %PYTHON% -c "import sys; sys.exit(sys.version_info < (3, 11))" || goto nopython
 echo Making the environment in .venv; this takes a few minutes.
-%PYTHON% -m venv .venv || goto failed
+rem --clear: packages of a Python that is gone are not this one's.
+%PYTHON% -m venv --clear .venv || goto failed
+:ready
 rem PyPI has only the CPU build for Windows; where an NVIDIA card answers, take the CUDA build.
 nvidia-smi -L >nul 2>nul || goto package
 rem Builds for CUDA 12.8 have no kernels for cards before the RTX 20 series (compute capability 7.5).

@@ -19,6 +19,7 @@ import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -54,6 +55,7 @@ PIECE_BYTES = 1 << 20
 ANSWER_S = 60.0  # for an answer to begin, and between two pieces
 PATIENCE_S = 20.0  # with broken lines, without any progress
 PREVIEW_S = 600.0  # for a preview's page, which a slow machine computes while it says to ask again
+FRAME_WAIT_S = 0.5
 RESTART_S = 300.0  # with a service that is away while its job is watched
 PARAMS = {  # flag: (key of params, type, help)
     "--model": ("model", str, "a name from GET /models, or auto"),
@@ -249,18 +251,21 @@ class Moved(Exception):
 def patiently(what: Callable[[], Any], doing: str, patience_s: float = PATIENCE_S) -> Any:
     """Call until it succeeds: a line may break, a service may be starting again.
 
-    Raises Refusal, and Failure once patience_s passed since the begin or the last Moved."""
-    pause_s, since_s = 0.25, time.monotonic()
+    Raises Refusal, and Failure once patience_s passed since the first failure after the begin, or after the
+    last Moved: a try may itself take hours."""
+    pause_s, until_s = 0.25, math.inf
     while True:
         try:
             return what()
         except Moved:
-            pause_s, since_s = 0.25, time.monotonic()
+            pause_s, until_s = 0.25, math.inf
         except Refusal as refusal:
-            if refusal.status_code not in (502, 503, 504) or time.monotonic() - since_s > patience_s:
+            until_s = min(until_s, time.monotonic() + patience_s)
+            if refusal.status_code not in (502, 503, 504) or time.monotonic() > until_s:
                 raise
         except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() - since_s > patience_s or isinstance(error, ssl.SSLCertVerificationError):
+            until_s = min(until_s, time.monotonic() + patience_s)
+            if time.monotonic() > until_s or isinstance(error, ssl.SSLCertVerificationError):
                 raise Failure(f"{doing} failed: {_reason(error)}", NOT_FETCHED) from error
         time.sleep(pause_s)
         pause_s = min(8.0, 2 * pause_s)
@@ -441,7 +446,7 @@ def submit(service: Service, given: argparse.Namespace, line: Line) -> list[str]
     source = Input.of(given.path, params)
     title, volume = title_and_volume(source.name)
     sha256, size = hashed(source, line)
-    path = f"incoming/{storage.cut_bytes(storage.slug(source.name), 80)}-{sha256[:16]}.zip"
+    path = "incoming/" + storage.cut_bytes(storage.slug(source.name), 80) + storage.sent_ending(sha256)
     title, volume = as_text([given.title or title, given.volume or volume])
     body = {"title": title, "volume": volume, "input": {"type": "zip", "path": path}, "params": params}
 
@@ -554,6 +559,17 @@ def become(told: dict[str, Any] | None) -> str:
     )
 
 
+def frames_of(socket: Any) -> Iterator[str]:
+    """What comes, in short waits: on Windows an endless one would not let Ctrl-C through. Raises
+    ConnectionClosed."""
+    while True:
+        try:
+            frame = str(socket.recv(timeout=FRAME_WAIT_S))
+        except TimeoutError:
+            continue
+        yield frame
+
+
 def watch(service: Service, job: str, line: Line) -> dict[str, Any]:
     """Show a job's changes until it is over; its last state. Raises Failure."""
     from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -578,7 +594,7 @@ def watch(service: Service, job: str, line: Line) -> dict[str, Any]:
         # What breaks the line, a restart for example, shows in the question after it.
         with contextlib.suppress(OSError, ConnectionClosed, InvalidHandshake):
             with service.socket(f"/ws/jobs/{job}?after={state['seq']}") as socket:
-                for frame in socket:
+                for frame in frames_of(socket):
                     state = json.loads(frame)
                     show(state)
         if state["status"] not in OVER:

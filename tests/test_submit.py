@@ -17,6 +17,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import require
@@ -295,6 +296,25 @@ def test_an_upload_that_breaks_off_is_sent_again(service, tmp_path):
     assert sum(head.startswith("PUT") for head in cutter.heads) == 3
     stored = service.config.layout.incoming / sole_job(service).input_path
     assert stored.read_bytes() == (tmp_path / "v.zip").read_bytes()
+
+
+def test_an_upload_that_breaks_off_late_is_sent_again_too(monkeypatch):
+    """Patience begins with what it is for, not with the upload."""
+    minutes = iter(range(1000))
+    clock = SimpleNamespace(monotonic=lambda: 60.0 * next(minutes), sleep=lambda _: None)
+    monkeypatch.setattr(submit, "time", clock)
+    tries = iter([ConnectionResetError(), "sent", *[ConnectionResetError()] * 9])
+
+    def send() -> str:
+        clock.monotonic()
+        if isinstance(one := next(tries), Exception):
+            raise one
+        return str(one)
+
+    assert submit.patiently(send, "the upload", 100.0) == "sent"
+    with pytest.raises(submit.Failure, match="the upload failed"):
+        submit.patiently(send, "the upload", 100.0)
+    assert 5 < len(list(tries)) < 9
 
 
 # ---------------------------------------------------------------- refusals

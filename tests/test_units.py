@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,25 @@ def test_the_batch_file_has_the_line_ends_and_labels_that_cmd_needs():
     text = data.decode()
     jumps = set(re.findall(r"goto (\w+)", text))
     assert jumps and jumps <= set(re.findall(r"^:(\w+)", text, re.MULTILINE))
+
+
+def test_a_package_that_is_only_about_to_be_installed_is_not_taken_for_installed(tmp_path):
+    """setuptools writes its .egg-info before pip has fetched a dependency."""
+    code = re.search(r'python\.exe (-P -c "import importlib[^"]+")', BAT.read_text(encoding="utf-8"))
+    folder = tmp_path / "manga_upscale_service.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: manga-upscale-service\nVersion: 9\n")
+    for arguments, is_found in ((shlex.split(code[1])[1:], True), (shlex.split(code[1]), False)):
+        command = [sys.executable, "-S", *arguments]  # without this environment's own packages
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+        assert (done.returncode == 0) == is_found, done.stderr
+
+
+def test_commands_of_the_readme_are_quoted_as_every_shell_reads_them():
+    """cmd knows no single quotes, and takes > and < for files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^pip .*", text, re.MULTILINE)
+    assert len(commands) > 5 and not [one for one in commands if "'" in one]
 
 
 def test_a_cuda_build_is_asked_for_within_the_tested_versions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from serving import png, queued, still, until, volume
 import jobs
 import server
 import settings
+import storage
 from files import inputs
 from messages import Limits, Params
 from work import submissions, uploads, watch
@@ -208,6 +210,14 @@ def test_a_folder_that_is_moved_in_is_new_however_old_its_files_are(watched):
     time.sleep(0.05)
     right.rename(watched.incoming / "T/01")
     assert watched.look() == ["T/01", "T/01"]
+
+
+def test_what_the_submit_command_sends_is_left_to_it(watched):
+    """It foretells what the volume will take first, which may last longer than an upload must lie still."""
+    data = volume({"1.png": png()})
+    watched.put(f"v{storage.sent_ending(hashlib.sha256(data).hexdigest())}", data)
+    watched.put(f"v{storage.sent_ending('0' * 64)}", data)  # by its name alone
+    assert watched.look() == [f"v{storage.sent_ending('0' * 64)}"]
 
 
 def test_one_upload_that_nobody_can_look_at_keeps_no_other_waiting(watched, monkeypatch, caplog):
