@@ -1,7 +1,7 @@
 """What there is to compute on: kinds of devices, a worker's own, and what is known of it.
 
-Map: DeviceKind, KINDS - a worker's device - what there is, for people - what pages are alike to the bit
-    for (program)
+Map: DeviceKind, KINDS - a worker's device - out of memory, lost - what there is, for people - what pages
+    are alike to the bit for (program)
 Rule: a table, not branches: what differs between kinds of devices is a field of DeviceKind.
 Runs in: the worker process only (it loads torch).
 """
@@ -129,6 +129,11 @@ def device_count(choice: EngineChoice) -> int:
     return 1
 
 
+def kinds_for(choice: EngineChoice) -> list[DeviceKind]:
+    """The kinds of devices that workers of this choice compute on, unless a job names another."""
+    return [row for kind, row in KINDS.items() if choice.device in ("auto", kind) and row.usable()]
+
+
 def native_bf16() -> bool:
     """Whether this processor multiplies bf16 itself; elsewhere it is emulated and slow."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -136,23 +141,51 @@ def native_bf16() -> bool:
 
 
 # ---------------------------------------------------------------- a worker's device
+SILENT: set[torch.device] = set()  # cards that leave_out_silent() found, in this process
+
+
 def torch_device(kind: str, slot: int) -> torch.device:
-    """Worker slot i takes the i-th usable device modulo their number."""
+    """Worker slot i takes the i-th usable device modulo their number, or the next that is not SILENT."""
     if kind in ("cpu", "mps"):
         return torch.device(kind)
-    cards = KINDS[kind].usable()
-    if not cards:
-        raise DeviceMissing(f"there is no {kind} device any more")
-    return torch.device(kind, cards[slot % len(cards)])
+    cards = [torch.device(kind, index) for index in KINDS[kind].usable()]
+    own = slot % max(1, len(cards))
+    for card in cards[own:] + cards[:own]:
+        if card not in SILENT:
+            return card
+    raise DeviceMissing(f"there is no {kind} device any more")
 
 
-@functools.cache
+def leave_out_silent(choice: EngineChoice, slot: int) -> None:
+    """Let this worker pass over a card that is listed and fails at the least operation (a memory error,
+    another program's exclusive use): all its jobs would fail there, one after the other.
+
+    Only at its start: any later the beats would wake a card that is not used.
+    """
+    for kind in ("cuda", "xpu"):
+        left = len(KINDS[kind].usable()) if choice.device in ("auto", kind) else 0
+        while left > 1 and not _answers(card := torch_device(kind, slot)):  # the last one is taken as it is
+            SILENT.add(card)
+            left -= 1
+
+
+def _answers(card: torch.device) -> bool:
+    try:
+        torch.ones(1, device=card).item()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            log.error("%s does not answer, the next card is used: %s", card, error)
+            return False
+    return True
+
+
 def keep_to_card(device: torch.device) -> None:
-    """On Windows, let torch use what is free on a card now and no more: the driver would go on in the
-    computer's memory, many times slower, and never say that the card's is used up."""
+    """On Windows, let torch use what it holds of a card and what is free there now, and no more: the driver
+    would go on in the computer's memory, many times slower, and never say that the card's is used up."""
     if device.type == "cuda" and sys.platform == "win32":
         free, whole = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(free / whole, device)
+        share = (free + torch.cuda.memory_reserved(device)) / whole
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
 
 
 def card_memory(slot: int) -> tuple[str, int, int] | None:
@@ -163,9 +196,26 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
             # A driver that fell over, or can't tell.
             with contextlib.suppress(RuntimeError, AttributeError, DeviceMissing):
                 device = torch_device(kind, slot)
-                free, whole = module.mem_get_info(device)
-                return str(device), whole - free, whole
+                # Telling which cards can be used initializes CUDA too; asking for a card's memory takes some.
+                if module.memory_reserved(device):
+                    free, whole = module.mem_get_info(device)
+                    return str(device), whole - free, whole
     return None
+
+
+# ---------------------------------------------------------------- out of memory, lost
+# How drivers and libraries say it that raise no OutOfMemoryError: CUDA, cuDNN and cuBLAS, cuDNN that
+# finds no room for any of its ways, Level Zero, torch's allocator on Linux and on Windows.
+NO_MEMORY = re.compile(
+    r"out of memory|alloc_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
+    r"|can't allocate memory|not enough memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed for want of memory, the device's or the computer's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
 
 
 def card_is_lost(slot: int) -> bool:
@@ -176,10 +226,8 @@ def card_is_lost(slot: int) -> bool:
         if module is not None and module.is_initialized():
             try:
                 torch.ones(1, device=torch_device(kind, slot)).item()
-            except torch.OutOfMemoryError:
-                return False
-            except (RuntimeError, DeviceMissing):
-                return True
+            except (RuntimeError, DeviceMissing) as error:
+                return not out_of_memory(error)  # another program may have filled it
     return False
 
 

@@ -10,6 +10,8 @@ Runs in: the worker process only (it loads torch).
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -65,6 +67,10 @@ class Insane(Exception):
     """A result that can't be the page: not finite, black, or of another brightness."""
 
 
+class UpstreamFailed(Exception):
+    """The reference's network failed; no RuntimeError, see UpstreamEngine."""
+
+
 # ---------------------------------------------------------------- plans
 class Measured:
     """What only a try on a worker's device tells of a model: seconds, so not once a job."""
@@ -90,7 +96,7 @@ class Measured:
 
     def _once(self, asked: tuple[str, ...], measure: Callable[[], Any]) -> Any:
         with self.turn:
-            if asked not in self.known:
+            if self.known.get(asked) is None:  # what could not be told then is measured anew
                 self.known[asked] = measure()
             return self.known[asked]
 
@@ -141,15 +147,33 @@ def fastest_convolutions(model: Model) -> str:
     return kind
 
 
-def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool:
+def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool | None:
     """Whether a reduced precision pays here: native or measured faster, and near fp32 on a
-    drawn probe (older cards are slower in fp16, and even gave black)."""
-    own = not isinstance(model.network, CommunityNetwork)
+    drawn probe (older cards are slower in fp16, and even gave black). None where no probe
+    finds room."""
     if plan.device == "cpu" and not devices.native_bf16():
         return False
-    timed = not (own and plan.device == "cpu")  # a processor's own bf16 is the faster one
     # A fast card would wait for Python all the time that a small page takes.
-    probe = probe_page(PROBE_SIDE if plan.device == "cpu" else CARD_PROBE_SIDE)
+    side = PROBE_SIDE if plan.device == "cpu" else CARD_PROBE_SIDE
+    while side >= PROBE_SIDE:
+        try:
+            return _won(model, plan, precision, slot, probe_page(side))
+        except RuntimeError as error:
+            if not devices.out_of_memory(error):
+                raise
+            log.warning("out of memory on %s: a probe of %d pixels is too large", plan.device, side)
+        side //= 2
+    # A page of now goes to the CPU, in fp32 whatever is said here (Engines.compute). A later one may find
+    # room, and nobody has seen the reduced precision right here: of what is wrong, only what is insane is
+    # computed again.
+    return None
+
+
+def _won(model: Model, plan: Plan, precision: str, slot: int, probe: Pixels) -> bool:
+    """Whether it is near on this probe, and faster where that isn't known. Raises RuntimeError out of memory,
+    and when the card is lost."""
+    own = not isinstance(model.network, CommunityNetwork)
+    timed = not (own and plan.device == "cpu")  # a processor's own bf16 is the faster one
     engines, results, kind = [], [], "fp32"
     best_s = [math.inf, math.inf]
     try:
@@ -162,7 +186,7 @@ def faster_and_near(model: Model, plan: Plan, precision: str, slot: int) -> bool
             engines[n % 2].upscale(probe, model.scale)
             best_s[n % 2] = min(best_s[n % 2], time.perf_counter() - started_s)
     except (Insane, RuntimeError) as error:
-        if devices.card_is_lost(slot):
+        if devices.out_of_memory(error) or devices.card_is_lost(slot):
             raise
         log.warning("%s is not usable on %s: %s", kind, plan.device, error)
         return False
@@ -180,13 +204,20 @@ def supports(model: Model, precision: str) -> bool:
 
 
 def halo_for(model: Model, device: str, slot: int) -> int:
-    """Input pixels around a tile that a model needs, measured on the device where nobody knows."""
+    """Input pixels around a tile that a model needs, measured on the device where nobody knows; on the
+    CPU where the device has no room."""
     if not isinstance(model.network, CommunityNetwork):
         return model.network.halo_px
     place = devices.torch_device(device, slot)
-    network = copy_network(model.network).to(place)
-    assert isinstance(network, CommunityNetwork)
-    return community.measured_halo(network, place)
+    try:
+        network = copy_network(model.network).to(place)
+        assert isinstance(network, CommunityNetwork)
+        return community.measured_halo(network, place)
+    except RuntimeError as error:
+        if device == "cpu" or not devices.out_of_memory(error):
+            raise
+        log.warning("out of memory on %s: how far %s sees is measured on the CPU", device, model.name)
+    return halo_for(model, "cpu", slot)
 
 
 # ---------------------------------------------------------------- model "auto"
@@ -235,7 +266,7 @@ class Engine(Protocol):
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """(H, W[, 3]) uint8 or uint16 -> (H*outscale, W*outscale[, 3]) uint8, grain added.
 
-        Raises Insane for a result that is not finite, RuntimeError out of memory.
+        Raises Insane for a result that is not finite, RuntimeError or MemoryError out of memory.
         """
         ...
 
@@ -252,13 +283,16 @@ class NativeEngine:
         self.scale = model.scale
         self.plan = plan
         self.device = devices.torch_device(plan.device, slot)
-        devices.keep_to_card(self.device)
         self.tick = tick
         # A copy: the model's own network stays as it was loaded.
         self.network = copy_network(model.network, PRECISIONS[plan.precision]).to(self.device)
         self.input_dtype = self.network.dtype
+        # spandrel's SPAN adds up its weights anew, in itself, whenever it is called: of a card's two threads
+        # each would compute with what the other has added.
+        self.turn: contextlib.AbstractContextManager[object] = threading.Lock()
         self.roller = None
         if not isinstance(self.network, CommunityNetwork):
+            self.turn = contextlib.nullcontext()
             self.input_dtype = self.network.first.weight.dtype
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if devices.KINDS[plan.device].rolls:
@@ -270,6 +304,7 @@ class NativeEngine:
     @torch.inference_mode()
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine."""
+        devices.keep_to_card(self.device)  # other programs come and go
         padded = windows.pad_to_multiple(pixels, self.model.multiple)
         if self.roller is not None:
             return self._by_columns(self.roller, padded, pixels.shape[:2], outscale, grain)
@@ -292,7 +327,8 @@ class NativeEngine:
         for i in range(0, len(boxes), self.plan.batch):
             batch = boxes[i : i + self.plan.batch]
             stack = torch.stack([window.of(source) for _, window in batch])
-            y = self.network(self._to_input(stack, white))
+            with self.turn:
+                y = self.network(self._to_input(stack, white))
             finite &= windows.is_finite(y)
             levels = windows.to_levels(y.flip(1).permute(0, 2, 3, 1), white, grey=page.ndim == 2)
             parts = windows.reduce_on_device(levels, white, scale, outscale)
@@ -380,7 +416,10 @@ def add_grain(page: Pixels, grain: Pixels) -> Pixels:
 
 
 class UpstreamEngine:
-    """The reference: RealESRGANer of the package realesrgan, page by page."""
+    """The reference: RealESRGANer of the package realesrgan, page by page.
+
+    It prints a tile's RuntimeError and pastes the tile before once more; so its network raises others.
+    """
 
     def __init__(self, model: Model, plan: Plan, slot: int) -> None:
         try:
@@ -416,12 +455,25 @@ class UpstreamEngine:
                 half=plan.precision == "fp16",
                 device=devices.torch_device(plan.device, slot),
             )
+        # Not its forward: the network would hold itself then, and be freed on a card who knows when.
+        self.engine.model = functools.partial(_run_upstream, self.engine.model)
 
     def upscale(self, pixels: Pixels, outscale: int, grain: Pixels | None = None) -> Pixels:
         """See Engine. Takes alpha too, as upstream does."""
         with self.turn:
             result = pages.to_eight_bit(self.engine.enhance(pixels, outscale=outscale)[0])
         return result if grain is None else add_grain(result, grain)
+
+
+def _run_upstream(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """network(x). Raises MemoryError, UpstreamFailed."""
+    try:
+        y: torch.Tensor = network(x)
+    except RuntimeError as error:
+        if devices.out_of_memory(error):
+            raise MemoryError(str(error)) from error
+        raise UpstreamFailed(str(error)) from error
+    return y
 
 
 # ---------------------------------------------------------------- a page
@@ -578,7 +630,7 @@ class Engines:
                 log.warning("computing a page again in fp32: %s", error)
                 attempt = replace(attempt, precision="fp32")
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not devices.out_of_memory(error):
                     raise
                 attempt = self._smaller(attempt, params, error)
 
@@ -609,19 +661,6 @@ class Engines:
             log.warning("out of memory on %s with the smallest tile: this page goes to the CPU", plan.device)
             return self._on_processor(plan, params)
         raise PageError("out of memory even with the smallest tile") from error
-
-
-# How drivers and libraries say it that raise no OutOfMemoryError: CUDA, cuDNN and cuBLAS, cuDNN that
-# finds no room for any of its ways, Level Zero, torch's allocator on Linux and on Windows.
-NO_MEMORY = re.compile(
-    r"out of memory|alloc_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
-    r"|can't allocate memory|not enough memory",
-    re.IGNORECASE,
-)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
 
 
 def _difference(plan: Plan, actual: Plan) -> str | None:

@@ -442,6 +442,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="only the worker's peaks")
     parser.add_argument("--encoders", action="store_true", help="only what each format costs")
     arguments = parser.parse_args()
+    infer.settle_torch()  # what is computed in this process too is beside fp32 that is fp32
     if arguments.encoders:
         print(encoders())
         return

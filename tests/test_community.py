@@ -5,14 +5,18 @@ The weights are made here: small networks, drawn by a seed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import io
 import json
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +208,38 @@ def test_a_halo_is_measured_once_a_worker(tmp_path, monkeypatch):
     worker = upscaling.Engines(EngineChoice(model_root=tmp_path, precision="fp32"), 0, lambda: None)
     assert {worker.plan(Params(model="theirs", jpeg_quality=q)).halo_px for q in (90, 95)} == {32}
     assert asked == ["theirs"]
+
+
+def test_a_halo_that_a_card_has_no_room_to_measure_is_measured_on_the_processor(tmp_path, monkeypatch):
+    model, measured, asked = loaded(tmp_path, "SPAN"), community.measured_halo, []
+    wanted = halo(model)
+
+    def full(network: community.CommunityNetwork, place: torch.device) -> int:
+        if asked[-1] == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return measured(network, place)
+
+    monkeypatch.setattr(devices, "torch_device", lambda kind, _: asked.append(kind) or torch.device("cpu"))
+    monkeypatch.setattr(community, "measured_halo", full)
+    assert upscaling.halo_for(model, "cuda", 0) == wanted
+    assert asked == ["cuda", "cpu"]
+
+
+def test_two_pages_at_a_time_are_what_each_is_alone(tmp_path, monkeypatch):
+    """SPAN pads a kernel while it adds up its weights: there the two threads of a card are made to meet."""
+    model, page = loaded(tmp_path, "SPAN"), colour(40, 40)
+    engine = upscaling.NativeEngine(model, plan_for(model, halo_px=0), 0)
+    alone, pad, meeting = engine.upscale(page, 2), torch.nn.functional.pad, threading.Barrier(2, timeout=0.5)
+
+    def meet(*of: Any) -> torch.Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other one waits for its turn
+            time.sleep(0.02 * meeting.wait())
+        return pad(*of)
+
+    monkeypatch.setattr(torch.nn.functional, "pad", meet)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda _: engine.upscale(page, 2), range(2)))
+    assert [apart(result, alone) for result in together] == [0, 0]
 
 
 def test_cancel_is_noticed_between_layers_of_any_network(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import COMPACT, bundled, native
+from engines import COMPACT, NO_FILES, bundled, native
 from helpers import require
 from serving import still
 
@@ -23,6 +23,7 @@ import settings
 import storage
 from commands import doctor
 from files import weightfiles
+from messages import EngineChoice
 
 ROOT = Path(server.__file__).parent
 WHEEL = {release.name: release.wheel_bin_sha256 for release in weightfiles.RELEASES}
@@ -56,6 +57,27 @@ def test_a_model_computes_the_stored_tile_here_and_tells_its_speed(facts):
     (run,) = facts["runs"]
     assert (run["model"], run["error"], run["device"], run["precision"]) == (COMPACT, None, "cpu", "fp32")
     assert run["worst"] <= 1 and run["pageS"] > 0
+
+
+def test_a_page_that_finds_no_room_is_timed_as_the_service_computes_it(monkeypatch):
+    import torch
+
+    import infer
+    from engine import upscaling
+
+    upscale = upscaling.NativeEngine.upscale
+
+    def limited(self, pixels, *more):
+        if self.plan.tile > 64 and len(pixels) > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return upscale(self, pixels, *more)
+
+    monkeypatch.setattr(upscaling.NativeEngine, "upscale", limited)
+    monkeypatch.setattr(infer, "settle_torch", lambda: None)  # it is for the whole process
+    monkeypatch.setattr(doctor, "PAGE", (240, 96))
+    monkeypatch.setattr(doctor, "WHOLE_PAGE_S", 1e9)
+    (run,) = doctor.examine(EngineChoice("cpu", "fp32", model_root=NO_FILES), [COMPACT])["runs"]
+    assert run["error"] is None and run["pageS"] > 0
 
 
 @pytest.mark.parametrize("name", doctor.MODELS)

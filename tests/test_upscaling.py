@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -153,21 +154,14 @@ def test_a_larger_tile_is_tried_again_after_a_while(card, monkeypatch):
     assert worker.compute(page, Params(model=COMPACT), on_card(128))[1] is None
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB",
-        "GET was unable to find an engine to execute this computation",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
-        "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried",
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
-    ],
-)
-def test_out_of_memory_is_known_however_it_is_said(words):
-    assert upscaling._out_of_memory(RuntimeError(words))
-    assert not upscaling._out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+def test_what_a_card_has_free_is_asked_for_each_page(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "keep_to_card", asked.append)
+    engine = native(COMPACT)
+    for pages_before in range(2):
+        assert len(asked) == pages_before
+        engine.upscale(grey(16, 16), 2)
+    assert asked == [engine.device] * 2
 
 
 @pytest.mark.parametrize("rolls", [True, False], ids=["rolling", "windows"])
@@ -260,8 +254,8 @@ def test_auto_stays_with_fp32_where_bf16_is_refused(monkeypatch):
     assert settled(Params(model=COMPACT), AUTO, bundled(COMPACT)).precision == "fp32"
 
 
-@pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
-def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chosen):
+def drag(monkeypatch, slow: torch.dtype) -> None:
+    """Let compact networks of one dtype take twice the time of the others."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -270,9 +264,29 @@ def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chos
         return y
 
     change_results(monkeypatch, dragged)
+
+
+@pytest.mark.parametrize("slow, chosen", [(torch.float16, "fp32"), (torch.float32, "fp16")])
+def test_auto_measures_a_card_before_it_takes_fp16(card, monkeypatch, slow, chosen):
+    drag(monkeypatch, slow)
     monkeypatch.setattr(upscaling, "CARD_PROBE_SIDE", 96)  # the processor's arithmetic
     params = Params(model=COMPACT, device="cuda")
     assert settled(params, AUTO, bundled(COMPACT)).precision == chosen
+
+
+def test_auto_measures_a_card_without_much_room_on_a_smaller_probe(card, monkeypatch):
+    drag(monkeypatch, torch.float32)
+    assert settled(Params(model=COMPACT, device="cuda"), AUTO, bundled(COMPACT)).precision == "fp16"
+    assert [tile for _, tile in card[:3]] == [384, 192, 96]
+
+
+def test_auto_measures_a_card_again_that_had_no_room_at_all(card, monkeypatch):
+    drag(monkeypatch, torch.float32)
+    asked = (Params(model=COMPACT, device="cuda"), AUTO, bundled(COMPACT), upscaling.Measured(slot=0))
+    with monkeypatch.context() as tight:
+        tight.setitem(CARD_PIXELS, 0, 0)
+        assert upscaling.make_plan(*asked).precision == "fp32"
+    assert upscaling.make_plan(*asked).precision == "fp16"
 
 
 def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
@@ -416,6 +430,40 @@ def test_where_the_reference_engine_is_missing_or_broken_its_error_says_how(monk
         engines().engine(plan)
 
 
+# The reference prints an error that a tile meets, and pastes the tile before in its place.
+def second_tile_fails(monkeypatch, error: RuntimeError) -> None:
+    """Let the second call of the reference's compact network fail."""
+    require(importlib.util.find_spec("realesrgan"), "the reference package realesrgan is not installed")
+    import upstream_shim
+
+    upstream_shim.install()
+    from realesrgan.archs.srvgg_arch import SRVGGNetCompact
+
+    forward, called = SRVGGNetCompact.forward, []
+
+    def failing(self, x):
+        called.append(x.shape)
+        if len(called) == 2:
+            raise error
+        return forward(self, x)
+
+    monkeypatch.setattr(SRVGGNetCompact, "forward", failing)
+
+
+def test_a_tile_of_the_reference_engine_that_finds_no_room_makes_them_smaller(monkeypatch):
+    second_tile_fails(monkeypatch, torch.OutOfMemoryError("CUDA out of memory (injected)"))
+    page, plan = colour(40, 100), plan_for(bundled(COMPACT), engine="upstream", tile=64)
+    pixels, deviation = engines().compute(page, Params(model=COMPACT), plan)
+    assert deviation == "tile 32" and apart(pixels, native(COMPACT).upscale(page, 2)) <= 1
+
+
+def test_a_tile_of_the_reference_engine_that_fails_fails_its_page(monkeypatch):
+    second_tile_fails(monkeypatch, RuntimeError("CUDA error: unspecified launch failure (injected)"))
+    plan = plan_for(bundled(COMPACT), engine="upstream", tile=64)
+    with pytest.raises(upscaling.UpstreamFailed, match="unspecified launch"):
+        engines().compute(colour(40, 100), Params(model=COMPACT), plan)
+
+
 def test_auto_without_a_model_to_choose_asks_for_a_name(monkeypatch):
     monkeypatch.setattr(weightfiles, "find_weights", lambda root: {})
     with pytest.raises(storage.WeightsRefused, match="name one"):
@@ -441,6 +489,23 @@ def test_a_worker_computes_the_same_bytes_each_time_and_loads_no_compiler_for_it
         " torch.is_deterministic_algorithms_warn_only_enabled(), 'torch._inductor' in sys.modules)"
     )
     assert said.stdout.split() == ["True", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from commands import cli; cli.main = tell; runpy.run_path('infer.py', run_name='__main__')",
+        "sys.path.append('tests'); sys.argv = ['bench.py', '--encoders']; import bench;"
+        "bench.encoders = tell; bench.main()",
+    ],
+    ids=["infer.py", "bench.py"],
+)
+def test_a_command_computes_as_a_worker_does(code):
+    told = "torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()"
+    code = f"import runpy, sys, engine, torch; tell = lambda: print({told}) or 0; {code}"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=storage.PROGRAM, capture_output=True, text=True, check=True)
+    assert said.stdout.split()[:2] == ["False", "True"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp on Linux alone")
