@@ -134,12 +134,14 @@ class Worker:
         self.slot = slot
         self.send_lock = threading.Lock()
         self.cancelled: set[tuple[str, int]] = set()
+        self.resting: dict[tuple[str, int, int], Callable[[], None]] = {}  # by key: steps not yet begun
+        self.rest_lock = threading.Lock()  # of resting, and of cancelled's changes
         self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
         self.cache = PageCache(choice.cache_root, devices.program(slot)) if choice.cache_root else None
-        kinds = [kind for kind in devices.KINDS.values() if kind.usable()]
-        at_once = max(kind.pages for kind in kinds)
+        kinds = devices.kinds_for(choice)  # none where the one that was chosen is missing
+        at_once = max((kind.pages for kind in kinds), default=1)
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
         cores = os.cpu_count() or 1
         encoders = max(1, min(2 if all(kind.rolls for kind in kinds) else 16, cores - 1))
@@ -161,7 +163,7 @@ class Worker:
             if task is None:
                 os._exit(0)
             if isinstance(task, Cancel):
-                self.cancelled.add((task.job_id, task.attempt))
+                self._cancel(task)
             else:
                 self._start(task)
 
@@ -187,25 +189,65 @@ class Worker:
         if self.computing.get(threading.get_ident()) in self.cancelled:
             raise upscaling.Cancelled
 
+    def _cancel(self, task: Cancel) -> None:
+        """Drop what rests of this attempt, at once: behind other jobs' pages its turn might come too late,
+        and this process be killed with those. What is under way notices by itself."""
+        with self.rest_lock:
+            self.cancelled.add((task.job_id, task.attempt))
+            keys = [key for key in self.resting if key[:2] == (task.job_id, task.attempt)]
+            for key in keys:
+                del self.resting[key]  # with the pixels that it held
+        for key in keys:
+            self.send(Dropped(*key))
+
+    def _queue(
+        self,
+        submit: Callable[..., object],
+        task: ComputePage | Stage | Settle | Pack,
+        step: Callable[..., None],
+        *values: Any,
+    ) -> None:
+        """Have a queue's thread take this step, unless a cancel comes first."""
+        n = task.n if isinstance(task, ComputePage) else 0
+        whole: Callable[..., None] = self._page_step if n else self._file_step
+        key = (task.job_id, task.attempt, n)
+        with self.rest_lock:
+            may_rest = key[:2] not in self.cancelled
+            if may_rest:
+                self.resting[key] = functools.partial(whole, task, step, *values)
+        if may_rest:
+            submit(self._take_up, key)
+        else:
+            self.send(Dropped(*key))
+
+    def _take_up(self, key: tuple[str, int, int]) -> None:
+        with self.rest_lock:
+            step = self.resting.pop(key, None)
+        if step:
+            step()
+
     def _start(self, task: Task) -> None:
         match task:
             case ComputePage(carry=None):
-                self.decoders.submit(self._page_step, task, self._decode)
+                self._queue(self.decoders.submit, task, self._decode)
             case ComputePage():
-                self.encoders.submit(self._page_step, task, self._carry)
+                self._queue(self.encoders.submit, task, self._carry)
             case Stage():
                 # Staging settles the plan, which loads and probes the model.
-                self.device.submit(self._file_step, task, self._stage)
+                self._queue(self.device.submit, task, self._stage)
             case Settle():
-                self.device.submit(self._file_step, task, self._settle, first=True)
+                self._queue(functools.partial(self.device.submit, first=True), task, self._settle)
             case Pack():
-                self.files.submit(self._file_step, task, self._pack)
+                self._queue(self.files.submit, task, self._pack)
             case Preview():
                 failed = functools.partial(Previewed, task.key)
                 self.decoders.submit(self._answer, lambda: self._preview(task), failed)
             case Survey():
-                self.decoders.submit(
-                    self._answer, lambda: survey.survey(task), lambda why: Surveyed(task.key, error=why)
+                self.files.submit(
+                    self._answer,
+                    lambda: survey.survey(task),
+                    lambda why: Surveyed(task.key, error=why),
+                    math.inf,  # as staging: a large solid archive is unpacked for it
                 )
             case Probe():
                 self.files.submit(self._answer, self._probe, lambda _why: Probed([], []))
@@ -252,7 +294,7 @@ class Worker:
         found = self.cache.find(key) if self.cache and key else None
         if found:
             spent = time.perf_counter() - started
-            self.encoders.submit(self._page_step, task, self._reuse, found, key, spent)
+            self._queue(self.encoders.submit, task, self._reuse, found, key, spent)
             return
         page = pages.decode_page(data, params, task.limits)
         mark = storage.mark_of(task.source.name)
@@ -261,12 +303,13 @@ class Worker:
         wanted = pages.target_size(width, height, params)
         spent = time.perf_counter() - started
         if params.has_target and wanted <= (width, height):  # both sides: the proportions stay
-            if pages.stays(params, len(data), _most_bytes(task), is_part=bool(mark)):
-                self.encoders.submit(self._page_step, task, self._carry)
+            if pages.stays(params, data, len(data), _most_bytes(task), is_part=bool(mark)):
+                self._queue(self.encoders.submit, task, self._carry)
             else:
-                self.encoders.submit(self._page_step, task, self._reduce, page, wanted, spent)
+                self._queue(self.encoders.submit, task, self._reduce, page, wanted, spent)
             return
-        self.device.submit(self._page_step, task, self._infer, page, spent, key, first=task.plan is None)
+        to_device = functools.partial(self.device.submit, first=task.plan is None)
+        self._queue(to_device, task, self._infer, page, spent, key)
 
     def _reuse(self, task: ComputePage, entry: Entry, key: str, spent: float) -> None:
         """Write a cached page: a copy, so that what befalls one job's file is no other's harm."""
@@ -296,7 +339,7 @@ class Worker:
         done = replace(page, pixels=result[cut])
         facts = {"model": plan.model, "input_pixels": part.shape[0] * part.shape[1]}
         facts |= {"device_s": round(device_s, 3), "plan": None if task.plan else settled, "cache_key": key}
-        self.encoders.submit(self._page_step, task, self._encode, done, deviation, spent + device_s, facts)
+        self._queue(self.encoders.submit, task, self._encode, done, deviation, spent + device_s, facts)
 
     def _encode(
         self,
@@ -330,7 +373,8 @@ class Worker:
 
     def _carry(self, task: ComputePage) -> None:
         """Take the original over, so that a reader finds the page where it belongs."""
-        data, suffix = task.source.read_bytes(), task.source.suffix
+        data = task.source.read_bytes()
+        suffix = pages.kept_suffix(data, task.source.suffix)
         half, width, height, mode = None, 0, 0, ""
         mark = storage.mark_of(task.source.name)
         # Whatever a decoder makes of it. Where workers died of the page, none gets it once more, but for what
@@ -484,9 +528,14 @@ class Worker:
         digest, size_bytes = containers.pack(task.outputs, task.artifact, task.report)
         self.send(Packed(task.job_id, task.attempt, digest, size_bytes))
 
-    def _answer(self, work: Callable[[], object], failed: Callable[[str], object]) -> None:
+    def _answer(
+        self,
+        work: Callable[[], object],
+        failed: Callable[[str], object],
+        limit_s: float = BYTES_STEP_LIMIT_S,
+    ) -> None:
         """Do what was asked outside any job, and send the one event that answers it."""
-        self.watch.begin(self.BYTES_STEP_LIMIT_S)
+        self.watch.begin(limit_s)
         try:
             event = work()
         # Around an attempt: without an answer the question would stay open for ever.
@@ -585,10 +634,12 @@ def worker_main(conn: Connection, choice: EngineChoice, slot: int) -> None:
         for kind in devices.KINDS.values():
             kind.usable()  # a driver's first use may need rights that are about to go
         sandbox.drop_rights()
+    devices.leave_out_silent(choice, slot)
     Worker(conn, choice, slot).run()
 
 
 if __name__ == "__main__":
     from commands import cli
 
+    settle_torch()
     sys.exit(cli.main())

@@ -260,7 +260,7 @@ class ComputePage:
     attempt: int
     n: int
     source: Path
-    target_stem: Path  # without the suffix: a carried page keeps its source's
+    target_stem: Path  # without the suffix: a carried page has that of its content
     params: Params
     plan: Plan | None
     limits: Limits

@@ -285,7 +285,8 @@ class Volume:
         deviation: str | None,
         error: str | None,
     ) -> dict[str, Any]:
-        data, suffix = path.read_bytes(), path.suffix
+        data = path.read_bytes()
+        suffix = pages.kept_suffix(data, path.suffix)
         if done is not None:
             try:
                 data, suffix, other = budgets.fitted(

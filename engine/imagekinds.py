@@ -33,6 +33,8 @@ class Facts:
     depth: int = 8  # bits a sample, where the decoder does not scale them
     turn_at: int = 0  # where a TIFF states its orientation, see unturned()
     end: int = 0  # where its pixels' bytes end, where the header says so
+    is_negative: bool = False  # a TIFF whose 0 is white
+    is_planar: bool = False  # a TIFF whose colours lie one behind the other
 
 
 # ---------------------------------------------------------------- TIFF
@@ -40,7 +42,7 @@ TIFF_TYPES = {3: "H", 4: "I"}  # SHORT, LONG
 PIECES_MOST = 1 << 20  # strips or tiles; 100 megapixels in the smallest tiles are 390,000
 PIECES = (273, 279, 324, 325)  # offsets and sizes of strips, of tiles
 NO_PIECES = np.zeros(0, np.int64)
-WIDTH, HEIGHT, ORIENTATION, PROFILE = 256, 257, 274, 34_675
+WIDTH, HEIGHT, PHOTOMETRIC, ORIENTATION, PLANAR, PROFILE = 256, 257, 262, 274, 284, 34_675
 
 
 def tiff_facts(data: bytes) -> Facts:
@@ -76,7 +78,16 @@ def tiff_facts(data: bytes) -> Facts:
     sizes = lists.get(279, lists.get(325, NO_PIECES))
     both = min(len(starts), len(sizes))
     end = int((starts[:both] + sizes[:both]).max(initial=0))
-    return Facts(numbers.get(WIDTH, 0), numbers.get(HEIGHT, 0), turns, profile, turn_at=turn_at, end=end)
+    return Facts(
+        numbers.get(WIDTH, 0),
+        numbers.get(HEIGHT, 0),
+        turns,
+        profile,
+        turn_at=turn_at,
+        end=end,
+        is_negative=numbers.get(PHOTOMETRIC) == 0,
+        is_planar=numbers.get(PLANAR) == 2,
+    )
 
 
 def unturned(data: bytes, facts: Facts) -> bytes:
@@ -120,7 +131,8 @@ def _box(data: bytes, wanted: bytes, at: int, end: int) -> tuple[int, int]:
 def avif_facts(data: bytes) -> Facts:
     """Of the primary item (HEIF, ISO/IEC 23008-12, 6.5 and 9.3; AV1-ISOBMFF, 2.3).
 
-    The size is the largest that any item has: tiles and alpha are decoded too.
+    The size is the largest that any item has: tiles and alpha are decoded too. A grid's depth is the
+    deepest of any: only its tiles state one.
     """
     start, end = _box(data, b"meta", 0, len(data))
     start += 4
@@ -132,7 +144,8 @@ def avif_facts(data: bytes) -> Facts:
     sizes = [struct.unpack_from(">II", data, at + 4) for kind, at, _ in properties if kind == b"ispe"]
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     turns: list[int] = []
-    profile, depth = None, 8
+    depth = max((_av1_depth(data, at) for kind, at, _ in properties if kind == b"av1C"), default=8)
+    profile = None
     for n in _properties_of(data, owners, owners_end, primary):
         kind, at, stop = properties[n - 1]
         if kind == b"irot" and data[at] & 3:
@@ -141,9 +154,16 @@ def avif_facts(data: bytes) -> Facts:
             turns.append(2 if data[at] & 1 else 4)
         elif kind == b"colr" and data[at : at + 4] in (b"prof", b"rICC"):
             profile = data[at + 4 : stop]
-        elif kind == b"av1C" and data[at + 2] & 0x40:
-            depth = 12 if data[at + 2] & 0x20 else 10
+        elif kind == b"av1C":
+            depth = _av1_depth(data, at)
     return Facts(width, height, tuple(turns), profile, depth)
+
+
+def _av1_depth(data: bytes, at: int) -> int:
+    """Bits a sample, by the content of an av1C (AV1-ISOBMFF, 2.3.3: high_bitdepth, twelve_bit)."""
+    if not data[at + 2] & 0x40:
+        return 8
+    return 12 if data[at + 2] & 0x20 else 10
 
 
 def _properties_of(data: bytes, at: int, end: int, item: int) -> list[int]:

@@ -41,6 +41,12 @@ GREY_CAST = 0.25  # 8-bit levels
 GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a scan has
 ALPHA_CHANNELS = 4
 AVIF_SPEED = 8  # of 0..10: at 6 a page takes three times as long and is a few percent smaller
+PDF_KINDS = ("jpeg", "png")  # that a PDF holds as they are
+# What files of each kind are called.
+SUFFIXES = {
+    "jpeg": (".jpg", ".jpeg"), "tiff": (".tif", ".tiff"), "png": (".png",), "webp": (".webp",),
+    "bmp": (".bmp",), "gif": (".gif",), "avif": (".avif",), "jxl": (".jxl",),
+}  # fmt: skip
 NETWORK_SCALE = 4  # the largest; what a page may need before it is reduced to its target
 
 
@@ -193,25 +199,30 @@ def decode_page(data: bytes, params: Params, limits: Limits) -> Decoded:
     return Decoded(drop_opaque_alpha(pixels), spread, fitting_profile(profile, pixels))
 
 
-def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
-    """(pixels, the embedded ICC profile)."""
+def stored(data: bytes) -> tuple[Pixels, dict[int, bytes]]:
+    """(pixels as the file holds them, not turned; what stands beside them, by cv2.IMAGE_METADATA_...), of a
+    kind that is not in imagekinds.FACTS. Raises PageError."""
     kind = image_kind(data)
-    if kind in imagekinds.FACTS:
-        return _decode_by_facts(data, kind)
     try:
         pixels, kinds, blocks = cv2.imdecodeWithMetadata(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise PageError(f"the decoder refused it: {error.err or 'damaged data'}") from error
     if pixels is None:
         raise PageError(f"the {kind.upper()} data is damaged or cut off")
+    found = zip(kinds, blocks, strict=False)
+    return pixels, {about: bytes(block.reshape(-1).view(np.uint8)) for about, block in found}
+
+
+def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
+    """(pixels, the embedded ICC profile)."""
+    kind = image_kind(data)
+    if kind in imagekinds.FACTS:
+        return _decode_by_facts(data, kind)
+    pixels, found = stored(data)
     pixels = _with_transparent_grey(pixels, data)
     if kind == "bmp" and channels(pixels) == ALPHA_CHANNELS and not pixels[..., 3].any():
         pixels = np.ascontiguousarray(pixels[..., :3])  # 32 bits a pixel, of which 8 mean nothing
-    found = {
-        kind: bytes(block.reshape(-1).view(np.uint8)) for kind, block in zip(kinds, blocks, strict=False)
-    }
-    if cv2.IMAGE_METADATA_EXIF in found:
-        pixels = orient(pixels, exif_orientation(found[cv2.IMAGE_METADATA_EXIF]))
+    pixels = orient(pixels, exif_orientation(found.get(cv2.IMAGE_METADATA_EXIF, b"")))
     return pixels, found.get(cv2.IMAGE_METADATA_ICCP)
 
 
@@ -238,6 +249,12 @@ def _decode_by_facts(data: bytes, kind: str) -> tuple[Pixels, bytes | None]:
     if pixels.dtype not in (np.uint8, np.uint16):
         samples = f"samples of the kind {pixels.dtype}"
         raise PageError(f"{kind.upper()} with {samples} is not read; save it with 8 or 16 bits")
+    if pixels.dtype == np.uint16 and pixels.ndim == 3 and facts.is_planar:
+        # OpenCV reads the first plane as if it held all colours.
+        planes = "16-bit colours in separate planes"
+        raise PageError(f"TIFF with {planes} is not read; save it with them interleaved, or with 8 bits")
+    if pixels.dtype == np.uint16 and pixels.ndim == 2 and facts.is_negative:
+        pixels = np.invert(pixels)  # OpenCV did that with fewer bits
     if pixels.dtype == np.uint16 and facts.depth > 8:
         white = 2**facts.depth - 1
         pixels = ((pixels.astype(np.uint32) * 65_535 + white // 2) // white).astype(np.uint16)
@@ -490,9 +507,12 @@ def target_size(width: int, height: int, params: Params) -> tuple[int, int]:
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def stays(params: Params, size_bytes: int, most_bytes: int | None, is_part: bool) -> bool:
+def stays(params: Params, head: bytes, size_bytes: int, most_bytes: int | None, is_part: bool) -> bool:
     """Whether a page that is as large as its target already is taken over byte for byte; else it is written
-    anew, for a screen's greys and pixels, within its bytes, or as the half that it is."""
+    anew, for a screen's greys and pixels, within its bytes, as the half that it is, or for a PDF, which would
+    hold it as a PNG many times as large. head: the page's first bytes."""
+    if params.container == "pdf" and storage.sniff(head) not in PDF_KINDS:
+        return False
     return (most_bytes is None or size_bytes <= most_bytes) and not params.profile and not is_part
 
 
@@ -586,6 +606,12 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
     if side <= SIDE_LIMITS[wanted]:
         why = f"written as png: {many} pixels are over the {PIXEL_LIMITS.get(wanted)} that {wanted} allows"
     return data.tobytes(), f".{actual}", None if actual == wanted else why
+
+
+def kept_suffix(data: bytes, named: str) -> str:
+    """What a page that is kept as it is ends in: as it was named, unless its content is of another kind."""
+    fitting = SUFFIXES.get(storage.sniff(data), (named,))
+    return named if named in fitting else fitting[0]
 
 
 # ---------------------------------------------------------------- previews

@@ -41,7 +41,7 @@ class Tally:
         width, size_bytes = max(1, width // parts), size_bytes // parts
         wanted = pages.target_size(width, height, self.params)
         is_large = self.params.has_target and wanted <= (width, height)
-        if is_large and pages.stays(self.params, size_bytes, self.params.max_page_bytes, parts > 1):
+        if is_large and pages.stays(self.params, head, size_bytes, self.params.max_page_bytes, parts > 1):
             self.carried_bytes += size_bytes
             return
         if not is_large:  # else it is written anew, by no network

@@ -175,9 +175,12 @@ def _zip_info(name: str) -> zipfile.ZipInfo:
 def remove_strays(outputs: Path, wanted: set[str]) -> None:
     """Leave in a job's own folder just what its report lists (a page once carried may
     lie there under its old suffix after a resume)."""
+    # Some disks keep a folder's old case, or decompose names: pages would pass for strays.
+    kept = {storage.fold(name): outputs / name for name in wanted}
     for folder, _, files in os.walk(outputs):
         for name in files:
             path = Path(folder, name)
-            if path.relative_to(outputs).as_posix() not in wanted:
+            page = kept.get(storage.fold(path.relative_to(outputs).as_posix()))
+            if page is None or (page.exists() and not page.samefile(path)):
                 with contextlib.suppress(PermissionError):  # on Windows, while it is read; it harms nothing
                     storage.remove_file(path)

@@ -293,7 +293,7 @@ def _image_of(data: bytes, settings: dict[str, Any]) -> bytes | None:
 
     from engine import pages
 
-    if storage.sniff(data) in ("jpeg", "png"):
+    if storage.sniff(data) in pages.PDF_KINDS:
         try:
             img2pdf.convert(data, **settings)
         # It raises errors of its own, of Pillow and of zlib; a file that it can't take is decoded here.

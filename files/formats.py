@@ -25,10 +25,11 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import xml.parsers.expat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -283,18 +284,21 @@ DOCUMENTS_BYTES = 64 << 20
 CONTAINER = "META-INF/container.xml"
 ENCRYPTION = "META-INF/encryption.xml"
 IMAGE_TYPE = "image/"
+DRAWING_TYPE = "image/svg"  # no page, but a document that may show one
 
 
 def spine_pages(
-    source: Path, archive: zipfile.ZipFile, read: Callable[[zipfile.ZipInfo], bytes], limits: Limits
-) -> list[str] | None:
-    """Names of an EPUB's page images in reading order; None for a zip that is none.
+    source: Path,
+    members: Mapping[str, zipfile.ZipInfo],
+    read: Callable[[zipfile.ZipInfo], bytes],
+    limits: Limits,
+) -> list[zipfile.ZipInfo] | None:
+    """An EPUB's page images in reading order; None for a zip that is none.
 
     The order is the spine's (EPUB 3.3, 5.7); a cover that no document shows comes first. An image
-    that stands in several documents counts once. read: a member's bytes, b"" where it is damaged.
-    Raises InputUnusable for an EPUB whose pages are encrypted.
+    that stands in several documents counts once. members: by their names in NFC; read: a member's
+    bytes, b"" where it is damaged. Raises InputUnusable for an EPUB whose pages are encrypted.
     """
-    members = {info.filename: info for info in archive.infolist()}
     if CONTAINER not in members:
         return None
     left = DOCUMENTS_BYTES
@@ -308,14 +312,15 @@ def spine_pages(
         return read(info)
 
     roots = _elements(text(CONTAINER), "rootfile")
-    root = next((one["full-path"] for one in roots if "full-path" in one), "")
+    root = unicodedata.normalize("NFC", next((one["full-path"] for one in roots if "full-path" in one), ""))
     package = text(root)
     items = {one.get("id"): one for one in _elements(package, "item")}
     found: list[str] = []
     for reference in _elements(package, "itemref")[: limits.entries]:
         item = items.get(reference.get("idref"), {})
         name = _resolved(root, item.get("href", ""))
-        if item.get("media-type", "").startswith(IMAGE_TYPE):
+        kind = item.get("media-type", "")
+        if kind.startswith(IMAGE_TYPE) and not kind.startswith(DRAWING_TYPE):
             found.append(name)
         else:
             found += [_resolved(name, link) for link in _images_in(text(name))]
@@ -327,7 +332,7 @@ def spine_pages(
     locked = {_resolved("", one.get("URI", "")) for one in _elements(text(ENCRYPTION), "CipherReference")}
     if locked.intersection(pages):
         raise storage.InputUnusable(f"{source.name} is an EPUB with copy protection, which can't be read")
-    return pages or None
+    return [members[name] for name in pages] or None
 
 
 def _cover_of(package: bytes, items: dict[str | None, dict[str, str]]) -> str | None:
@@ -340,11 +345,12 @@ def _cover_of(package: bytes, items: dict[str | None, dict[str, str]]) -> str | 
 
 
 def _resolved(base: str, link: str) -> str:
-    """The member that a link in the member `base` names."""
+    """The member that a link in the member `base` names, in NFC: macOS decomposes names, not links."""
     path = ""
     with contextlib.suppress(ValueError):  # "//[", say
         path = urllib.parse.unquote(urllib.parse.urlsplit(link).path) if ":" not in link[:12] else ""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(base), path)) if path else ""
+    place = posixpath.normpath(posixpath.join(posixpath.dirname(base), path)) if path else ""
+    return unicodedata.normalize("NFC", place)
 
 
 class _Entities(Exception):

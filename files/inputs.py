@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import tempfile
 import unicodedata
 import zipfile
@@ -53,9 +54,11 @@ class Listing:
 
 
 ZIP_END_BYTES = 76 + 22 + 65_535  # zip64's records, the end record, its longest comment
+UNICODE_PATH = 0x7075  # an entry's extra field
 ENTRY_BYTES = 1024  # of a zip's directory, for an entry with a long name, on the average
 
 Archive: TypeAlias = "zipfile.ZipFile | formats.Container"
+Named: TypeAlias = "tuple[zipfile.ZipInfo | formats.Member, str]"  # an entry, and what it is called
 
 
 # ---------------------------------------------------------------- places in incoming/
@@ -273,7 +276,7 @@ def _entry_at(archive: Archive, inside: str, limits: Limits) -> Entry:
     raise storage.InputMissing(f"{inside} is no longer in the archive")
 
 
-def _checked(archive: Archive, limits: Limits) -> list[tuple[zipfile.ZipInfo | formats.Member, str]]:
+def _checked(archive: Archive, limits: Limits) -> list[Named]:
     """All entries with their names, once number, sizes and places are within the limits."""
     if not isinstance(archive, zipfile.ZipFile):
         members = archive.members(limits)
@@ -364,7 +367,8 @@ def list_archive(source: Path, archive: Archive, limits: Limits) -> Listing:
     pages: list[Entry] = []
     others: list[Entry] = []
     manifest = None
-    for entry, parts in _files_in(source, archive, limits):
+    named = _checked(archive, limits)
+    for entry, parts in _files_in(source, named, limits):
         found = Entry("/".join(parts), source, entry)
         if storage.is_page_name(parts):
             if isinstance(entry, zipfile.ZipInfo) and entry.flag_bits & 1:
@@ -376,7 +380,7 @@ def list_archive(source: Path, archive: Archive, limits: Limits) -> Listing:
                 manifest = found  # the last of several; each reading may take a process
     shown = pages
     if isinstance(archive, zipfile.ZipFile):
-        shown = _in_reading_order(source, archive, pages, limits)
+        shown = _in_reading_order(source, archive, named, pages, limits)
     members = {page.member for page in shown}
     others += [page for page in pages if page.member not in members]
     read = manifest and parse_manifest(_read_member(archive, manifest, limits))
@@ -384,11 +388,11 @@ def list_archive(source: Path, archive: Archive, limits: Limits) -> Listing:
 
 
 def _files_in(
-    source: Path, archive: Archive, limits: Limits
+    source: Path, named: Sequence[Named], limits: Limits
 ) -> Iterator[tuple[zipfile.ZipInfo | formats.Member, list[str]]]:
     """The files of an archive, or of the folder in it that the input is: entries and their paths there."""
     folder = _folder_in(source)
-    for entry, name in _checked(archive, limits):
+    for entry, name in named:
         if _is_special(entry):
             raise storage.UnsafeName(f"entry {name[:80]!a} is a link or a device, not a file")
         if re.fullmatch(r"\.[./\\]*", name) and ".." not in name:
@@ -400,7 +404,7 @@ def _files_in(
 
 
 def _in_reading_order(
-    source: Path, archive: zipfile.ZipFile, pages: list[Entry], limits: Limits
+    source: Path, archive: zipfile.ZipFile, named: Sequence[Named], pages: list[Entry], limits: Limits
 ) -> list[Entry]:
     """The pages of an EPUB that its documents show, in their order; of another zip all of them."""
     from files import formats
@@ -408,23 +412,44 @@ def _in_reading_order(
     def read(info: zipfile.ZipInfo) -> bytes:
         return _read_member(archive, Entry(info.filename, source, info), limits)
 
-    order = formats.spine_pages(source, archive, read, limits)
+    members = {
+        unicodedata.normalize("NFC", _plain(name)): info
+        for info, name in named
+        if isinstance(info, zipfile.ZipInfo) and not name.endswith(("/", "\\"))
+    }
+    order = formats.spine_pages(source, members, read, limits)
     if order is None:
         return pages
-    held = {page.member.filename: page for page in pages if isinstance(page.member, zipfile.ZipInfo)}
-    shown = [held[name] for name in order if name in held]
+    held = {page.member: page for page in pages}
+    shown = [held[info] for info in order if info in held]
     names = formats.numbered([page.name for page in shown])
     return [Entry(name, page.path, page.member) for name, page in zip(names, shown, strict=True)] or pages
 
 
 def _entry_names(infos: Sequence[zipfile.ZipInfo]) -> list[str]:
     # Without the UTF-8 flag zipfile decoded as code page 437, which is reversible.
-    plain = [i for i, info in enumerate(infos) if not info.flag_bits & 0x800]
-    names = [info.orig_filename for info in infos]
-    decoded = storage.decode_names([names[i].encode("cp437") for i in plain])
-    for i, name in zip(plain, decoded, strict=True):
-        names[i] = name
-    return names
+    plain = {
+        i: info.orig_filename.encode("cp437") for i, info in enumerate(infos) if not info.flag_bits & 0x800
+    }
+    told = {i: name for i, raw in plain.items() if (name := _unicode_path(infos[i].extra, raw))}
+    unsure = [i for i in plain if i not in told]
+    told |= zip(unsure, storage.decode_names([plain[i] for i in unsure]), strict=True)
+    return [told.get(i, info.orig_filename) for i, info in enumerate(infos)]
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> str:
+    """The name in Info-ZIP's Unicode Path field (APPNOTE 4.6.9), if it is of this raw name; else "".
+
+    WinRAR and WinZip put there what their code page has no letters for; the raw name has `_` instead.
+    """
+    at, begin = 0, struct.pack("<BL", 1, zlib.crc32(raw))
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        data, at = extra[at + 4 : at + 4 + length], at + 4 + length
+        if kind == UNICODE_PATH and data.startswith(begin):
+            with contextlib.suppress(UnicodeDecodeError):
+                return data[len(begin) :].decode("utf-8")
+    return ""
 
 
 def _check_sizes(

@@ -478,6 +478,8 @@ def _taken(image: Any, turn: int) -> bytes:
     import cv2
     import numpy as np
 
+    from engine import pages
+
     bitmap = image.get_bitmap()
     pixels = bitmap.to_numpy().copy()  # (H, W) or (H, W, 1 | 3 | 4) uint8, BGR
     if pixels.ndim == 3 and pixels.shape[2] == 4:
@@ -486,11 +488,14 @@ def _taken(image: Any, turn: int) -> bytes:
         pixels = pixels[..., 0]
     if not turn and list(image.get_filters()) == ["DCTDecode"]:
         data = bytes(image.get_data())
-        # A colour space, an inversion or four inks stand beside it in the PDF.
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if decoded is not None and decoded.shape == pixels.shape:
-            if float(cv2.absdiff(decoded, pixels).mean()) < LIKE_LEVELS:
-                return data
+        with contextlib.suppress(pages.PageError):
+            decoded, beside = pages.stored(data)
+            # In a PDF it means nothing; the file would be turned by it.
+            turned = pages.exif_orientation(beside.get(cv2.IMAGE_METADATA_EXIF, b"")) != 1
+            # A colour space, an inversion or four inks stand beside it in the PDF.
+            if not turned and decoded.shape == pixels.shape:
+                if float(cv2.absdiff(decoded, pixels).mean()) < LIKE_LEVELS:
+                    return data
     return _png(np.ascontiguousarray(np.rot90(pixels, -turn)))
 
 

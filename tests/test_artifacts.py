@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_packing_leaves_just_what_the_report_lists(tmp_path):
     make_folder(tmp_path / "out", {"001.png": b"once carried", "ch2/x.tmp": b"x"})
     artifacts.pack(tmp_path / "out", tmp_path / "a.zip", report)
     assert files_below(tmp_path / "out") == {"artifact-report.json", *PAGES}
+
+
+def test_a_page_whose_name_the_disk_spells_otherwise_is_no_stray(tmp_path):
+    """A folder that was there as `Extras`, on a disk that ignores case; HFS+ decomposes names."""
+    there = ["Extras/1.jpg", unicodedata.normalize("NFD", "が/é.jpg"), "extras/1.png", "が/e.jpg"]
+    make_folder(tmp_path, dict.fromkeys(there, b"page"))
+    artifacts.remove_strays(tmp_path, {"extras/1.jpg", "が/é.jpg"})
+    assert files_below(tmp_path) == {*there[:2]}
+    (tmp_path / "extras/1.jpg").write_bytes(b"page")
+    if len(files_below(tmp_path)) == 3:  # this disk tells them apart
+        artifacts.remove_strays(tmp_path, {"extras/1.jpg", "が/é.jpg"})
+        assert files_below(tmp_path) == {"extras/1.jpg", there[1]}
 
 
 def test_no_page_can_take_the_reports_place(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import struct
 import zipfile
 from pathlib import Path
 
@@ -21,8 +22,8 @@ import server
 import settings
 import storage
 from commands import cli, verify
-from engine import budgets
-from files import artifacts, books, containers, formats
+from engine import budgets, pages
+from files import artifacts, books, containers, formats, inputs
 from messages import Limits, Params
 from work import submissions
 
@@ -83,13 +84,30 @@ def test_an_epub_has_every_page_in_order_as_it_was(tmp_path, direction):
     spine = [book.get_item_with_id(name) for name, _ in book.spine]
     assert [item.get_name() for item in spine] == [f"page-{n:05d}.xhtml" for n in range(1, 5)]
     with zipfile.ZipFile(made) as archive:
-        order = formats.spine_pages(made, archive, archive.read, Limits())
-    assert order == ["ch 1/表紙.jpg", "ch 1/2.png", "ch 1/10.png", "_META-INF/11.jpg"]
+        order = formats.spine_pages(made, archive.NameToInfo, archive.read, Limits())
+    shown = [info.filename for info in order]
+    assert shown == ["ch 1/表紙.jpg", "ch 1/2.png", "ch 1/10.png", "_META-INF/11.jpg"]
 
 
 def test_an_epub_says_what_it_is_in_its_first_bytes(tmp_path):
     # OCF 3.3, 4.3: at byte 30 the name, right behind it the type, uncompressed.
     assert packed(tmp_path, "epub").read_bytes()[30:58] == b"mimetypeapplication/epub+zip"
+
+
+def test_an_epubs_media_types_are_those_of_what_was_kept(tmp_path):
+    from ebooklib import epub
+
+    source = tmp_path / "in"
+    source.mkdir()
+    kept = {"1.png": ".jpg", "2.jpg": ".webp", "3.jpeg": ".jpg", "4.png": ".png", "5.webp": ".avif"}
+    for name, suffix in kept.items():
+        (source / name).write_bytes(coded(colour(60, 40), suffix)[:-60])  # too short to be read
+    flags = ["--model", COMPACT, "--precision", "fp32"]
+    assert cli.main([str(source), str(tmp_path / "out.epub"), *flags]) == 1
+    items = epub.read_epub(tmp_path / "out.epub").get_items()
+    images = [item for item in items if item.media_type.startswith("image/")]
+    assert [item.get_name() for item in images] == ["1.jpg", "2.webp", "3.jpeg", "4.png", "5.avif"]
+    assert [item.media_type for item in images] == [f"image/{storage.sniff(i.content)}" for i in images]
 
 
 def test_wide_pages_and_the_cover_stand_alone(tmp_path):
@@ -171,6 +189,26 @@ def test_a_long_pdf_is_put_together_in_order(tmp_path, monkeypatch):
     with pikepdf.open(packed(tmp_path, "pdf", files)) as pdf:
         images = [next(iter(page.get_images().values())) for page in pdf.pages]
         assert [int(image.Height) for image in images] == [21, 22, 23, 24, 25]
+
+
+SPOT = np.full((300, 300), 255, np.uint8)  # in the mean, no turn of it differs
+SPOT[20:28, 40:56] = 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("page", [colour(60, 40), SPOT], ids=["drawn", "sparse"])
+def test_a_pdfs_jpeg_is_not_turned_by_the_exif_that_its_viewers_leave_alone(tmp_path, page, orientation):
+    import img2pdf
+
+    exif = struct.pack(">4sIHHHIHHI", b"MM\0*", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    plain = coded(page, ".jpg")
+    jpeg = plain[:2] + struct.pack(">HH6s", 0xFFE1, 8 + len(exif), b"Exif") + exif + plain[2:]
+    (tmp_path / "v.pdf").write_bytes(img2pdf.convert(jpeg, rotation=img2pdf.Rotation.none))
+    list(inputs.stage_input(tmp_path / "v.pdf", tmp_path / "staging", Limits()))
+    data = (tmp_path / "staging" / "00001.png").read_bytes()
+    assert (data == jpeg) == (orientation == 1)
+    got, wanted = pages.decode(data, 1, Limits()), pages.decode(plain, 1, Limits())
+    assert got.shape == wanted.shape and np.abs(got.astype(int) - wanted).max() < 16
 
 
 def test_a_page_of_one_pixel_is_a_page(tmp_path):

@@ -124,6 +124,20 @@ def test_a_bad_page_is_carried_and_told(volume, tmp_path, capsys):
     assert "002.png: kept as it is" in capsys.readouterr().err
 
 
+def test_a_bad_page_is_called_what_it_is_and_done_anew_by_the_next_try(volume, tmp_path, monkeypatch):
+    bad = cv2.imencode(".jpg", colour(24, 20))[1].tobytes()[:-40]
+    (volume / NAMES[0]).write_bytes(bad)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run(volume, tmp_path / "out", "--format", "png") == 130
+    assert (tmp_path / "out.partial" / NAMES[0]).with_suffix(".jpg").read_bytes() == bad
+    assert run(volume, tmp_path / "out", "--format", "png") == 1
+    named = {Path(NAMES[0]).with_suffix(".jpg").as_posix(), *NAMES[1:]}
+    assert set(contents(tmp_path / "out")) == {*named, "artifact-report.json"}
+    assert run(volume, tmp_path / "out.zip", "--format", "png") == 1
+    assert verify.main(["verify", str(tmp_path / "out.zip"), "--against", str(volume)]) == 0
+
+
 def interrupt_at(monkeypatch, page: int) -> list[int]:
     """Let Ctrl-C come when the n-th page is computed; returns the pages computed so far."""
     compute, computed = upscaling.Engines.compute, []

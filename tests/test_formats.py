@@ -8,17 +8,20 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import textwrap
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -536,7 +539,7 @@ def test_limits_and_locks_of_pdfs(tmp_path):
 # ---------------------------------------------------------------- EPUB
 def epub(target: Path, spine: list[str], documents: dict[str, str], **more: Any) -> Path:
     """An EPUB by hand: documents by name below OEBPS/, shown in the order of `spine`."""
-    items = "".join(f'<item id="{name}" href="{name}"/>' for name in documents)
+    items = "".join(f'<item id="{name}" href="{name}"{more.get("kind", "")}/>' for name in documents)
     order = "".join(f'<itemref idref="{name}"/>' for name in spine)
     package = f"<package><manifest>{items}{more.get('items', '')}</manifest><spine>{order}</spine></package>"
     with zipfile.ZipFile(target, "w") as archive:
@@ -581,6 +584,41 @@ def test_names_that_sort_into_the_spines_order_stay(tmp_path):
     pages, listing = stage(source, tmp_path / "staging")
     assert [page.name for page in pages] == ["OEBPS/a.png", "OEBPS/b.png"]
     assert listing.left_out == 3 + 5  # images that no page shows, and what is no image
+
+
+SHOWN = {"é.png": png(shade=10), "漫/が.png": png(shade=20), "c.png": png(shade=30)}  # in the spine's order
+
+
+@pytest.mark.parametrize("links", ["NFC", "NFD"])
+@pytest.mark.parametrize("names", ["NFC", "NFD"])
+@pytest.mark.parametrize("says_utf8", [True, False])
+def test_pages_of_an_epub_are_found_by_names_that_are_spelled_otherwise(tmp_path, names, links, says_utf8):
+    """macOS decomposes names; some archivers write UTF-8 and do not say so."""
+    files = {unicodedata.normalize(names, f"OEBPS/{name}"): data for name, data in SHOWN.items()}
+    documents = {f"{n}.xhtml": f'<img src="{quote(unicodedata.normalize(links, name))}"/>'
+                 for n, name in enumerate(SHOWN)}  # fmt: skip
+    source = epub(tmp_path / "v.epub", list(documents), documents, files=files)
+    if not says_utf8:
+        without_utf8_flag(source)
+    pages, listing = stage(source, tmp_path / "staging")
+    assert [(tmp_path / "staging" / page.staged).read_bytes() for page in pages] == list(SHOWN.values())
+    assert listing.left_out == 3 + len(documents)
+
+
+def without_utf8_flag(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for header, flags_at in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        for found in list(re.finditer(header, data)):
+            data[found.start() + flags_at] &= ~8
+    path.write_bytes(data)
+
+
+def test_svg_documents_of_an_epub_are_looked_through_for_their_images(tmp_path):
+    documents = {f"{name}.svg": f'<svg><image xlink:href="{name}.png"/></svg>' for name in "cab"}
+    source = epub(
+        tmp_path / "v.epub", list(documents), documents, files=IMAGES, kind=' media-type="image/svg+xml"'
+    )
+    assert list(staged_bytes(source, tmp_path / "staging")) == ["1-c.png", "2-a.png", "3-b.png"]
 
 
 BOMB = '<!DOCTYPE p [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'

@@ -122,6 +122,48 @@ def tiff_with(entries: list[tuple[int, int, int, int]], rest: bytes = b"") -> by
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4) + rest
 
 
+def raw_tiff(page: Pixels, photometric: int, bits: int, planes: int = 1, order: str = "<") -> bytes:
+    """A TIFF of these samples as they are; planes: 3 where each colour has a strip of its own."""
+    height, width = page.shape[:2]
+    samples = 1 if page.ndim == 2 else page.shape[2]
+    stored = np.packbits(page, axis=1) if bits == 1 else page.astype(f"{order}u{bits // 8}")
+    data = (np.moveaxis(stored, 2, 0) if planes > 1 else stored).tobytes()
+    entries = [(256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * samples), (259, 3, [1])]
+    entries += [(262, 3, [photometric]), (277, 3, [samples]), (278, 4, [height])]
+    entries += [(279, 4, [len(data) // planes] * planes), (284, 3, [2 if planes > 1 else 1])]
+    begin = 512  # the directory and its lists lie before it
+    entries.append((273, 4, [begin + n * (len(data) // planes) for n in range(planes)]))
+    fields, lists, at = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, values in sorted(entries):
+        value = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(value) > 4:
+            lists, value = lists + value, struct.pack(f"{order}I", at + len(lists))
+        fields += struct.pack(f"{order}HHI", tag, kind, len(values)) + value.ljust(4, b"\0")
+    mark = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+    return (mark + fields + bytes(4) + lists).ljust(begin, b"\0") + data
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("bits", [1, 8, 16])
+@pytest.mark.parametrize("white_is_zero", [True, False])
+def test_a_tiff_whose_zero_is_white_is_no_negative(bits, white_is_zero, order):
+    lines = (grey(60, 40) > 128).astype(np.uint8)
+    page = {1: lines * 255, 8: grey(60, 40), 16: sixteen_bit(grey(60, 40))}[bits]
+    samples = lines if bits == 1 else page
+    samples = 2**bits - 1 - samples if white_is_zero else samples
+    assert np.array_equal(decode(raw_tiff(samples, int(not white_is_zero), bits, order=order)), page)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_colours_in_separate_planes_of_a_tiff_are_right_or_refused(order):
+    deep = sixteen_bit(COLOUR)
+    assert np.array_equal(decode(raw_tiff(COLOUR[..., ::-1], 2, 8, 3, order)), COLOUR)
+    assert np.array_equal(decode(raw_tiff(deep[..., ::-1], 2, 16, 1, order)), deep)
+    assert "save it with them interleaved, or with 8 bits" in refusal(
+        raw_tiff(deep[..., ::-1], 2, 16, 3, order)
+    )
+
+
 def test_a_tiff_that_names_millions_of_pieces_takes_neither_memory_nor_time():
     rest, at = bytes(32 << 20), 8 + 2 + 12 * 3 + 4
     size = [(256, 4, 1, 40), (257, 4, 1, 30)]
@@ -167,6 +209,18 @@ def test_avif_by_pillow_and_by_libavif_shows_its_drawing(tmp_path):
         got = decode((tmp_path / "o.avif").read_bytes())
         assert got.dtype == (np.uint8 if depth == 8 else np.uint16)
         assert far(pages.to_eight_bit(got), page) < 1.5, (name, depth)
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+def test_an_avif_of_several_tiles_is_as_bright_as_its_drawing(depth, tmp_path):
+    """Its primary item is the grid, which states no depth."""
+    require(shutil.which("avifenc"), "avifenc is not installed")
+    page = colour(128, 192)
+    (tmp_path / "in.png").write_bytes(coded(page))
+    flags = f"--grid 2x2 -d {depth} -y 444 --min 0 --max 0 in.png o.avif".split()
+    subprocess.run(["avifenc", *flags], cwd=tmp_path, check=True, capture_output=True)
+    data = (tmp_path / "o.avif").read_bytes()
+    assert b"grid" in data and far(pages.to_eight_bit(decode(data)), page) < 1.5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

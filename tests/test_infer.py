@@ -11,13 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
-from serving import png, until, volume
+from drawn import colour
+from serving import PARAMS, png, until, volume
 
 import infer
+import storage
 from engine import devices, pages, survey
 from messages import (
     CARD_LOST_STATUS,
+    DIED_TWICE,
     ComputePage,
     EngineChoice,
     KnownPage,
@@ -197,3 +201,49 @@ def test_a_share_of_no_bytes_at_all_is_a_limit_too(tmp_path):
     shares = [(None, None), (0, None), (None, 5000), (7000, 5000), (0, 5000)]
     tasks = [replace(page, most_bytes=own, params=Params(max_page_bytes=each)) for own, each in shares]
     assert [infer._most_bytes(task) for task in tasks] == [None, 0, 5000, 5000, 0]
+
+
+def kept(worker: infer.Worker, tmp_path: Path, name: str, data: bytes, **facts: Any) -> Any:
+    """What becomes of a page of this name and content."""
+    task = replace(page_of(tmp_path), source=tmp_path / name, **facts)
+    task.source.write_bytes(data)
+    return answer(worker, task)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".avif", ".tiff", ".jpg", ".png"])
+@pytest.mark.parametrize("container", ["pdf", "epub"])
+def test_what_a_pdf_does_not_hold_as_it_is_is_written_anew_although_it_is_large_enough(
+    worker, tmp_path, suffix, container
+):
+    data = cv2.imencode(suffix, colour(64, 48))[1].tobytes()
+    params = replace(PARAMS, container=container, target_width=24, max_page_bytes=len(data))
+    done = kept(worker, tmp_path, "2.png", data, params=params)
+    stays = container == "epub" or suffix in (".jpg", ".png")
+    assert (done.carried, done.error, done.model) == (stays, None, None)
+    assert (done.width, done.height) == ((48, 64) if stays else (24, 32))
+    written = (tmp_path / done.output).read_bytes()
+    assert written == data if stays else storage.sniff(written) == "jpeg" and len(written) < len(data)
+    tally = survey.Tally(params)
+    tally.add(data[: survey.HEAD_BYTES], len(data))
+    assert (tally.carried_bytes, tally.output_pixels) == ((len(data), 0) if stays else (0, 24 * 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "suffix"),
+    [
+        ("1.png", ".jpg", ".jpg"),
+        ("1.jpg", ".webp", ".webp"),
+        ("1.jpg", ".avif", ".avif"),
+        ("1.jpeg", ".jpg", ".jpeg"),
+        ("1.tif", ".tiff", ".tif"),
+        ("1.png", ".png", ".png"),
+        ("1.jpg", b"<html>", ".jpg"),
+        ("1.webp", b"", ".webp"),
+    ],
+)
+@pytest.mark.parametrize("carry", ["why", DIED_TWICE])
+def test_a_page_that_is_kept_is_called_what_it_is(worker, tmp_path, name, content, suffix, carry):
+    data = content if isinstance(content, bytes) else cv2.imencode(content, colour(64, 48))[1].tobytes()
+    done = kept(worker, tmp_path, name, data, carry=carry)
+    assert (done.output, done.error) == ("out" + suffix, carry)
+    assert (tmp_path / done.output).read_bytes() == data

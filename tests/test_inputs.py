@@ -13,6 +13,7 @@ import sys
 import time
 import tracemalloc
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -130,6 +131,8 @@ VOLUME = {
     "__MACOSX/001.png": b"x",
     "__MACOSX/notes.txt": b"x",
     ".thumbs/001.png": b"x",
+    "@eaDir/001.png/SYNOPHOTO_THUMB_M.jpg": b"x",
+    "ch2/@eaDir/1.jpg/SYNOINDEX_MEDIA_INFO": b"x",
 }
 IN_ORDER = ["001.png", "002.png", "ch2/1.jpg", "ch2/10.JPG", "ch10/1.png", "漫画.webp"]
 
@@ -216,6 +219,64 @@ def test_names_of_an_archive_without_the_utf8_flag_are_read_as_written(tmp_path)
     source = make_zip(tmp_path / "v.zip", {plain: b"page"})
     source.write_bytes(source.read_bytes().replace(plain.encode(), raw))
     assert [page.name for page in stage(source, tmp_path / "staging")[0]] == ["表紙/第01話.png"]
+
+
+def unicode_path(raw: bytes, name: bytes, version: int = 1) -> bytes:
+    """Info-ZIP's Unicode Path field of an entry of this raw name, behind a field of another kind."""
+    data = struct.pack("<BL", version, zlib.crc32(raw)) + name
+    return struct.pack("<HHB", 0x5455, 1, 0) + struct.pack("<HH", 0x7075, len(data)) + data
+
+
+def zip_by_winrar(path: Path, entries: list[tuple[str, str]]) -> Path:
+    """A zip of (raw name, name in its Unicode Path field), each holding the latter."""
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Duplicate name")
+        for raw, name in entries:
+            info = zipfile.ZipInfo(raw)
+            info.extra = unicode_path(raw.encode(), name.encode())
+            archive.writestr(info, name)
+    return path
+
+
+def test_folders_whose_raw_names_are_one_are_told_apart_by_the_unicode_path_field(tmp_path):
+    """As WinRAR writes what its code page lacks."""
+    names = [f"{folder}/{n}.png" for folder in ("上", "中", "下") for n in (1, 2)]
+    source = zip_by_winrar(tmp_path / "v.zip", [(f"_/{name[2:]}", name) for name in names])
+    staged, _ = stage(source, tmp_path / "staging")
+    assert [page.name for page in staged] == sorted(names, key=storage.natural_key)
+    for page in staged:
+        assert (tmp_path / "staging" / page.staged).read_text() == page.name
+    staged, _ = stage(source / "中", tmp_path / "staging")
+    assert [(page.name, page.sha256) for page in staged] == [
+        ("1.png", sha("中/1.png".encode())), ("2.png", sha("中/2.png".encode()))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/x.png", "C:x.png", "x\0.png"], ids=ascii)
+def test_a_name_of_the_unicode_path_field_leads_nowhere_else(tmp_path, name):
+    source = zip_by_winrar(tmp_path / "v.zip", [("1.png", name)])
+    with pytest.raises(storage.UnsafeName):
+        stage(source, tmp_path / "staging")
+    assert not (tmp_path / "staging").exists()
+
+
+PATHS = [
+    ("_.png", unicode_path(b"_.png", "上.png".encode()), "上.png"),
+    ("é.png", unicode_path(b"\x82.png", "上.png".encode()), "上.png"),
+    ("_.png", unicode_path(b"-.png", "上.png".encode()), "_.png"),
+    ("_.png", unicode_path(b"_.png", "上.png".encode(), version=2), "_.png"),
+    ("_.png", unicode_path(b"_.png", b"\xff.png"), "_.png"),
+    ("_.png", unicode_path(b"_.png", b""), "_.png"),
+    ("_.png", unicode_path(b"_.png", b"")[:-2], "_.png"),
+    ("表紙.png".encode("cp932").decode("cp437"), unicode_path(b"other", b"x.png"), "表紙.png"),
+]
+
+
+@pytest.mark.parametrize(("raw", "extra", "want"), PATHS, ids=range(len(PATHS)))
+def test_a_unicode_path_field_counts_where_it_is_of_the_raw_name_and_is_utf8(raw, extra, want):
+    info, other = zipfile.ZipInfo(raw), zipfile.ZipInfo("第01話.png".encode("cp932").decode("cp437"))
+    info.extra = extra
+    assert inputs._entry_names([info, other]) == [want, "第01話.png"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
