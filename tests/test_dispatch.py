@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import sqlite3
 import threading
@@ -25,7 +26,7 @@ import settings
 import storage
 from files import inputs
 from messages import SourcePage
-from work import dispatch, submissions
+from work import dispatch, submissions, workers
 from work.runs import Run
 from work.workers import Slot
 
@@ -176,6 +177,28 @@ def test_one_volume_uses_both_devices_while_the_next_waits(tmp_path, notes):
         assert client.wait(first).status == "SUCCESS"
 
 
+@pytest.mark.parametrize(
+    "worker, width, waits", [(faults.held_up, 32, "page"), (faults.with_leave, faults.WAITER, "stage")]
+)
+def test_a_cancel_ends_no_worker_for_what_only_waits_there_behind_another_job(
+    tmp_path, notes, worker, width, waits
+):
+    with serving(tmp_path, worker, max_concurrency=2) as (service, client):
+        made = service.dispatcher
+        client.call("PUT", "/incoming/a.zip", widths(width))
+        client.call("PUT", "/incoming/b.zip", widths(32, 33))
+        first = client.submit("a.zip")
+        until(lambda: made.workers and (first, 1, 1) in made.workers[0].tasks, 60)
+        slot = made.workers[0]
+        second = client.submit("b.zip")
+        until(lambda: (second, 1, 0 if waits == "stage" else 2) in slot.tasks)
+        client.post(second, "cancel")
+        assert made.wait_released(second, 1.5) and not slot.obey_by_s
+        assert made.workers[0] is slot and slot.doom is None
+        (notes / "go").touch()
+        assert client.wait(first).status == "SUCCESS" and service.table.get(first).attempt == 1
+
+
 def test_an_idle_worker_gives_its_memory_back(tmp_path):
     with serving(tmp_path, None, worker_idle_s=1.0) as (service, client):
         client.call("PUT", "/incoming/v.zip", widths(32))
@@ -257,6 +280,46 @@ def test_a_death_that_a_full_disk_keeps_out_of_the_table_leaves_no_job_running(t
         assert service.table.get(job.id).state == jobs.PENDING
 
 
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (sqlite3.OperationalError("database or disk is full"), "DISK"),
+        (sqlite3.DatabaseError("database disk image is malformed"), "DATABASE_DAMAGED"),
+        (MemoryError(), "INTERNAL"),
+    ],
+)
+def test_an_event_that_the_table_does_not_take_fails_its_job(tmp_path, monkeypatch, error, code):
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    with still(tmp_path) as service:
+        made, run = service.dispatcher, with_a_run(service)
+        with monkeypatch.context() as table:
+            table.setattr(dispatch, "finish_page", broken)
+            table.setattr(dispatch, "advance", broken)
+            table.setattr(service.table, "change_page", broken)
+            made._suspect(run, 1, 1)
+            done = messages.PageDone(run.job.id, run.job.attempt, 1, "1.jpg", "0" * 64, 9, 2, 2, "L", 1.0)
+            made._handle(Hand(), done)
+        assert service.table.get(run.job.id).state == jobs.RUNNING and not made.runs
+        made._record_failures()
+        job = service.table.get(run.job.id)
+        assert (job.state, job.error_code) == (jobs.FAILED, code)
+        assert ("damaged" in job.last_error) == (code == "DATABASE_DAMAGED")
+
+
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), MemoryError()])
+def test_a_death_that_the_table_does_not_take_hurts_no_other_job(tmp_path, monkeypatch, error):
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    with still(tmp_path) as service:
+        made, run = service.dispatcher, with_a_run(service)
+        monkeypatch.setattr(dispatch, "lose_worker", broken)
+        made._lose(run, dead(run, {}, exclusive=False), "it was killed")
+        assert not made.runs
+
+
 def test_a_job_that_cannot_be_packed_fails_and_stops_nobody(tmp_path, monkeypatch):
     """Its folder became a link since, say."""
 
@@ -291,6 +354,57 @@ def test_where_no_process_can_be_started_jobs_wait_while_a_worker_is_up(tmp_path
         assert made._hire() is None
         job = service.table.get(job.id)
         assert (job.state, job.error_code) == (jobs.FAILED, "WORKER_CANNOT_START")
+
+
+def test_workers_that_never_start_are_tried_for_ever_and_a_job_begins_where_one_is_up(tmp_path):
+    with still(tmp_path, max_concurrency=2) as service:
+        made, job = service.dispatcher, queued(service)
+        made.boot_failures = 1100
+        made._on_boot_failure("no torch here")
+        assert 50 < made.not_before_s - time.monotonic() <= 60
+        made._claim()
+        assert not made.runs
+        made.workers[1] = Hand(1)
+        made._claim()
+        assert [*made.runs] == [job.id]
+        made.workers.clear()
+
+
+def test_what_a_worker_said_is_heard_before_it_is_called_silent_or_disobedient(tmp_path):
+    """Another worker's event took long, and this one's beats lie in the pipe."""
+    with still(tmp_path) as service:
+        made, slot = service.dispatcher, piped()
+        made.workers[0] = slot
+        slot.heard_s -= dispatch.BEAT_LIMIT_S + 1
+        slot.obey_by_s[("job", 1, 1)] = 0.0
+        slot.theirs.send(messages.Dropped("job", 1, 1))
+        made._check_deadlines()
+        assert slot.doom is None
+        made._receive(slot)
+        made._check_deadlines()
+        assert slot.doom is None and not slot.obey_by_s
+        slot.heard_s -= dispatch.BEAT_LIMIT_S + 1
+        slot.theirs.close()  # which is no word
+        made._receive(slot)
+        made._check_deadlines()
+        assert slot.doom
+        made.workers.clear()
+
+
+def test_a_worker_that_no_signal_ends_is_given_up_and_its_job_goes_on(tmp_path, monkeypatch):
+    """Its driver, or a network disk, does not let it go."""
+    monkeypatch.setattr(workers, "KILL_S", 0.01)
+    with still(tmp_path) as service:
+        made, run, slot = service.dispatcher, with_a_run(service), piped()
+        made.workers[0] = slot
+        slot.tasks[run.key(1)] = run.page_task(1, None, service.config.limits)
+        slot.kill("it gave no sign of life")
+        made._check_deadlines()
+        assert made.workers
+        slot.doomed_s -= dispatch.END_LIMIT_S
+        made._check_deadlines()
+        assert not made.workers and not made.runs
+        assert service.table.get(run.job.id).state == jobs.PENDING
 
 
 def test_a_machine_that_slept_blames_no_worker_for_its_silence(tmp_path, monkeypatch):
@@ -341,6 +455,18 @@ def test_a_resume_with_another_input_takes_no_page_from_the_old_working_copy(tmp
         )
 
 
+def piped() -> Any:
+    """A worker that is up, whose process nothing ends; `theirs` is its end of the pipe."""
+    slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)
+    Slot.__init__(slot, 0)
+    slot.conn, slot.theirs = multiprocessing.Pipe()
+    slot.is_cut, slot.capacity, slot.post = False, 4, lambda item: None
+    slot.process = SimpleNamespace(
+        exitcode=None, kill=lambda: None, join=lambda _: None, is_alive=lambda: True
+    )
+    return slot
+
+
 def dead(run: Run, tasks: dict[Any, Any], exclusive: bool) -> Any:
     """A worker that died with these tasks: without a process."""
     slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)
@@ -387,7 +513,7 @@ def test_what_a_worker_was_asked_that_was_killed_for_a_cancel_is_asked_again(tmp
             future = made.ask("a preview", None)
             slot = SimpleNamespace(index=0, doom=doom, tasks={"a preview": None}, capacity=4)
             slot.stop = lambda wait_s: None
-            slot.process = SimpleNamespace(exitcode=-9, join=lambda: None)
+            slot.process = SimpleNamespace(exitcode=-9, join=lambda _: None)
             made.workers[0] = slot
             made._bury(slot)
             assert future.done() != is_open and bool(made.questions.unanswered()) == is_open
@@ -405,7 +531,7 @@ def test_a_pause_lets_no_worker_wait_for_a_page_that_will_not_come(tmp_path):
 
 
 def test_a_volume_that_the_machine_slept_through_measures_no_time(tmp_path):
-    for wall_s, is_held in ((5.0, False), (8 * 3600.0, True)):
+    for wall_s, is_held in ((5.0, False), (8 * 3600.0, True), (-55.0, True)):  # the last: its clock was set
         with still(tmp_path / str(wall_s)) as service:
             run = with_a_run(service)
             run.job = dispatch.replace(run.job, started_s=service.table.clock() - wall_s)

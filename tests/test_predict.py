@@ -154,6 +154,12 @@ def test_a_volume_that_lay_still_in_between_measures_no_time(service, broken):
     assert service.dispatcher.rates.rate(job.params, job.plan) is None
 
 
+def test_a_clock_that_was_set_back_makes_no_volume_that_took_less_than_nothing(service):
+    job = ended(service, -3.0)
+    assert jobs.parsed(job.forecast)["measured"] is None
+    assert service.dispatcher.rates.rate(job.params, job.plan) is None
+
+
 def test_pages_from_the_cache_are_measured_neither_as_fast_nor_as_small(service):
     """Eight of ten, and those that were computed took a second each."""
     known = Workload(2, 2_000_000, 8_000_000, 1_000_000, carried_bytes=8_000_000, cached=8)

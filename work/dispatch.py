@@ -27,6 +27,7 @@ import logs
 import storage
 from files import inputs
 from files.cache import Keeper
+from files.database import DatabaseDamaged
 from jobs import (
     FAILED,
     RUNNING,
@@ -72,6 +73,7 @@ from work.retention import Keep, Retention
 from work.runs import Run
 from work.submissions import artifact_of, closing_message, to_report
 from work.workers import (
+    KILL_S,
     Slot,
     WorkerSlot,
     exit_reason,
@@ -87,11 +89,13 @@ log = logging.getLogger("dispatch")
 ASLEEP_S = 10.0  # a turn later than this was held up by the machine's sleep: workers were not silent
 BEAT_LIMIT_S = 30.0  # a live worker beats every second; a stopped one never again
 BOOT_LIMIT_S = 180.0  # importing torch from a cold disk
+END_LIMIT_S = 10.0  # of a worker that was killed: in a driver's or a network disk's hands it may never end
 CARELESS_DEATHS = 3  # of workers that were staging or packing, with no page to blame
 PAGE_DEATHS = 2  # of workers that had this page alone
 CARRY_DEATHS = 4  # of workers, those among them that were only to take it over
 SINGLES = 2  # pages outside any job that a worker has at once: one computed, one on its way
 PACK_TRIES = 3  # when finished pages turn out damaged on disk
+TABLE_ERRORS = (sqlite3.Error, MemoryError)  # of a full disk, a damaged table, or no memory to look at it
 
 
 # ---------------------------------------------------------------- the dispatcher
@@ -217,7 +221,8 @@ class Dispatcher:
         for slot in self.workers.values():
             slot.stop(wait_s=slot.stop_s)
         for run in self.runs.values():
-            with contextlib.suppress(JobError):
+            # What a full disk does not take, the next start finds as after a crash.
+            with contextlib.suppress(JobError, *TABLE_ERRORS):
                 lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
         self.questions.cancel_all()
 
@@ -282,22 +287,21 @@ class Dispatcher:
                 event = slot.conn.recv()
                 self._handle(slot, event)
         except (EOFError, OSError):
-            pass  # dead: its sentinel follows
+            slot.is_cut = True  # dead: its sentinel follows
 
     def _handle(self, slot: Slot, event: Any) -> None:
         slot.heard_s = time.monotonic()
         try:
             if not self._is_answer(slot, event):
                 self._on_event(slot, event)
-        except sqlite3.OperationalError as error:
+        except TABLE_ERRORS as error:
             run = self._run_of(event) if hasattr(event, "attempt") else None
             if run is None:
                 raise
-            detail = f"the job table can't be written ({error}); make room and resume the job"
-            self._fail(run, "DISK", detail)
+            self._fail(run, *_refusal_of(error))
 
     def _claim(self) -> None:
-        while len(self.runs) < self.slots and time.monotonic() >= self.not_before_s:
+        while len(self.runs) < self.slots and (self._is_up() or time.monotonic() >= self.not_before_s):
             job = claim(self.table, self.table.clock())
             if job is None:
                 return
@@ -422,6 +426,10 @@ class Dispatcher:
     def _file_slots(self) -> Sequence[Slot]:
         """Who may stage, pack, take pages over as they are, and answer questions."""
         return self.holders()
+
+    def _is_up(self) -> bool:
+        """Whether there is a worker that jobs can begin with."""
+        return any(slot.capacity for slot in self._file_slots())
 
     def _want_page_slot(self) -> None:
         """Nobody has room for a page: see to it that somebody will."""
@@ -560,7 +568,7 @@ class Dispatcher:
                 log.info("%s is ready", slot)
                 slot.used_s = time.monotonic()  # booting was no idleness
             case BootFailed(detail):
-                slot.doom = detail
+                slot.doom, slot.doomed_s = detail, time.monotonic()
             case Probed():
                 slot.free("probe")
                 self.probed = event
@@ -700,9 +708,9 @@ class Dispatcher:
 
     def _finish(self, run: Run, event: Packed) -> None:
         pages = self.table.pages(run.job.id)
-        # Where this clock stands still while the machine sleeps, the other one tells.
+        # Where this clock stands still while the machine sleeps, the other tells; and that one may be set.
         awake_s = time.monotonic() - run.claimed_s
-        run.held |= self.table.clock() - (run.job.started_s or 0.0) > awake_s + ASLEEP_S
+        run.held |= abs(self.table.clock() - (run.job.started_s or 0.0) - awake_s) > ASLEEP_S
         advance(
             self.table,
             run.job,
@@ -734,7 +742,7 @@ class Dispatcher:
                 self._count_failure(values["error_code"])
             except StaleAttempt:  # cancelled meanwhile: that stands
                 pass
-            except sqlite3.OperationalError as error:
+            except TABLE_ERRORS as error:
                 log.warning("failed, and the table can't say so yet: %s", error, extra=logs.of(job_id))
                 continue
             del self.unrecorded[job_id]
@@ -747,10 +755,15 @@ class Dispatcher:
     def _check_deadlines(self) -> None:
         now_s = time.monotonic()
         for slot in self.holders():
+            if slot.has_unread():
+                continue  # another's event took its time: what this one said meanwhile is heard first
             limit_s = BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
-            if now_s - slot.heard_s > limit_s and not slot.doom:
+            if slot.doom:
+                if isinstance(slot, WorkerSlot) and now_s - slot.doomed_s > END_LIMIT_S:
+                    self._bury(slot)
+            elif now_s - slot.heard_s > limit_s:
                 slot.kill(f"it gave no sign of life for {limit_s:.0f} s")
-            elif any(deadline_s < now_s for deadline_s in slot.obey_by_s.values()) and not slot.doom:
+            elif any(deadline_s < now_s for deadline_s in slot.obey_by_s.values()):
                 slot.kill("cancel")
             elif not isinstance(slot, WorkerSlot):
                 continue
@@ -762,7 +775,7 @@ class Dispatcher:
     def _bury(self, slot: WorkerSlot) -> None:
         """A worker died: blame the page it had alone, suspect those it had together."""
         del self.workers[slot.index]
-        slot.process.join()
+        slot.process.join(KILL_S)
         slot.stop(wait_s=0)
         why = slot.doom or exit_reason(slot.process.exitcode)
         log.error("worker %d ended: %s", slot.index, why)
@@ -791,7 +804,7 @@ class Dispatcher:
         if enough:
             self._fail(run, *enough)
             return
-        with contextlib.suppress(JobError, sqlite3.OperationalError):  # _take_up_lost tries again
+        with contextlib.suppress(JobError, *TABLE_ERRORS):  # _take_up_lost tries again
             lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
 
     def _blame(self, run: Run, mine: dict[int, Task], slot: WorkerSlot, why: str) -> tuple[str, str] | None:
@@ -816,19 +829,30 @@ class Dispatcher:
         """Note that a page may have ended its worker. Where a full disk keeps that out, the job goes on."""
         try:
             self.table.change_page(run.job.id, n, alone=True, deaths=deaths)
-        except sqlite3.OperationalError as error:
+        except TABLE_ERRORS as error:
             about = logs.of(run.job.id, n)
             log.warning("the table can't say of a page that it is suspect: %s", error, extra=about)
 
     def _on_boot_failure(self, why: str) -> None:
         """Workers can't start: say so in the jobs, and don't try again at once."""
         self.boot_failures += 1
-        self.not_before_s = time.monotonic() + min(60.0, 2.0**self.boot_failures)
-        if self.boot_failures < CARELESS_DEATHS or any(slot.capacity for slot in self._file_slots()):
+        self.not_before_s = time.monotonic() + min(60.0, 2.0 ** min(self.boot_failures, 6))
+        if self.boot_failures < CARELESS_DEATHS or self._is_up():
             return  # with one that is up, the jobs go on
         for run in list(self.runs.values()):
             self._fail(run, "WORKER_CANNOT_START", f"the worker process can't start: {why}")
         self.questions.disappoint_all(JobError(f"the worker process can't start: {why}"))
+
+
+def _refusal_of(error: Exception) -> tuple[str, str]:
+    """(code, detail) of a job whose event did not get into the table."""
+    if isinstance(error, sqlite3.OperationalError):
+        detail = f"the job table can't be written ({error}); make room and resume the job"
+        return storage.DiskRefused.code, detail
+    if isinstance(error, MemoryError):
+        return "INTERNAL", "the service ran out of memory; make some free and resume the job"
+    log.error("the job table is damaged", exc_info=error)
+    return DatabaseDamaged.code, "the job table is damaged; restart the service, which sets it aside"
 
 
 def _failure(code: str, detail: str) -> dict[str, Any]:

@@ -284,8 +284,9 @@ class Rates:
         told = json.loads(job.forecast)
         told["actualBytes"] = size_bytes
         told["fromCache"] = len(cached) - told["workload"]["cached"]
-        if job.attempt == 1 and job.started_s is not None and not held:  # else it lay still in between
-            seconds = max(0.0, self.table.clock() - job.started_s)
+        seconds = self.table.clock() - (job.started_s or 0.0)
+        is_whole = job.attempt == 1 and job.started_s is not None and not held  # else it lay still in between
+        if is_whole and seconds >= told["staged"]:  # else the clock was set back
             measured = measure(told, pages, seconds, size_bytes, cached)
             told |= {"actualSeconds": round(seconds, 3), "measured": asdict(measured)}
         _tell(job, to_json(told))
