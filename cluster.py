@@ -234,7 +234,7 @@ class ClusterDispatcher(Dispatcher):
     def _ask_for_plan(self, run: Run) -> None:
         """The plan is settled where pages are computed: a node with a card before one without."""
         self._want_file_slot()  # it loads its libraries meanwhile
-        if self.settling.get(run.job.id) in self.nodes or self._is_held(run.job.id):
+        if self.settling.get(run.job.id) in self.nodes or self.is_held(run.job.id):
             return
         declined = self.declined.get(run.job.id, {})
         left = [node for node in self.nodes.values() if node.index not in declined and not node.doom]

@@ -570,6 +570,7 @@ def test_files_that_cannot_be_removed_keep_their_job(service, client, monkeypatc
         assert (problem.status, problem.code) == (409, "FILES_IN_USE")
     with monkeypatch.context() as held:  # a worker far away, which has not obeyed yet
         held.setattr(service.dispatcher, "wait_released", lambda *_, **__: False)
+        held.setattr(service.dispatcher, "is_held", lambda _: True)
         problem = client.call("DELETE", f"/jobs/{job.id}").problem()
         assert (problem.status, problem.code) == (409, "FILES_IN_USE")
     assert client.call("GET", f"/jobs/{job.id}").status == 200

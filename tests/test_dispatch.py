@@ -115,6 +115,7 @@ def test_a_full_disk_fails_the_job_and_resume_finishes_it(tmp_path, notes):
 
 
 def test_workers_that_cannot_start_fail_the_job_with_the_reason_and_leave_no_thread_behind(tmp_path, notes):
+    before = threading.enumerate()
     with serving(tmp_path, faults.cannot_boot) as (service, client):
         client.call("PUT", "/incoming/v.zip", widths(32))
         state = client.wait(job := client.submit("v.zip"))
@@ -122,7 +123,8 @@ def test_workers_that_cannot_start_fail_the_job_with_the_reason_and_leave_no_thr
         assert (state.status, code) == ("FAILED", "WORKER_CANNOT_START")
         assert "no torch here" in state.last_error
         assert (notes / "boots").stat().st_size == dispatch.CARELESS_DEATHS
-        names = lambda: [one.name for one in threading.enumerate() if one.name.startswith("send-")]  # noqa: E731
+        made = lambda: {*threading.enumerate()}.difference(before)  # noqa: E731
+        names = lambda: [one.name for one in made() if one.name.startswith("send-")]  # noqa: E731
         until(lambda: len(names()) <= len(service.dispatcher.workers))
 
 

@@ -60,7 +60,7 @@ def told(worker: infer.Worker) -> list[Any]:
 def test_what_rests_of_a_cancelled_job_is_dropped_at_once_and_once_and_its_pixels_are_freed(worker, tmp_path):
     gate, ended, done = threading.Event(), threading.Event(), []
     for submit in (worker.device.submit, worker.files.submit):
-        submit(gate.wait)
+        submit(gate.wait, 30)
     pixels = np.zeros((4, 4), np.uint8)
     held = weakref.ref(pixels)
     page = ComputePage("b", 1, 7, tmp_path / "1.png", tmp_path / "1", PARAMS, PLAN, Limits())

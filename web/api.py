@@ -176,8 +176,10 @@ class Api:
     def delete(self, _request: Request, id: str) -> Answer:
         """DELETE /jobs/{id}."""
         # A cancelled job's worker may still be writing for a moment.
-        if self.table.get(id).state != jobs.RUNNING and not self.dispatcher.wait_released(id, timeout_s=5):
-            raise storage.FilesInUse(f"a worker still holds pages of job {id}; try again then")
+        if self.table.get(id).state != jobs.RUNNING:
+            self.dispatcher.wait_released(id, timeout_s=5)
+            if self.dispatcher.is_held(id):
+                raise storage.FilesInUse(f"a worker still holds pages of job {id}; try again in a moment")
         submissions.delete(self.table, self.layout, id)
         self.live.end(id)
         return Answer(204)

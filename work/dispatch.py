@@ -184,7 +184,7 @@ class Dispatcher:
     def wait_released(self, job_id: str, timeout_s: float) -> bool:
         """Wait until no worker holds a task of this job any more, nor will get one."""
         deadline_s = time.monotonic() + timeout_s
-        while job_id in self.runs or job_id in self.untidy or self._is_held(job_id):
+        while job_id in self.runs or job_id in self.untidy or self.is_held(job_id):
             if time.monotonic() > deadline_s:
                 return False
             time.sleep(0.02)
@@ -195,7 +195,7 @@ class Dispatcher:
         self.untidy.add(job_id)
         self.wake()
 
-    def _is_held(self, job_id: str) -> bool:
+    def is_held(self, job_id: str) -> bool:
         """Whether a worker has a task of this job, of any attempt."""
         return any(key[0] == job_id for slot in self.holders() for key in list(slot.tasks))
 
@@ -372,7 +372,7 @@ class Dispatcher:
 
     def _tidy(self) -> None:
         """Remove what jobs that are over leave, once no worker can add to it any more."""
-        for job_id in [one for one in list(self.untidy) if not self._is_held(one)]:
+        for job_id in [one for one in list(self.untidy) if not self.is_held(one)]:
             try:
                 job = self.table.get(job_id)
             except UnknownJob:
@@ -517,7 +517,7 @@ class Dispatcher:
         slot.give(run.key(n), run.page_task(n, carry, self.limits))
 
     def _deal_file_task(self, run: Run) -> bool:
-        if run.file_task == "stage" and self._is_held(run.job.id):
+        if run.file_task == "stage" and self.is_held(run.job.id):
             return False  # an attempt that ended may still write where this one will
         slot = self._for_files()
         if slot is None:
