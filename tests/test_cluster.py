@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -386,14 +387,17 @@ def test_a_plan_waits_for_the_machine_with_the_card_while_that_starts_or_is_busy
     with still(tmp_path) as service:
         made, job = of_two_nodes(service, False, True), running(service)
         made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
-        monkeypatch.setattr(made, "_want_file_slot", lambda: None)
+        wanted: list[str] = []  # neither worker nor bridge is to start here
+        for name in ("_want_file_slot", "_want_page_slot"):
+            monkeypatch.setattr(made, name, functools.partial(wanted.append, name))
         card = made.nodes[4]
         for hinder in ({"capacity": 0}, {"exclusive": True}):
+            wanted.clear()
             with monkeypatch.context() as now:
                 for name, value in hinder.items():
                     now.setattr(card, name, value)
                 made._ask_for_plan(run)
-                assert not made.settling
+            assert not made.settling and "_want_page_slot" in wanted
         made._ask_for_plan(run)
         assert made.settling == {job.id: 4}
         made.settling.clear()
