@@ -209,8 +209,10 @@ class ClusterDispatcher(Dispatcher):
         """Settle anew what no machine that is left can follow: better all pages by another plan than none."""
         for one in self.runs.values():
             waits = one.todo or one.alone or (one.file_task == "stage" and one.settled is None)
-            if waits and self.declined.get(one.job.id) and not self._page_slots(one):
-                self._await_follower(one)  # the machine that could was lost; it may be back
+            left = self._page_slots(one) or not self.declined.get(one.job.id)
+            if waits and not left and one.job.id not in self.unfollowed_s:
+                self.unfollowed_s[one.job.id] = time.monotonic()
+                self.table.change(one.job, message=f"{NO_FOLLOWER}; it waits for one that can")
         for job_id, since_s in list(self.unfollowed_s.items()):
             run = self.runs.get(job_id)
             if run is None or self._page_slots(run):
@@ -309,7 +311,8 @@ class ClusterDispatcher(Dispatcher):
                 super()._handle(node, event)
 
     def _decline(self, node: NodeSlot, event: Declined) -> None:
-        """No page of this job for that node. The job fails when no node is left, and an error is why."""
+        """No page of this job for that node. The job fails when no node is left, and an error is why; else
+        see _see_unfollowed."""
         run = self._run_of(event)
         if run is None:
             return
@@ -321,13 +324,6 @@ class ClusterDispatcher(Dispatcher):
             errors = [one for index, one in declined.items() if one.code and index in self.nodes]
             if errors:
                 self._fail(run, str(errors[0].code), errors[0].detail)
-            else:
-                self._await_follower(run)
-
-    def _await_follower(self, run: Run) -> None:
-        if run.job.id not in self.unfollowed_s:
-            self.unfollowed_s[run.job.id] = time.monotonic()
-            self.table.change(run.job, message=f"{NO_FOLLOWER}; it waits for one that can")
 
     # -- losses
     def _lose_node(self, node: NodeSlot, why: str, blame: bool) -> None:

@@ -38,9 +38,11 @@ PIPELINE = (
     "engine.imagekinds", "engine.models", "engine.nnpack", "engine.pages", "engine.rolling", "engine.screens",
     "engine.spreads", "engine.strips", "engine.upscaling", "engine.windows", "engine.winograd",
 )  # fmt: skip
-PAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
-)
+SUFFIXES = {  # of page files, by what sniff() calls their content
+    "jpeg": (".jpg", ".jpeg"), "tiff": (".tif", ".tiff"), "png": (".png",), "webp": (".webp",),
+    "bmp": (".bmp",), "gif": (".gif",), "avif": (".avif",), "jxl": (".jxl",),
+}  # fmt: skip
+PAGE_SUFFIXES = frozenset(suffix for each in SUFFIXES.values() for suffix in each)
 JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS's in archives, Synology's for thumbnails
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
 REPORT_NAME = "artifact-report.json"

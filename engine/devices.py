@@ -141,6 +141,7 @@ def native_bf16() -> bool:
 
 
 # ---------------------------------------------------------------- a worker's device
+CARDS = ("cuda", "xpu")  # kinds of which a machine may have several
 SILENT: set[torch.device] = set()  # cards that leave_out_silent() found, in this process
 
 
@@ -162,7 +163,7 @@ def leave_out_silent(choice: EngineChoice, slot: int) -> None:
 
     Only at its start: any later the beats would wake a card that is not used.
     """
-    for kind in ("cuda", "xpu"):
+    for kind in CARDS:
         left = len(KINDS[kind].usable()) if choice.device in ("auto", kind) else 0
         while left > 1 and not _answers(card := torch_device(kind, slot)):  # the last one is taken as it is
             SILENT.add(card)
@@ -190,7 +191,7 @@ def keep_to_card(device: torch.device) -> None:
 
 def card_memory(slot: int) -> tuple[str, int, int] | None:
     """(device, bytes in use by all programs, bytes in all) of this worker's card, once it uses it."""
-    for kind in ("cuda", "xpu"):
+    for kind in CARDS:
         module = getattr(torch, kind, None)
         if module is not None and module.is_initialized():
             # A driver that fell over, or can't tell.
@@ -221,7 +222,7 @@ def out_of_memory(error: Exception) -> bool:
 def card_is_lost(slot: int) -> bool:
     """Whether this worker's card, once it was used, fails at the least operation: after a driver's reset
     or an illegal access, CUDA refuses whatever the process asks from then on."""
-    for kind in ("cuda", "xpu"):
+    for kind in CARDS:
         module = getattr(torch, kind, None)
         if module is not None and module.is_initialized():
             try:

@@ -42,11 +42,6 @@ GRAIN_STRENGTH = 6.0  # 8-bit levels; the noise that a JPEG of quality 75 or a s
 ALPHA_CHANNELS = 4
 AVIF_SPEED = 8  # of 0..10: at 6 a page takes three times as long and is a few percent smaller
 PDF_KINDS = ("jpeg", "png")  # that a PDF holds as they are
-# What files of each kind are called.
-SUFFIXES = {
-    "jpeg": (".jpg", ".jpeg"), "tiff": (".tif", ".tiff"), "png": (".png",), "webp": (".webp",),
-    "bmp": (".bmp",), "gif": (".gif",), "avif": (".avif",), "jxl": (".jxl",),
-}  # fmt: skip
 NETWORK_SCALE = 4  # the largest; what a page may need before it is reduced to its target
 
 
@@ -610,7 +605,7 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
 
 def kept_suffix(data: bytes, named: str) -> str:
     """What a page that is kept as it is ends in: as it was named, unless its content is of another kind."""
-    fitting = SUFFIXES.get(storage.sniff(data), (named,))
+    fitting = storage.SUFFIXES.get(storage.sniff(data), (named,))
     return named if named in fitting else fitting[0]
 
 

@@ -422,6 +422,7 @@ def test_a_plan_whose_machine_comes_back_is_kept(tmp_path):
         job, back = running(service), made.nodes.pop(4)
         made.runs[job.id] = Run(job, tmp_path, tmp_path)
         made._hear(made.nodes[3], Declined(job.id, job.attempt, 1, None, "it would compute otherwise"))
+        made._see_unfollowed()
         assert made.unfollowed_s
         made.nodes[4] = back
         made._see_unfollowed()

@@ -190,6 +190,16 @@ def test_a_repeated_key_makes_anew_what_was_deleted_of_several_and_nothing_else(
     assert ask(world.client, "in.zip", "zip", "k").json()["jobIds"] == first[1:]
 
 
+def test_jobs_whose_keys_do_not_count_them_are_found_although_their_input_is_gone(world):
+    """As they were made before one key told how many."""
+    place, table = laid(world.incoming, ["v1/1.png", "v2/1.png"], "zip"), world.service.table
+    first = ask(world.client, "in.zip", "zip", "k").json()
+    for job, key in zip(first["jobIds"], ("k", "k\n2"), strict=True):
+        assert table.change(table.get(job), idempotency_key=key)
+    place.unlink()
+    assert ask(world.client, "in.zip", "zip", "k").json() == first
+
+
 def test_a_volume_that_is_resumed_by_its_upload_s_path_stays_that_volume(world):
     """A client that resumes with the input it submitted knows no other path."""
     laid(world.incoming, ["v1/1.png", "v2/1.png"], "zip")

@@ -189,7 +189,7 @@ def submit_all(
     those that were deleted since are made anew. Raises KeyReused and what prepare() does, which is called
     while the job table is free."""
     before = submitted(table, key, body_hash)
-    if before and len(before) == _place(before[0])[1]:
+    if before and len(before) >= _place(before[0])[1]:
         return before
     each = prepare()
     keys = [key and (f"{key}\n{n}/{len(each)}" if len(each) > 1 else key) for n in range(1, len(each) + 1)]
