@@ -316,6 +316,21 @@ def test_what_is_deleted_in_another_window_is_gone_when_somebody_comes_back_to_t
         see(home, "Cancelled", "#jobs")
 
 
+def test_what_is_cancelled_to_be_deleted_in_another_window_goes_from_this_one_too(tmp_path, visit):
+    with still(tmp_path) as service:
+        queued(service, "Kept")
+        gone = queued(service, "Gone")
+        home = visit(service.url)
+        see(home, "Gone 1", "#jobs")
+        until(lambda: home.locator("#line").get_attribute("data-up"))
+        home.evaluate("lookedAt = Date.now()")  # it looks again by itself after 20 s
+        cancelled = jobs.cancel(service.table, gone.id, 1.0)
+        see(home, "Cancelled", "#jobs")
+        assert service.table.delete(cancelled)
+        until(lambda: home.locator("#jobs li").count() == 1)
+        see(home, "Kept 1", "#jobs")
+
+
 def test_a_volumes_page_acts_on_that_volume_also_after_another_was_looked_at(tmp_path, visit):
     with still(tmp_path) as service:
         first, second = queued(service, "First"), queued(service, "Second")
