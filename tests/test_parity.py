@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from drawn import PAGES, colour
 from engines import COMPACT, SIX_B, apart, bundled, native, plan_for, use_windows
 from helpers import require
@@ -14,6 +17,15 @@ from reference import CASES, Case, compute
 
 from engine import rolling, upscaling
 from messages import Params
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_cores() -> Iterator[None]:
+    """As users compute; conftest.py gives the other files one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

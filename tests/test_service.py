@@ -26,6 +26,14 @@ from web import routes
 ROOT = Path(server.__file__).parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_many_threads_as_cores() -> Iterator[None]:
+    """Workers as users have them; conftest.py gives those of the other files one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Service]:
     root = tmp_path_factory.mktemp("service")
