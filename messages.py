@@ -112,7 +112,7 @@ class Plan:
     halo_px: int
     batch: int
     convolutions: str = "direct"  # of rolling.KINDS; others are for fp32 on a processor
-    machine: str = ""  # the processor or card, and libraries: others' pages may differ by a level
+    machine: str = ""  # the processor or card, and libraries: another's pages may differ, and say so
     choices: tuple[Plan, ...] = ()  # with model "auto": one each, the page decides (upscaling.choose_model)
 
     @classmethod

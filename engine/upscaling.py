@@ -638,6 +638,8 @@ class Engines:
         """The plan, on a device that is still here, with a tile that is known to fit."""
         if not devices.KINDS[plan.device].usable():
             plan = self._on_processor(plan, params)
+        elif plan.machine:  # another than the plan's: of a cluster, moved to, or with other libraries since
+            plan = replace(plan, machine=devices.describe_machine(plan.device, self.slot))
         if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
             plan = replace(plan, convolutions="direct")
         with self.lock:

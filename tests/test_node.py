@@ -52,7 +52,7 @@ def node(tmp_path_factory) -> Iterator[tuple[Node, Callable[..., list[Any]]]]:
 def test_a_page_of_another_machine_than_the_plan_s_says_so(node):
     ((event, data),) = node[1](machine="a card")
     assert isinstance(event, PageDone) and hashlib.sha256(data).hexdigest() == event.sha256
-    assert event.deviation.startswith("on ") and "torch" in event.deviation
+    assert event.deviation.startswith("machine ") and "torch" in event.deviation
 
 
 def test_half_a_double_page_is_half_of_it_on_a_node_too(node):

@@ -373,6 +373,15 @@ def test_convolutions_that_were_chosen_are_taken_unmeasured_or_refused(monkeypat
     assert deviation == "convolutions direct" and apart(pixels, native(COMPACT).upscale(page, 2)) == 0
 
 
+def test_a_page_says_that_another_machine_computed_it_than_the_plan_was_settled_on():
+    """So do those that were still missing when torch was updated, or REICHAN_STORAGE_ROOT moved."""
+    here, params = engines(), Params(model=COMPACT)
+    plan = here.plan(params)
+    assert here.compute(grey(40, 48), params, plan)[1] is None
+    before = replace(plan, machine=plan.machine.replace("torch ", "torch 1."))
+    assert here.compute(grey(40, 48), params, before)[1] == f"machine {plan.machine}"
+
+
 @pytest.mark.parametrize("name", [COMPACT, SIX_B])
 def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(name):
     engine = upscaling.NativeEngine(bundled(name), plan_for(bundled(name)), 0)

@@ -293,19 +293,9 @@ class Node:
             except OSError as error:
                 self._lose_page(spooled, f"the node's disk refused: {storage.reason_of(error)}")
                 return
-            if not event.carried:
-                event = replace(event, deviation=self._deviation(spooled.task, event.deviation))
         if spooled:
             shutil.rmtree(spooled.folder, ignore_errors=True)
         self._put(event, data)
-
-    def _deviation(self, task: ComputePage, deviation: str | None) -> str | None:
-        """What the worker says, and that this machine is another than the plan's."""
-        own = self.own.get((task.params, task.plan)) if task.plan else None
-        if not isinstance(own, Settled) or task.plan is None:
-            return deviation
-        differs = task.plan.machine not in ("", own.plan.machine)
-        return "; ".join(filter(None, (deviation, f"on {own.plan.machine}" if differs else ""))) or None
 
     def _put(self, event: Any, data: bytes | None = None) -> None:
         with self.changed:
