@@ -380,8 +380,8 @@ def test_a_books_formats_are_those_that_it_holds(tmp_path, visit):
 def test_a_model_of_ones_own_stays_chosen_until_a_worker_knows_of_it(tmp_path, visit):
     with still(tmp_path) as service:
         page = visit(service.url)
-        see(page, "Connected")
-        page.evaluate("localStorage.setItem('settings', JSON.stringify({ model: 'mine' }))")
+        # Before the page's own script: the one that is there writes what it has once it knows the models.
+        page.add_init_script("localStorage.setItem('settings', JSON.stringify({ model: 'mine' }))")
         with page.expect_response("**/health"):
             page.reload()
         until(lambda: page.locator("#model option").count() > 3)

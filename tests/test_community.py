@@ -66,13 +66,18 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 WHOLE = {"num_feat": 16, "block_num": 1, "window_size": 8, "res_num": 1, "up_scale": 2, "pe": True}
 
 
+def architecture(name: str) -> Any:
+    """A network's class, of spandrel's."""
+    community.package()  # whose import does without torchvision
+    return getattr(importlib.import_module(f"spandrel.architectures.{name}"), name)
+
+
 @functools.cache
 def weights(kind: str, seed: int = 1) -> dict[str, torch.Tensor]:
     """A small network's tensors, whose results have a page's mean and contrast."""
-    community.package()
     name, arguments = NETWORKS.get(kind, ("OmniSR", WHOLE))
     torch.manual_seed(seed)
-    network = getattr(importlib.import_module(f"spandrel.architectures.{name}"), name)(**arguments).eval()
+    network = architecture(name)(**arguments).eval()
     last = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)][-1]
     x = torch.from_numpy(grey(64, 64)).float().expand(1, arguments.get("in_nc", 3), -1, -1) / 255
     with torch.inference_mode():
@@ -157,7 +162,7 @@ def test_convolutions_alone_are_computed_channels_last(tmp_path):
 
 
 def test_a_network_that_can_t_have_channels_last_is_computed_without(tmp_path, monkeypatch):
-    span, page = importlib.import_module("spandrel.architectures.SPAN").SPAN, colour(40, 40)
+    span, page = architecture("SPAN"), colour(40, 40)
     forward = span.forward
     monkeypatch.setattr(span, "forward", lambda self, x: forward(self, x.view(1, -1).view(x.shape)))
     model = loaded(tmp_path, "SPAN")
@@ -275,7 +280,7 @@ def test_a_pth_of_any_architecture_is_vouched_for_first(tmp_path):
 def test_what_no_architecture_fits_is_refused(tmp_path):
     four = {"in_nc": 4, "out_nc": 4, "num_filters": 8, "num_blocks": 1, "scale": 2}
     torch.manual_seed(1)
-    esrgan = importlib.import_module("spandrel.architectures.ESRGAN").ESRGAN(**four).state_dict()
+    esrgan = architecture("ESRGAN")(**four).state_dict()
     short = {key: tensor for key, tensor in weights("SPAN").items() if key != "conv_cat.bias"}
     lies = {
         "no architecture": {"encoder.weight": torch.zeros(3)},
