@@ -356,6 +356,8 @@ class Worker:
         data, suffix, other = budgets.fitted(
             lambda params: pages.encode(page.pixels, params, page.profile), task.params, _most_bytes(task)
         )
+        elsewhere = self.engines.elsewhere(task.plan) if task.plan else None
+        deviations = (storage.part_of(task.source.name), deviation, other, elsewhere)
         height, width = page.pixels.shape[:2]
         channels = pages.channels(pages.flatten(page.pixels) if suffix == ".jpg" else page.pixels)
         self._finish(
@@ -366,7 +368,7 @@ class Worker:
             height=height,
             mode=pages.MODES[channels],
             seconds=round(spent + time.perf_counter() - started, 3),
-            deviation="; ".join(filter(None, (storage.part_of(task.source.name), deviation, other))) or None,
+            deviation="; ".join(filter(None, deviations)) or None,
             color_spread=round(page.spread, 2),
             **facts,
         )

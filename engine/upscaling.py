@@ -609,6 +609,12 @@ class Engines:
             return UpstreamEngine(model, plan, self.slot)
         return NativeEngine(model, plan, self.slot, self.tick)
 
+    def elsewhere(self, plan: Plan) -> str | None:
+        """Which machine this is, where it isn't the one, or not as it was, that the plan was settled on."""
+        device = plan.device if devices.KINDS[plan.device].usable() else "cpu"
+        here = devices.describe_machine(device, self.slot)
+        return f"on {here}" if plan.machine not in ("", here) else None
+
     def compute(self, pixels: Pixels, params: Params, plan: Plan) -> tuple[Pixels, str | None]:
         """(8-bit page, how its computation differed from the plan).
 
@@ -638,8 +644,6 @@ class Engines:
         """The plan, on a device that is still here, with a tile that is known to fit."""
         if not devices.KINDS[plan.device].usable():
             plan = self._on_processor(plan, params)
-        elif plan.machine:  # another than the plan's: of a cluster, moved to, or with other libraries since
-            plan = replace(plan, machine=devices.describe_machine(plan.device, self.slot))
         if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
             plan = replace(plan, convolutions="direct")
         with self.lock:

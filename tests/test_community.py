@@ -15,7 +15,6 @@ import json
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,8 @@ from messages import EngineChoice, Params
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks as small as these gain nothing by a second one, and wait for it on a busy machine."""
+def _spandrel() -> None:
     require(importlib.util.find_spec("spandrel"), "the extra models is not installed")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SWIN = {"embed_dim": 32, "num_heads": (2,), "upscale": 2, "upsampler": "pixelshuffledirect", "img_size": 32}

@@ -31,14 +31,14 @@ def node(tmp_path_factory) -> Iterator[tuple[Node, Callable[..., list[Any]]]]:
         choice = EngineChoice(device="cpu", precision="fp32", model_root=place)
         made = Node(choice, run_worker, code_hash())
     worker = made.worker.process
-    params = Params(model="realesr-animevideov3")
+    usual = Params(model="realesr-animevideov3")
 
     def ended(*kinds: type) -> list[Any]:
         found: list[Any] = []
         until(lambda: [found.extend(made.collect()), any(isinstance(one, kinds) for one, _ in found)][1], 60)
         return [one for one in found if isinstance(one[0], kinds)]
 
-    def compute(source: str = "1.png", **changes: Any) -> list[Any]:
+    def compute(source: str = "1.png", params: Params = usual, **changes: Any) -> list[Any]:
         made.worker.post(Settle("job", 1, params, None))
         plan = replace(ended(Settled)[0][0].plan, **changes)
         made.give([(ComputePage("job", 1, 1, Path(source), Path("1"), params, plan, Limits()), png())])
@@ -52,7 +52,13 @@ def node(tmp_path_factory) -> Iterator[tuple[Node, Callable[..., list[Any]]]]:
 def test_a_page_of_another_machine_than_the_plan_s_says_so(node):
     ((event, data),) = node[1](machine="a card")
     assert isinstance(event, PageDone) and hashlib.sha256(data).hexdigest() == event.sha256
-    assert event.deviation.startswith("machine ") and "torch" in event.deviation
+    assert event.deviation.startswith("on ") and "torch" in event.deviation
+
+
+def test_so_does_a_page_that_no_network_made(node):
+    params = Params(model="realesr-animevideov3", profile="kobo-touch", target_width=16)
+    ((event, _),) = node[1](params=params, machine="a card")
+    assert event.deviation.startswith("reduced from 32x48, by no network; on ")
 
 
 def test_half_a_double_page_is_half_of_it_on_a_node_too(node):
