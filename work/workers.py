@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -251,9 +252,14 @@ def run_worker(conn: Connection, choice: EngineChoice, slot: int) -> None:
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # whatever a library prints: the service's stdout is for who started it
     logs.setup(choice.log, f"worker-{slot}")
+    # What the libraries make stays: looking it through for garbage meanwhile, and again whenever pages have
+    # left some, took 0.3 of the 2.4 s until a worker is up, and 0.2 s each time after (measured).
+    gc.disable()
     try:
         import infer
     except BaseException as error:
         conn.send(BootFailed(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
         raise SystemExit(3) from error  # told: the log gets it once
+    gc.freeze()
+    gc.enable()
     infer.worker_main(conn, choice, slot)
