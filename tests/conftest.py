@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 from helpers import require
 from serving import until
@@ -29,6 +30,8 @@ os.environ.setdefault("REICHAN_CONVOLUTIONS", "direct")
 # beyond the cores would wait for each other (three processes, 2 cores, all tests: 494 s for 576).
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+forked.settle()
 
 # Files that take most of a minute or more.
 LONG = {

@@ -34,6 +34,7 @@ PACE_KEPT_S = 60.0  # of idleness; it may have been another program's fault
 KILL_S = 1.0  # for a killed process's end, where somebody waits for it
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 
+CONTEXT = multiprocessing.get_context("spawn")  # a fork would have other threads' locks for ever
 TaskKey = tuple[str, int, int]  # job, attempt, page; page 0: stage or pack
 
 
@@ -132,11 +133,9 @@ class WorkerSlot(Slot):
 
     def __init__(self, index: int, entry: Callable[..., None], choice: EngineChoice) -> None:
         super().__init__(index)
-        context = multiprocessing.get_context("spawn")
-        self.conn, theirs = context.Pipe()
-        self.process = context.Process(
-            target=entry, args=(theirs, choice, index), name=f"worker-{index}", daemon=True
-        )
+        self.conn, theirs = CONTEXT.Pipe()
+        arguments = (theirs, choice, index)
+        self.process = CONTEXT.Process(target=entry, args=arguments, name=f"worker-{index}", daemon=True)
         self.process.start()
         self.is_cut = False  # its end of the pipe is closed
         theirs.close()  # else its end would stay open here, and its death go unnoticed
