@@ -469,6 +469,26 @@ def piped() -> Any:
     return slot
 
 
+def test_a_workers_pipe_stays_open_while_something_is_being_sent():
+    slot = dispatch.WorkerSlot(0, faults.cannot_boot, messages.EngineChoice())
+    send, begun, go, closed = slot.conn.send, threading.Event(), threading.Event(), []
+
+    def held_up(item: Any) -> None:
+        begun.set()
+        assert go.wait(10)
+        closed.append(slot.conn.closed)
+        send(item)
+
+    slot.conn.send = held_up
+    slot.post("something")
+    assert begun.wait(10)
+    later = threading.Timer(0.3, go.set)
+    later.start()
+    slot.stop(wait_s=0)
+    later.join()
+    assert closed == [False] and slot.conn.closed
+
+
 def dead(run: Run, tasks: dict[Any, Any], exclusive: bool) -> Any:
     """A worker that died with these tasks: without a process."""
     slot = dispatch.WorkerSlot.__new__(dispatch.WorkerSlot)

@@ -141,7 +141,8 @@ class WorkerSlot(Slot):
         theirs.close()  # else its end would stay open here, and its death go unnoticed
         # A stopped worker doesn't read; its pipe may be full; the dispatcher must not wait.
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True).start()
+        self._sender = threading.Thread(target=self._send_all, name=f"send-{index}", daemon=True)
+        self._sender.start()
 
     def __str__(self) -> str:
         return f"worker {self.index} (process {self.process.pid})"
@@ -179,7 +180,9 @@ class WorkerSlot(Slot):
         if self.process.is_alive():
             self.process.kill()
             self.process.join(KILL_S)
-        self.conn.close()
+        self._sender.join(KILL_S)
+        if not self._sender.is_alive():  # amid a send its descriptor's number could become another file's
+            self.conn.close()
 
 
 # ---------------------------------------------------------------- who is next
