@@ -466,6 +466,7 @@ def piped() -> Any:
     slot.process = SimpleNamespace(
         exitcode=None, kill=lambda: None, join=lambda _: None, is_alive=lambda: True
     )
+    slot._sender = SimpleNamespace(join=lambda _: None, is_alive=lambda: False)
     return slot
 
 
