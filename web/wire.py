@@ -49,7 +49,7 @@ LINGER_S = 1.0  # reading on after a refusal, so that its answer isn't lost to a
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])".encode())
-FIELD = re.compile(rf"({TOKEN}):[ \t]*([\t -~\x80-\xff]*?)[ \t]*".encode("latin-1"))
+FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)".encode("latin-1"))
 HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t -~]*)?\r\n")
 
@@ -220,7 +220,7 @@ def parse_head(line: bytes, fields: list[bytes], body_source: io.BufferedReader)
         if not found:
             # Its text stays out of the log: it may be a misspelt Authorization.
             raise malformed(f"header field {n} is not: name, colon, value")
-        headers.append((found[1].decode("ascii").lower(), found[2].decode("latin-1")))
+        headers.append((found[1].decode("ascii").lower(), found[2].strip(b" \t").decode("latin-1")))
     host = headers.one("host")
     target, absolute_host = _origin_form(target)
     if host is None and minor == "1":

@@ -23,8 +23,11 @@ from pathlib import Path
 import storage
 from messages import Limits
 
+# "Title v03", "Title - Vol. 10.5", "作品名 第03巻". Each run of separators is looked at once, from its
+# beginning: a name may be long, and someone else's.
 NUMBERED = re.compile(
-    r"(?P<title>.*?)[\s_.,\-]*(?:(?<![a-z])(?:v|vol|volume)\.?|第)?[\s_\-]*(?P<number>\d{1,4}(?:\.\d)?)\s*[巻卷集]?",
+    r"(?P<title>.*?)(?<![\s_.,\-])[\s_.,\-]*+(?:(?<![a-z])(?:v|vol|volume)\.?|第)?[\s_\-]*+"
+    r"(?<!\d)(?P<number>\d{1,4}(?:\.\d)?)\s*+[巻卷集]?",
     re.IGNORECASE,
 )
 TITLE_CHARACTERS = 300  # of a title, or a volume's name
