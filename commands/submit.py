@@ -2,7 +2,7 @@
 
 Map: arguments - Service (requests) - the input - submitting - watching - downloading - main
 Rule: the job belongs to the service; whatever ends here, the same command finds it again.
-Runs in: a process of its own. Standard library and websockets; nothing of the service but names of pages.
+Runs in: a process of its own. Standard library and websockets; nothing of the service but what names mean.
 
     PATH --hash--> Idempotency-Key --POST /jobs--> there already? else PUT /incoming, POST again
          --WS /ws/jobs/{id}--> progress --GET artifact, Range--> .part --hash--> DIR/title volume.zip
@@ -38,15 +38,12 @@ from typing import Any, BinaryIO
 
 import storage
 from messages import misspelt
+from work.uploads import NUMBERED
 
 ALL_WELL, SOME_CARRIED, NOTHING_DONE, JOB_FAILED, NOT_FETCHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 STATUSES = """exit status: 0 submitted, or with --watch finished; 1 finished, some pages kept as they were;
 2 nothing was done (the command, the input, the service's refusal, no service); 3 the job failed; 4 the
 service was lost on the way, or its artifact could not be fetched whole; 130 interrupted (the job goes on)"""
-# "Yotsuba v03", "Yotsuba_3", "よつばと 第03巻"
-NAME_AND_NUMBER = re.compile(
-    r"(.*?)[\s_.\-]*(?:(?<![a-z])(?:vol(?:ume)?|v)[\s_.\-]*|第)?(\d{1,4})[巻卷集]?", re.IGNORECASE
-)
 ARCHIVES = tuple(sorted(storage.ARCHIVE_SUFFIXES))
 MANIFEST = "manifest.json"
 OVER = ("SUCCESS", "FAILED")
@@ -142,6 +139,8 @@ def check(given: argparse.Namespace) -> None:
         raise Failure("name either a PATH or a --job")
     if given.priority is not None and abs(given.priority) > MOST_PRIORITY:
         raise Failure(f"--priority takes -{MOST_PRIORITY} to {MOST_PRIORITY}, not {given.priority}")
+    if given.download and given.download.exists() and not given.download.is_dir():
+        raise Failure(f"--download takes a folder, and {given.download} is a file")
 
 
 def as_text(names: Sequence[str]) -> list[str]:
@@ -155,11 +154,11 @@ def as_text(names: Sequence[str]) -> list[str]:
 
 
 def title_and_volume(name: str) -> tuple[str, str]:
-    """From the input's name, see NAME_AND_NUMBER."""
+    """From the input's name: the last number in it is the volume."""
     stem = os.path.splitext(name)[0] if name.lower().endswith(ARCHIVES) else name
-    found = NAME_AND_NUMBER.fullmatch(stem)
-    if found and found[1].strip():
-        return found[1].strip(), found[2]
+    found = NUMBERED.fullmatch(stem)
+    if found and found["title"].strip():
+        return found["title"].strip(), found["number"]
     return stem.strip() or "untitled", "01"
 
 
@@ -347,15 +346,29 @@ def _is_archive(file: Path) -> bool:
 
 
 def _files_below(folder: Path, params: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """(name in the zip, file) of what the service needs. Raises Failure where a folder can't be read: its
+    pages would be missing, and nobody told."""
+
+    def refuse(error: OSError) -> None:
+        raise Failure(f"the folder {error.filename} can't be read: {storage.reason_of(error)}") from error
+
     with_others, with_archives = params.get("container") == "cbz", params.get("split") == "volumes"
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders.sort()
         for name in sorted(names):
             path = Path(where, name)
             parts = path.relative_to(folder).parts
             wanted = with_others or (with_archives and _is_archive(path)) or storage.is_page_name(parts)
-            if path.is_file() and not storage.is_junk(parts) and (wanted or parts == (MANIFEST,)):
+            if (wanted or parts == (MANIFEST,)) and not storage.is_junk(parts) and _is_file(path):
                 yield "/".join(parts), path
+
+
+def _is_file(path: Path) -> bool:
+    """As Path.is_file(), which from Python 3.14 on says no also of what it may not look at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a link to nothing
+        return False
 
 
 def _pieces_of(file: BinaryIO) -> Iterator[bytes]:
@@ -632,9 +645,9 @@ def download(service: Service, state: dict[str, Any], folder: Path, line: Line) 
         patiently(lambda: fetch(service, path, sha256, part, line), "the download")
         line.end()
         if storage.sha256_file(part) == sha256:
-            os.replace(part, target)
+            storage.patiently(os.replace, part, target)
             return target
-        part.unlink()
+        storage.remove_file(part)
     raise Failure(f"what arrived twice is not the artifact: its SHA-256 is not {sha256}", NOT_FETCHED)
 
 
@@ -715,11 +728,14 @@ def closing(service: Service, state: dict[str, Any], given: argparse.Namespace, 
     try:
         if state["failedPages"]:
             tell_kept(service, state["jobId"])
-        if given.download:
-            print(f"artifact  {download(service, state, given.download, line)}")
+        place = download(service, state, given.download, line) if given.download else None
     except Refusal as refusal:
         refusal.status = NOT_FETCHED
         raise
+    except OSError as error:  # of files here: requests have their own
+        raise Failure(f"the artifact can't be kept in {given.download}: {error}", NOT_FETCHED) from error
+    if place:
+        print(f"artifact  {place}")
     print(f"sha256    {state['artifactHash']}")
     return SOME_CARRIED if state["failedPages"] else ALL_WELL
 

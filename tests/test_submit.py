@@ -150,6 +150,32 @@ def test_a_folder_is_uploaded_as_one_zip_and_submitted(service, tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == pages
 
 
+def test_a_folder_of_which_a_part_can_not_be_read_is_refused_not_shortened(tmp_path, monkeypatch):
+    for name in ("1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    scandir, look = os.scandir, Path.stat
+
+    def locked(place):
+        if str(place).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", locked)
+        with pytest.raises(submit.Failure, match="the folder .*b can't be read: Permission denied"):
+            submit.Input.of(tmp_path)
+
+    def hidden(path, **rest):
+        if path.name == "2.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **rest)
+
+    monkeypatch.setattr(Path, "stat", hidden)
+    with pytest.raises(PermissionError):
+        submit.Input.of(tmp_path)
+
+
 @pytest.mark.parametrize("flag", ["--container=cbz", "--param=container=cbz"])
 def test_for_a_cbz_a_folder_s_other_files_go_along_and_it_is_downloaded_as_one(service, tmp_path, flag):
     files = {"1.png": png(), "ComicInfo.xml": b"<ComicInfo/>", "ch1/notes.txt": b"notes"}
@@ -283,7 +309,8 @@ def test_names_in_an_old_code_page_become_text(service, tmp_path):
     ("name", "title", "number"),
     [("Yotsuba v03.cbz", "Yotsuba", "03"), ("One_Piece_vol.12.zip", "One_Piece", "12"),
      ("よつばと 第03巻", "よつばと", "03"), ("20th Century 07.zip", "20th Century", "07"),
-     ("Akira", "Akira", "01"), ("12", "12", "01")],
+     ("Yotsuba v03.5.cbz", "Yotsuba", "03.5"), ("よつばと 第3.5巻", "よつばと", "3.5"),
+     ("Akira", "Akira", "01"), ("12", "12", "01"), ("Agent 12345", "Agent 12345", "01")],
 )  # fmt: skip
 def test_title_and_volume_come_from_the_name(name, title, number):
     assert submit.title_and_volume(name) == (title, number)
@@ -515,6 +542,28 @@ def test_a_download_never_replaces_another_file_and_isn_t_repeated(service, tmp_
     codes = service.dispatcher.metrics.requests.family().samples
     # Twice /health, the job and HEAD; once GET.
     assert {labels["code"]: value for _, labels, value in codes} == {"200": 7}
+
+
+def test_an_artifact_that_can_not_be_kept_here_is_told_as_that_and_ends_no_other_s_turn(
+    service, tmp_path, monkeypatch
+):
+    job = finished(service, ARTIFACT)
+
+    def held(*_: Path) -> None:
+        raise PermissionError(13, "in use by another program")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", held)
+        status, _, err = run(service, "--job", job.id, "--download", tmp_path / "to")
+        given = submit.parser().parse_args(["--job", job.id, "--download", str(tmp_path / "to")])
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            both = submit.follow(submit.Service(service.url, None), [job.id] * 2, given, submit.Line())
+    assert status == both == 4 and "can't be kept in" in err and "try again with" in err
+    assert told.getvalue().count("in use by another program") == 2
+    assert run(service, "--job", job.id, "--download", tmp_path / "to")[0] == 0
+    (tmp_path / "file").write_bytes(b"mine")
+    status, _, err = run(service, "--job", job.id, "--download", tmp_path / "file")
+    assert status == 2 and "is a file" in err
 
 
 def test_an_artifact_that_is_not_what_its_job_promises_is_refused(service, tmp_path):

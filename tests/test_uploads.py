@@ -15,6 +15,7 @@ from work import uploads
         ("Title v02", "folder", "Title", "02"),
         ("Title - Vol. 3.zip", "zip", "Title", "3"),
         ("Title vol.10.5.zip", "zip", "Title", "10.5"),
+        ("Agent 12345.zip", "zip", "Agent 12345", "1"),
         ("Love 2000 v1.zip", "zip", "Love 2000", "1"),
         ("Title/Title v02.cbz", "zip", "Title", "02"),
         ("T/Vol 01/ch1", "folder", "T", "Vol 01 ch1"),
