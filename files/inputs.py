@@ -583,13 +583,9 @@ def read_entry(
     entry: Entry, open_entry: Callable[[Entry], IO[bytes]], limits: Limits, most: int | None = None
 ) -> bytes:
     """A page's bytes, or its first `most` ones. Raises InputUnusable. open_entry: see formats.opener."""
-    wanted = min(entry_bytes(entry), limits.entry_bytes) + 1 if most is None else most
     try:
         with open_entry(entry) as file:
-            data = file.read(wanted)
-        if most is None:
-            _check_entry(len(data), limits)
-        return data
+            return file.read(most) if most is not None else b"".join(_pieces_of(file, limits))
     except ENTRY_ERRORS as problem:
         raise storage.InputUnusable(
             f"{entry.name} can't be read from the input: {storage.reason_of(problem)}"
@@ -601,8 +597,7 @@ def _stage_page(entry: Entry, archive: Archive | None, target: Path, limits: Lim
     with open(target, "wb") as copy:
         try:
             with open_entry(entry, archive, limits) as source:
-                while chunk := source.read(storage.CHUNK_BYTES):
-                    _check_entry(size_bytes + len(chunk), limits)  # it may grow meanwhile
+                for chunk in _pieces_of(source, limits):
                     size_bytes += len(chunk)
                     digest.update(chunk)
                     copy.write(chunk)
@@ -651,6 +646,16 @@ ENTRY_ERRORS = (
     IndexError,
     storage.LimitExceeded,
 )
+
+
+def _pieces_of(file: IO[bytes], limits: Limits) -> Iterator[bytes]:
+    """An entry's bytes to their end: what the entry says of their number is an estimate in a PDF, and a
+    file may grow meanwhile. Raises LimitExceeded."""
+    size_bytes = 0
+    while chunk := file.read(storage.CHUNK_BYTES):
+        size_bytes += len(chunk)
+        _check_entry(size_bytes, limits)
+        yield chunk
 
 
 def _check_entry(size_bytes: int, limits: Limits) -> None:
@@ -708,7 +713,7 @@ def read_source_page(source: Path, name: str, sha256: str, limits: Limits) -> by
             for entry in list_input(source, limits, archive).pages:
                 if entry.name == name:
                     with open_entry(entry, archive, limits) as file:
-                        data = b"".join(iter(lambda: file.read(storage.CHUNK_BYTES), b""))
+                        data = b"".join(_pieces_of(file, limits))
                     if hashlib.sha256(data).hexdigest() == sha256:
                         return data
     except (*ENTRY_ERRORS, storage.InputUnusable) as error:

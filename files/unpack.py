@@ -181,6 +181,8 @@ def extract_rar(path: str, wanted: Wanted) -> None:
     rest = dict(wanted)
     if archive.is_solid() and len(wanted) > 1 and not any(info.file_redir for info in infos.values()):
         for tool in _tools(rarfile):
+            if not rest:
+                break
             for index in _extract_solid(tool.open_cmdline(None, path, None), infos, rest):
                 del rest[index]
                 tell("begin", index=index)
@@ -214,7 +216,7 @@ def _extract_solid(command: list[str], infos: dict[int, Any], wanted: Wanted) ->
 
     One by one, each would cost the unpacking of all that stand before it.
     """
-    wanted = dict(wanted)
+    wanted, last = dict(wanted), max(wanted)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as tool:
@@ -233,6 +235,8 @@ def _extract_solid(command: list[str], infos: dict[int, Any], wanted: Wanted) ->
             # Archives may have BLAKE2 in place of it; then each member is read by itself.
             if index in wanted and info.CRC == crc:
                 yield index
+            if index == last:
+                break
         tool.kill()
 
 

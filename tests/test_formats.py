@@ -323,6 +323,20 @@ def test_solid_archives_by_winrar_come_out_whole(name, tool, tmp_path, monkeypat
     assert found == [("stest1.png", None, LINES), ("stest2.png", None, LINES)]
 
 
+def test_a_solid_archive_that_one_program_unpacks_is_given_to_no_other(tmp_path, monkeypatch):
+    unpackers()
+    (tmp_path / "bin").mkdir()
+    for tool in ("unar", "bsdtar"):
+        place = tmp_path / "bin" / tool
+        place.write_text(f'#!/bin/sh\necho {tool} "$@" >> {tmp_path}/calls\nexec {shutil.which(tool)} "$@"\n')
+        place.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    pages, _ = stage(winrar(tmp_path / "v.rar", "rar3-solid", b"png"), tmp_path / "staging")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert not any(page.error for page in pages)
+    assert len({call.split()[0] for call in calls if "v.rar" in call}) == 1, calls
+
+
 def test_a_bad_member_of_a_rar_is_a_page_error(tmp_path):
     source = rar(tmp_path / "v.rar", PAGES)
     data = bytearray(source.read_bytes())
@@ -330,6 +344,16 @@ def test_a_bad_member_of_a_rar_is_a_page_error(tmp_path):
     source.write_bytes(data)
     pages, _ = stage(source, tmp_path / "staging")
     assert [bool(page.error) for page in pages] == [False, True, False]
+    with pytest.raises(storage.InputUnusable, match=r"ch1/2\.png can't be read .*: .{5}"):
+        looked_at(source)
+
+
+def looked_at(source: Path) -> list[bytes]:
+    """Each page, as a preview reads it."""
+    with inputs.opened(source, Limits()) as archive:
+        found = inputs.list_input(source, Limits(), archive).pages
+        with formats.opener(found, archive, Limits()) as open_entry:
+            return [inputs.read_entry(entry, open_entry, Limits()) for entry in found]
 
 
 @pytest.mark.parametrize("tool", ["unar", "bsdtar", "both"])
@@ -465,6 +489,12 @@ def with_pikepdf(source: Path, change: Callable[[Any], None], **saving: Any) -> 
         change(document)
         document.save(target, **saving)
     return target
+
+
+def test_a_page_of_a_pdf_is_previewed_whole_though_its_size_was_an_estimate(tmp_path):
+    noise = np.random.default_rng(1).integers(0, 256, (200, 300), np.uint8)
+    images = [encoded(one, ".jpg") for one in (grey(30, 20), noise, grey(30, 21))]
+    assert looked_at(img2pdf(tmp_path / "v.pdf", *images)) == images
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
