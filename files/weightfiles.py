@@ -7,6 +7,7 @@ Runs in: http-N threads (names), the worker (bytes).
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib.util
 from dataclasses import dataclass
@@ -160,7 +161,10 @@ def read_weights(file: WeightsFile) -> tuple[bytes, bytes, str]:
 
 def _trusted(model_root: Path) -> set[str]:
     try:
-        lines = (model_root / TRUSTED).read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
+        data = (model_root / TRUSTED).read_bytes()
+    except FileNotFoundError:
         return set()
+    # Windows' own tools write UTF-16, or a mark before UTF-8. A hash is ASCII in each of them.
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    lines = data.decode("utf-16" if wide else "utf-8-sig", "replace").splitlines()
     return {line.split()[0].lower() for line in lines if line.strip()}

@@ -56,9 +56,10 @@ def test_weights_that_nobody_vouched_for_are_refused(tmp_path):
     assert weightfiles.read_weights(found["free"]) == (b"free", b"", sha(b"free"))
 
 
-def test_a_pickle_is_read_once_its_hash_is_trusted_but_not_under_a_known_name(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])  # the latter two by Windows' own tools
+def test_a_pickle_is_read_once_its_hash_is_trusted_but_not_under_a_known_name(encoding, tmp_path):
     make_folder(tmp_path, {"own.pth": b"own", "RealESRGAN_x4plus.pth": b"own"})
-    (tmp_path / "trusted.sha256").write_text(f"\n{sha(b'own').upper()}  own.pth\n")
+    (tmp_path / "trusted.sha256").write_text(f"{sha(b'own').upper()}  own.pth\n\n", encoding)
     found = weightfiles.find_weights(tmp_path)
     assert weightfiles.read_weights(found["own"]) == (b"own", b"", sha(b"own"))
     with pytest.raises(storage.WeightsRefused, match="not the published file"):
