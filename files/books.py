@@ -12,6 +12,7 @@ imported where a PDF is written: img2pdf and pikepdf of the extra `formats`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import html
 import importlib.util
@@ -201,14 +202,12 @@ def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[st
     with (
         _pictures_of_any_size(),
         tempfile.TemporaryDirectory(prefix=PARTS, dir=outputs) as folder_name,
-        pikepdf.new() as pdf,
         storage.replacing(artifact, storage.own_temporary(artifact)) as file,
     ):
         unshown = _write_parts(outputs, Path(folder_name), items)
-        parts = [pikepdf.open(path) for path in sorted(Path(folder_name).iterdir())]
-        try:
-            for part in parts:
-                pdf.pages.extend(part.pages)
+        parts = sorted(str(path.absolute()) for path in Path(folder_name).iterdir())
+        # pdf.pages.extend() would take all images into memory. "-": an output, of which nothing is made.
+        with pikepdf.Job(["pikepdf", "--empty", "--pages", *parts, "--", "-"]).create_pdf() as pdf:
             direction = pikepdf.Name.R2L if _is_rtl(report) else pikepdf.Name.L2R
             pdf.Root.ViewerPreferences = pikepdf.Dictionary(Direction=direction)
             pdf.docinfo["/Title"] = _title(report, artifact.stem).encode("utf-8", "replace").decode()
@@ -219,9 +218,6 @@ def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[st
             # Streams as they are: what was a JPEG stays that JPEG.
             as_is = {"stream_decode_level": pikepdf.StreamDecodeLevel.none, "compress_streams": False}
             pdf.save(file, deterministic_id=True, **as_is)
-        finally:
-            for part in parts:
-                part.close()
         file.flush()
         os.fsync(file.fileno())
         digest, size_bytes = storage.sha256_file(Path(file.name)), file.tell()
@@ -274,6 +270,7 @@ def _write_parts(outputs: Path, folder: Path, items: Sequence[dict[str, Any]]) -
             images.append(image)
         with open(folder / f"{first:05d}.pdf", "xb") as part:
             img2pdf.convert(images, outputstream=part, **settings)
+        gc.collect()  # its documents refer to themselves, and hold these images until they are sought
     return unshown
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -189,6 +191,22 @@ def test_a_long_pdf_is_put_together_in_order(tmp_path, monkeypatch):
     with pikepdf.open(packed(tmp_path, "pdf", files)) as pdf:
         images = [next(iter(page.get_images().values())) for page in pdf.pages]
         assert [int(image.Height) for image in images] == [21, 22, 23, 24, 25]
+
+
+def test_a_pdf_takes_the_memory_of_a_few_pages_however_many_it_has(tmp_path, monkeypatch):
+    require(os.path.exists("/proc/self/clear_refs"), "there is no /proc to read a peak from")
+    monkeypatch.setattr(books, "PART_PAGES", 4)
+    noise = np.random.default_rng(1).integers(0, 256, (1000, 1000, 3), np.uint8)
+    page = coded(noise, ".jpg")
+    files = {f"{n}.jpg": page + bytes([n]) for n in range(48)}  # else it holds one image, 48 times
+    volume_bytes = len(page) * len(files)
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")
+    before = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    pdf = packed(tmp_path, "pdf", files)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    assert pdf.stat().st_size > volume_bytes
+    assert (int(peak[1]) - int(before[1])) * 1024 < volume_bytes / 2
 
 
 SPOT = np.full((300, 300), 255, np.uint8)  # in the mean, no turn of it differs
