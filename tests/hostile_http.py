@@ -355,7 +355,8 @@ ODD_FIELDS: list[bytes] = [
     b"Repr-Digest: sha-256=:\xff:", b"X-Reichan-Title: \xe4\xbd\x9c\xe5\x93\x81",
     b"X-HTTP-Method-Override: DELETE", b"X-Original-URL: /../token", b"X\0Y: 1", b"X Y: 1", b": 1", b"X",
     b"X :1", b" X: 1", b"X: 1\r\n folded", b"X: a\rb", b"X: a\nb", b"X: \x7f\x01", b"X: \xff\xfe\x80", b"X:",
-    b"X:1", b"X:" + b" " * 8000 + b"\1", b"X: a" + b" " * 8000 + b"b", b"X" * 8300 + b": 1", b"X: " + b"v" * 8300, b"(X): 1", b"X: 1\r\n" * 120,
+    b"X:1", b"X" * 8300 + b": 1", b"X: " + b"v" * 8300, b"(X): 1", b"X: 1\r\n" * 120,
+    b"X:" + b" " * 8000 + b"\1", b"X: a" + b" " * 8000 + b"b",
     (b"X: " + b"v" * 7000 + b"\r\n") * 10, b"Trailer: X", b"TE: trailers", b"Max-Forwards: 0", b"Via: 1.1 x",
 ]
 LENGTHS = [

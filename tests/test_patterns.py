@@ -20,8 +20,8 @@ FOLDERS = ("", "web", "work", "files")
 CHARACTERS = 8000  # of a line of HTTP
 MOST_S = 0.4  # of the processor's time; to look at a run once from each of its places takes over a second
 OWN = ("database.py", "openapi.py", "webpage.py", "settings.py")  # theirs read what the owner wrote, or we
-BEGINS = ("", "X:", "image/", "application/octet-stream", "bytes=", "sha-256=:", ";a=", ';a="', "T ", "a.left.")
-PIECES = (" ", "\t", "_", "-", ".", ",", ":", ";", '"', "'", "=", "/", "%", "1", "a", "v", "第", "<", "&", "\\")
+BEGINS = ("", "X:", "image/", "application/octet-stream", "bytes=", "sha-256=:", ';a="', "T ", "a.left.")
+PIECES = (" ", "\t", "_", "-", ".", ",", ":", ";", '"', "'", "=", "/", "%", "1", "a", "v", "第", "<", "\\")
 PAIRS = ("1 ", " 1", "a ", ", ", ";a=", 'W/"', "v ", "v1", ".1", "a.", ".left.", "-1", ":1", '"a"', "<?xml ")
 ENDS = ("", "x", "\1")
 
@@ -69,8 +69,9 @@ def test_no_pattern_takes_much_longer_for_a_longer_text():
     code = "import sys; sys.path[:0] = ['tests', '.']; import test_patterns; test_patterns.main()"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=storage.PROGRAM, capture_output=True, text=True, timeout=120
-        )
+            [sys.executable, "-c", code], cwd=storage.PROGRAM, capture_output=True, check=False, text=True,
+            timeout=120,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as slow:
         raise AssertionError((slow.stdout or b"").decode().splitlines()[-1]) from None
     lines = done.stdout.splitlines()

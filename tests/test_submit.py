@@ -163,7 +163,7 @@ def test_a_folder_of_which_a_part_can_not_be_read_is_refused_not_shortened(tmp_p
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", locked)
-        with pytest.raises(submit.Failure, match="the folder .*b can't be read: Permission denied"):
+        with pytest.raises(submit.Failure, match=r"the folder .*b can't be read: Permission denied"):
             submit.Input.of(tmp_path)
 
     def hidden(path, **rest):
