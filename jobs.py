@@ -355,6 +355,11 @@ class JobTable:
                 return
             seq = rows[-1]["seq"]
 
+    def ids(self) -> set[str]:
+        """Ids of all jobs."""
+        with self._lock:
+            return {row[0] for row in self._db.execute("SELECT id FROM jobs")}
+
     def ids_over(self) -> set[str]:
         """Ids of the jobs that ended."""
         with self._lock:

@@ -12,8 +12,11 @@ import itertools
 import os
 import re
 import shutil
+import sqlite3
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,12 +33,14 @@ import jobs
 import server
 import settings
 from web import webpage
+from work import volumes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # It has no business outside, and asks for nothing there.
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
 TOKEN = "correct-horse-battery"
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+HASTE = "() => { const wait = setTimeout; window.setTimeout = (work, ms) => wait(work, ms / 20); }"
 
 
 # ---------------------------------------------------------------- a browser
@@ -352,6 +357,31 @@ def test_the_first_key_leads_to_the_content_and_not_to_a_volume_of_that_name(tmp
         assert page.evaluate("document.activeElement.id") == "main" and page.locator("#home").is_visible()
 
 
+def test_a_volume_is_called_gone_by_a_service_that_says_so_and_by_no_proxy(tmp_path, visit):
+    with still(tmp_path) as service:
+        job = with_pages(service, 1)
+        page = visit(f"{service.url}/#{job.id}")
+        page.route(f"**/jobs/{job.id}", lambda route: route.fulfill(status=502))
+        with page.expect_response(f"**/jobs/{job.id}"):
+            page.reload()
+        see(page, "00001.png", "#shelf")
+        assert page.url.endswith(job.id) and not page.get_by_text("is not there any more").count()
+        page.evaluate("location.hash = '00000000-0000-4000-8000-000000000000'")
+        see(page, "This volume is not there any more.")
+        until(lambda: page.url.endswith("#"))
+
+
+def test_a_click_that_the_service_does_not_hear_is_to_be_made_again(tmp_path, visit):
+    with still(tmp_path) as service:
+        queued(service, "Unheard")
+        page = visit(service.url)
+        for name, place in (("Pause: Queue", "**/queue/pause"), ("Cancel: Unheard 1", "**/jobs/*/cancel")):
+            page.route(place, lambda route: route.abort())
+            button(page, name).click()
+            see(page, "The service does not answer; please try again.", "#notes")
+            page.locator("#notes p").evaluate("(said) => said.remove()")
+
+
 def test_pages_that_are_computed_again_do_not_leave_the_list_empty(tmp_path, visit):
     with still(tmp_path) as service:
         job = with_pages(service, 4, error="it is damaged")
@@ -439,6 +469,47 @@ def test_an_upload_whose_line_is_lost_goes_on_with_the_file_that_was_under_way(t
         assert sent == ["1.png", "2.png", "2.png", "2.png", "3.png"]
         place = service.config.layout.incoming / next(service.table.changed_since(0)).input_path
         assert [path.read_bytes() for path in sorted(place.iterdir())] == [png(shade=n) for n in range(1, 4)]
+
+
+def test_an_upload_waits_for_a_service_behind_a_proxy_and_one_that_never_succeeds_says_why(
+    tmp_path, visit, monkeypatch
+):
+    def damaged(*_: Any) -> None:
+        raise sqlite3.DatabaseError("malformed")
+
+    (tmp_path / "Late 1.cbz").write_bytes(volume({"1.png": png()}))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        see(page, "Connected")
+        page.evaluate(HASTE)
+        away = [502, 504]
+        page.route("**/incoming/**", lambda route: route.fulfill(status=away.pop()), times=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(volumes, "submit", damaged)
+            drop(page, tmp_path / "Late 1.cbz")
+            button(page, "Upscale this volume").click()
+            see(page, "the job table is damaged; restart the service", "#uploads")
+            button(page, "Try again").wait_for()
+            assert page.get_by_text("the job table is damaged; restart the service").is_visible()
+        button(page, "Try again").click()
+        see(page, "Waiting", "#jobs")
+
+
+def test_volumes_that_were_stopped_while_they_were_submitted_are_cancelled(tmp_path, visit, monkeypatch):
+    (tmp_path / "A").mkdir()
+    for name in ("v1.cbz", "v2.cbz"):
+        (tmp_path / "A" / name).write_bytes(volume({"1.png": png()}))
+    stopped, submit = threading.Event(), volumes.submit
+    monkeypatch.setattr(volumes, "submit", lambda *given: stopped.wait(20) and submit(*given))
+    with still(tmp_path / "root") as service:
+        page = visit(service.url)
+        drop(page, tmp_path / "A")
+        button(page, "Upscale this volume").click()
+        see(page, "Submitting", "#uploads")
+        page.locator("#uploads").get_by_role("button", name="Stop").click()
+        stopped.set()
+        until(lambda: [job.cancelled for job in service.table.changed_since(0)] == [True, True])
+        until(lambda: not page.locator("#uploads .volume").count())
 
 
 def test_a_page_that_the_service_refuses_is_named_with_the_reason_and_nothing_is_submitted(tmp_path, visit):
@@ -610,6 +681,25 @@ def test_a_preview_that_fails_says_why_in_the_readers_language(tmp_path, visit, 
         button(page, "关闭").click()
         button(page, "预览：empty.zip").click()
         see(page, "无法在此列出 empty.zip 中的页面")
+
+
+def test_a_preview_that_no_worker_can_make_now_says_why_and_is_asked_for_again(tmp_path, visit, monkeypatch):
+    def lost(_key: str, _task: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(jobs.JobError("the worker process can't start: no torch here"))
+        return future
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.png").write_bytes(png())
+    with still(tmp_path / "root", page_wait_s=0) as service:
+        page = visit(service.url)
+        see(page, "Connected")
+        drop(page, tmp_path / "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(service.dispatcher, "ask", lost)
+            button(page, "Preview: a").click()
+            see(page, "the worker process can't start: no torch here", "#preview")
+        see(page, "Computing this page", "#preview")  # it only takes its time
 
 
 def test_three_thousand_jobs_are_a_screenful_of_rows(tmp_path, visit):

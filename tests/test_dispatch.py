@@ -416,6 +416,10 @@ def test_a_machine_that_slept_blames_no_worker_for_its_silence(tmp_path, monkeyp
         slot.conn = slot.process = SimpleNamespace(sentinel=None)
         slot.heard_s = slot.used_s = now[0]
         slot.obey_by_s[("job", 1, 1)] = now[0] + 2
+        slot.computing_s = now[0] - 20
+        job = running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        run.started_s = now[0] - 600
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
         def sleep(_ready: Any, _timeout_s: float) -> list[Any]:
@@ -426,6 +430,7 @@ def test_a_machine_that_slept_blames_no_worker_for_its_silence(tmp_path, monkeyp
         made._wait()
         made._check_deadlines()
         assert slot.doom is None
+        assert now[0] - run.started_s < 601 and now[0] - slot.computing_s < 21  # else it foretells days
         now[0] += dispatch.BEAT_LIMIT_S + 1
         made._check_deadlines()
         assert slot.doom
@@ -441,6 +446,17 @@ def test_a_cancel_while_a_job_waits_removes_its_working_copy(tmp_path):
         made.tidy(job.id)
         made._tidy()
         assert not place.exists() and not made.untidy
+
+
+def test_a_start_removes_previews_of_jobs_that_are_gone_and_no_others(tmp_path):
+    with still(tmp_path) as service:
+        made, kept = service.dispatcher, {queued(service).id, "preview"}
+        for name in (*kept, "00000000-0000-4000-8000-000000000000"):
+            (service.config.layout.previews / name).mkdir(parents=True)
+            (service.config.layout.previews / name / "1.jpg").touch()
+        made.stop()
+        made._loop()  # no turn of it: it is to stop
+        assert {path.parent.name for path in service.config.layout.previews.glob("*/1.jpg")} == kept
 
 
 def test_a_resume_with_another_input_takes_no_page_from_the_old_working_copy(tmp_path):

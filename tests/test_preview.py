@@ -1,8 +1,10 @@
-"""POST /preview: what it shows is what a job makes, and it is in no job's way."""
+"""POST /preview: what it shows is what a job makes, and it is in no job's way. Also what is drawn of a
+job's pages."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -14,14 +16,14 @@ import cv2
 import numpy as np
 import pytest
 from client import Client, Reply
-from serving import BOUNDARY, form, png, still, until, volume
+from serving import BOUNDARY, form, png, queued, still, until, volume
 
 import jobs
 import messages
 import server
 import settings
 from files import weightfiles
-from web import asking, preview
+from web import api, asking, preview
 from work.questions import WorkerDied
 
 COMPACT = {"model": "realesr-animevideov3"}
@@ -305,6 +307,24 @@ def test_a_page_that_worker_after_worker_dies_of_is_left_alone(tmp_path, monkeyp
         assert [problem.status for problem in problems] == [503] * asking.DEATHS + [422]
         assert "died of this page" in problems[-1].detail
         assert send(client, png(shade=1)).problem().status == 503
+
+
+def test_the_copy_that_a_jobs_page_is_drawn_from_stays_until_no_worker_will_read_it(tmp_path, monkeypatch):
+    """Whoever gave up before; a second one's own, which nobody will read, goes at once."""
+    monkeypatch.setattr(api, "PREVIEW_S", 0.0)
+    with still(tmp_path) as service:
+        job, client, questions = queued(service), Client(service.url), service.dispatcher.questions
+        digest = hashlib.sha256(png()).hexdigest()
+        page = jobs.Page(job.id, 1, "1.png", "00001.png", digest, len(png()), None, "1")
+        service.table.replace_pages(job.id, [page])
+        place, folder = f"/jobs/{job.id}/pages/1/before?w=16", service.config.layout.previews / job.id
+        for _ in range(asking.DEATHS):
+            assert [client.call("GET", place).status for _ in range(2)] == [503, 503]
+            ((key, task),) = questions.unanswered()
+            assert [*folder.iterdir()] == [task.source] and task.source.read_bytes() == png()
+            questions.disappoint(key, WorkerDied("the worker ended"))
+            assert not [*folder.iterdir()]
+        assert client.call("GET", place).status == 422 and not [*folder.iterdir()]
 
 
 def test_who_waits_is_freed_by_the_services_end(tmp_path):

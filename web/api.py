@@ -20,6 +20,7 @@ import re
 import time
 import unicodedata
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -271,12 +272,15 @@ class Api:
             raise Refused(410, error.code, error.detail) from error
         if not preview:
             return Answer(200, _image_headers(data), data)
-        copy = preview.with_name(f"{preview.stem}.{page.staged or 'page'}")  # of which it may be a half
+        # Its own, not the preview's: whoever comes or gives up meanwhile takes it from nobody.
+        copy = preview.with_name(f"{uuid.uuid4()}.{page.staged or 'page'}")  # of which it may be a half
         storage.write_whole(copy, data)
-        try:
-            return self._image(request, self._preview(copy, preview, width))
-        finally:
-            storage.remove_file(copy)
+
+        def remove(_: Any) -> None:
+            with contextlib.suppress(OSError):  # being read, on Windows
+                storage.remove_file(copy)
+
+        return self._image(request, self._preview(copy, preview, width, remove))
 
     def after(self, request: Request, id: str, n: str) -> Answer:
         """GET /jobs/{id}/pages/{n}/after."""
@@ -298,12 +302,18 @@ class Api:
             return None
         return self.layout.previews / page.job_id / f"{page.n}-{side}-{width}-{sha256[:16]}.jpg"
 
-    def _preview(self, source: Path, target: Path, width: int | None) -> Path:
+    def _preview(
+        self, source: Path, target: Path, width: int | None, ended: Callable[[Any], None] = lambda _: None
+    ) -> Path:
+        """ended: called once no worker will read the source, which may be after who waits gave up."""
         task = Preview(target.name + target.parent.name, source, target, width or 0, self.config.limits)
         with self._drawn.lock:
-            if self._drawn.is_deadly(task.key):
+            is_deadly = self._drawn.is_deadly(task.key)
+            if is_deadly or task.key in self._drawn.underway:  # with another copy of the page, perhaps
+                ended(None)
+            if is_deadly:
                 raise Refused(422, "NO_PREVIEW", "the page can't be shown: two worker processes died of it")
-            future = self._drawn.ask(task.key, task, lambda _: None)
+            future = self._drawn.ask(task.key, task, ended)
         try:
             answer = future.result(PREVIEW_S)
         except (FutureTimeout, CancelledError, jobs.JobError) as error:

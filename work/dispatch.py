@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import logs
@@ -66,12 +67,12 @@ from messages import (
     TaskFailed,
 )
 from storage import Layout
+from work import submissions
 from work.metrics import Metrics
 from work.predict import Rates
 from work.questions import Question, Questions, WorkerDied
 from work.retention import Keep, Retention
 from work.runs import Run
-from work.submissions import artifact_of, closing_message, to_report
 from work.workers import (
     KILL_S,
     Slot,
@@ -205,15 +206,17 @@ class Dispatcher:
 
     # -- the thread
     def _loop(self) -> None:
-        for folder in (self.layout.artifacts, self.layout.incoming, self.layout.previews):
+        places = self.layout.artifacts, self.layout.incoming, self.layout.previews
+        upkeep: dict[str, Callable[[], object]] = {
+            **{f"{place.name}/": partial(storage.sweep_temporaries, place) for place in places},
+            "previews of deleted jobs": partial(submissions.sweep_previews, self.table, self.layout),
+            "the cache of pages": self.cache.load,
+        }
+        for what, step in upkeep.items():
             try:
-                storage.sweep_temporaries(folder)
-            except OSError as error:  # of a read-only folder, say: no reason to do no work at all
-                log.warning("unfinished files in %s can't be removed: %s", folder.name, error)
-        try:
-            self.cache.load()
-        except OSError as error:
-            log.warning("the cache of pages can't be read: %s", storage.reason_of(error))
+                step()
+            except (OSError, *TABLE_ERRORS) as error:  # of a read-only folder, say: no reason to do no work
+                log.warning("%s can't be looked through: %s", what, storage.reason_of(error))
         while not self._stopping.is_set():
             self._turn()
         for slot in self.workers.values():
@@ -271,6 +274,8 @@ class Dispatcher:
                 holder.excuse(late_s)
             for run in self.runs.values():
                 run.held = True
+                if run.started_s and self.paused_s is None:  # else _see_pause sees to it
+                    run.started_s += late_s
         if self._wake_r in ready:
             self._woken.clear()
             self._wake_r.recv_bytes()
@@ -387,7 +392,7 @@ class Dispatcher:
         self.careless_deaths.pop(job.id, None)
         storage.remove_tree(self.layout.staging / job.id)
         if job.state != SUCCESS:  # packed at the very moment of the cancel, or killed amid it
-            artifact = artifact_of(job, self.layout)
+            artifact = submissions.artifact_of(job, self.layout)
             with contextlib.suppress(OSError, storage.NameTaken):
                 storage.remove_file(artifact)
                 storage.remove_file(storage.own_temporary(artifact))
@@ -536,11 +541,11 @@ class Dispatcher:
             task: Task = run.stage_task(source, known, self.limits, self.reserve_bytes)
         else:
             try:
-                report = to_report(job, self.table.pages(job.id), self.layout)
+                report = submissions.to_report(job, self.table.pages(job.id), self.layout)
             except storage.StorageError as error:  # its folder is one no longer
                 self._fail(run, error.code, error.detail)
                 return True
-            artifact = artifact_of(job, self.layout)
+            artifact = submissions.artifact_of(job, self.layout)
             task = Pack(job.id, job.attempt, run.outputs, artifact, report)
         run.file_task = None
         run.in_flight.add(0)
@@ -718,7 +723,7 @@ class Dispatcher:
             self.table.clock(),
             artifact_hash=event.sha256,
             artifact_bytes=event.size_bytes,
-            message=closing_message(run.job, pages, event.size_bytes),
+            message=submissions.closing_message(run.job, pages, event.size_bytes),
             **self.rates.end(run.job, pages, event.size_bytes, run.cached, run.held),
         )
         self.metrics.jobs.add(1, SUCCESS)
@@ -807,7 +812,7 @@ class Dispatcher:
         with contextlib.suppress(JobError, *TABLE_ERRORS):  # _take_up_lost tries again
             lose_worker(self.table, self.table.get(run.job.id), self.table.clock())
 
-    def _blame(self, run: Run, mine: dict[int, Task], slot: WorkerSlot, why: str) -> tuple[str, str] | None:
+    def _blame(self, run: Run, mine: dict[int, Task], slot: Slot, why: str) -> tuple[str, str] | None:
         """Count a worker's death for what it had of a run; (code, detail) once that is to end the job."""
         asked = any(isinstance(key, str) for key in slot.tasks)  # which is likelier to have done it
         for n, task in mine.items():

@@ -19,7 +19,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import sqlite3
 import tempfile
@@ -39,7 +38,6 @@ from work import submissions
 
 log = logging.getLogger("rebuild")
 
-JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NOTE = "rebuilt from its artifact after the job table had lost it; where its input lies is not known"
 
 
@@ -208,7 +206,7 @@ class Rebuild:
 
     def _is_claimed(self, artifact: Path) -> bool:
         job_id = artifact.stem[-36:]
-        return not JOB_ID.fullmatch(job_id) or self._is_known(job_id)
+        return not submissions.JOB_ID.fullmatch(job_id) or self._is_known(job_id)
 
     def _is_known(self, job_id: str) -> bool:
         try:
@@ -237,7 +235,7 @@ class Rebuild:
         strays = [
             self.layout.relative(folder)
             for folder in sorted(self.layout.outputs.glob("*/*/*"))
-            if JOB_ID.fullmatch(folder.name) and not self._is_known(folder.name)
+            if submissions.JOB_ID.fullmatch(folder.name) and not self._is_known(folder.name)
         ]
         if strays:
             log.error("lost jobs left pages, which stay; submit these again: %s", ", ".join(strays))
@@ -250,7 +248,7 @@ def job_of(report: dict[str, Any], sha256: str, size_bytes: int, when_s: float) 
     when_s: of the artifact, in place of all times. Raises KeyError, TypeError, ValueError where it is none.
     """
     job_id, items = str(report["jobId"]), report["items"]
-    if not JOB_ID.fullmatch(job_id):
+    if not submissions.JOB_ID.fullmatch(job_id):
         raise ValueError("a job id")
     pages = list(_pages_of(job_id, items))
     compared = report["reconciliation"]  # the table has it as text

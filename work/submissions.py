@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ class Submission:
 
 
 PRIORITIES = (-100, 100)  # least, most
+JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 INPUT_UNKNOWN = "where this job's input lies is not known: it was rebuilt from its artifact"
 
 
@@ -369,6 +371,16 @@ def remove_files(layout: Layout, job: jobs.Job, outputs: bool = True, artifact: 
             storage.remove_tree(folder)
         if any(folder.exists() for folder in held):
             raise in_use
+
+
+def sweep_previews(table: jobs.JobTable, layout: Layout) -> None:
+    """Remove previews of jobs that are gone: whoever was at one while its job was deleted brought its
+    folder back. Raises OSError, sqlite3.Error."""
+    found = [folder for folder in layout.previews.glob("*") if JOB_ID.fullmatch(folder.name)]
+    known = table.ids()  # read later than the folders: no new job's is among those
+    for folder in found:
+        if folder.name not in known:
+            storage.remove_tree(folder)
 
 
 def note_removed(table: jobs.JobTable, job: jobs.Job, what: str, days: int) -> bool:

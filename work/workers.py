@@ -111,6 +111,7 @@ class Slot(abc.ABC):
         """The machine was asleep so long: nobody was silent or disobedient."""
         self.heard_s += asleep_s
         self.used_s += asleep_s
+        self.computing_s += asleep_s
         self.obey_by_s = {key: by_s + asleep_s for key, by_s in self.obey_by_s.items()}
 
     def is_open(self) -> bool:
