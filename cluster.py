@@ -152,6 +152,7 @@ class ClusterDispatcher(Dispatcher):
 
     def __init__(self, address: str, *settings: Any) -> None:
         super().__init__(*settings)
+        self.choice = replace(self.choice, cache_program=code_hash())  # what the bridge keeps pages by
         self.address = address  # "auto": the cluster of this machine, started where there is none
         self.nodes: dict[int, NodeSlot] = {}  # by index, as their bridge counts them
         self.cut: str | None = None  # see Cut
@@ -341,8 +342,14 @@ class ClusterDispatcher(Dispatcher):
                     self.questions.disappoint(key, WorkerDied(f"the worker ended: {node.doom or why}"))
                 continue  # else it is still asked for, and given to another
             run = self.runs.get(key[0])
-            if run and run.job.attempt == key[1] and key[2]:
+            if run is None or run.job.attempt != key[1]:
+                continue
+            if key[2]:
                 self._take_back(run, key[2], node.exclusive, blame)
+            elif blame:  # it was to settle the job's plan, which another does now, though not for ever
+                enough = self._blame(run, {0: node.tasks[key]}, node, node.doom or why)
+                if enough:
+                    self._fail(run, *enough)
 
     def _take_back(self, run: Run, n: int, alone: bool, blame: bool) -> None:
         run.in_flight.discard(n)

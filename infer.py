@@ -139,7 +139,8 @@ class Worker:
         self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
-        self.cache = PageCache(choice.cache_root, devices.program(slot)) if choice.cache_root else None
+        program = choice.cache_program or devices.program(slot)
+        self.cache = PageCache(choice.cache_root, program) if choice.cache_root else None
         kinds = devices.kinds_for(choice)  # none where the one that was chosen is missing
         at_once = max((kind.pages for kind in kinds), default=1)
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.
@@ -359,14 +360,14 @@ class Worker:
         elsewhere = self.engines.elsewhere(task.plan) if task.plan else None
         deviations = (storage.part_of(task.source.name), deviation, other, elsewhere)
         height, width = page.pixels.shape[:2]
-        channels = pages.channels(pages.flatten(page.pixels) if suffix == ".jpg" else page.pixels)
+        written = pages.flatten(page.pixels, task.params.color) if suffix == ".jpg" else page.pixels
         self._finish(
             task,
             data,
             suffix,
             width=width,
             height=height,
-            mode=pages.MODES[channels],
+            mode=pages.MODES[pages.channels(written)],
             seconds=round(spent + time.perf_counter() - started, 3),
             deviation="; ".join(filter(None, deviations)) or None,
             color_spread=round(page.spread, 2),
@@ -503,7 +504,8 @@ class Worker:
         kept = not is_cbz or containers.is_kept(task.outputs)
         same_input = all(page.source.staged for page in known.values())
         done_before = all(_still_done(task, page, page.source) for page in known.values())
-        complete = bool(known) and same_input and done_before
+        # Of several pages of one name only the last is known.
+        complete = bool(known) and len(known) == len(sources) and same_input and done_before
         if sources and kept and (complete or inputs.staged_pages_intact(task.staging, sources)):
             yield from sources
         else:

@@ -175,6 +175,7 @@ class EngineChoice:
     sandbox: bool = True  # whether workers give up rights they don't need
     log: str = "text"  # of logs.FORMS
     cache_root: Path | None = None  # of cache.PageCache; None: every page is computed
+    cache_program: str = ""  # its program where pages are not computed by this worker, see PageCache
     convolutions: str = "direct"  # see Plan; "auto": what takes the least time, measured
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ TAURI_ORIGINS = (
     "http://localhost:1420",
 )
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+WINDOWS_WORKERS = 31  # pipe and process of each, and one pipe more: WaitForMultipleObjects takes 63
 
 
 class ConfigError(Exception):
@@ -200,6 +202,9 @@ def read_concurrency(text: str) -> int:
     """REICHAN_MAX_CONCURRENCY. Raises ConfigError."""
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise ConfigError(f"REICHAN_MAX_CONCURRENCY must be a whole number from 1 to 64, not {text!r}")
+    if int(text) > WINDOWS_WORKERS and sys.platform == "win32" and sys.version_info < (3, 13):
+        why = "Python before 3.13 can't wait for more worker processes on Windows"
+        raise ConfigError(f"REICHAN_MAX_CONCURRENCY can be {WINDOWS_WORKERS} at most here, since {why}")
     return int(text)
 
 

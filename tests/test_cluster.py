@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -34,7 +35,7 @@ import server
 import settings
 from commands import verify
 from messages import Beat, ComputePage, EngineChoice, Limits, PageDone, Params, Settle, Settled
-from work import workers
+from work import dispatch, workers
 from work.node import Declined, Lost
 from work.runs import Run
 
@@ -182,10 +183,12 @@ def test_own_weights_go_to_the_nodes_and_repeated_pages_do_not(tmp_path, ring):
     weights = tmp_path / "models/own.safetensors"
     weights.parent.mkdir()
     nodes(ring, 1)
-    with serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (_, client):
+    with serving(tmp_path, ring.address, job_cache_bytes=1 << 20) as (service, client):
         made_of(weights, seed=1)
         _, computed, _ = made(client, pages, model="own")
-        assert made(client, pages, model="own")[1:] == (computed, 3)
+        again, *same = made(client, pages, model="own")
+        assert same == [computed, 3]
+        assert json.loads(service.table.get(again).forecast)["workload"]["cached"] == 3
         made_of(weights, seed=2)
         _, other, from_cache = made(client, pages, model="own")
         assert from_cache == 0 and not [name for name in computed if computed[name] == other[name]]
@@ -405,6 +408,21 @@ def test_a_plan_waits_for_the_machine_with_the_card_while_that_starts_or_is_busy
         card.doom = "it did not come up"
         made._ask_for_plan(run)
         assert made.settling == {job.id: 3}
+
+
+def test_a_plan_that_ends_every_worker_that_is_to_settle_it_fails_its_job(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, job = of_two_nodes(service), running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        monkeypatch.setattr(made, "_want_file_slot", lambda: None)
+        for _ in range(dispatch.CARELESS_DEATHS):
+            assert service.table.get(job.id).state == jobs.RUNNING
+            made._ask_for_plan(run)
+            made._lose_node(made.nodes[made.settling[job.id]], "killed for its memory", True)
+            for node in made.nodes.values():
+                node.tasks.clear()
+        lost = service.table.get(job.id)
+        assert lost.state == jobs.FAILED and "killed for its memory" in lost.last_error
 
 
 def test_a_place_where_nothing_comes_up_is_tried_for_ever():

@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,23 @@ def test_a_job_that_is_finished_but_for_its_artifact_looks_at_its_input_only_if_
     stage = Stage("job", 1, place, tmp_path / "staging", outputs, Params(), None, (known,), None, Limits())
     found = [page for page in worker._staged_pages(stage, {"1.png": known}) if isinstance(page, SourcePage)]
     assert [page.sha256 == source.sha256 for page in found] == [bool(staged)]
+
+
+def test_a_finished_job_with_two_pages_of_one_name_is_staged_anew(worker, tmp_path):
+    """By its name only one of them is known."""
+    data, outputs, known = [png(), png(shade=9)], tmp_path / "outputs", []
+    outputs.mkdir()
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for n, page in enumerate(data):
+            archive.writestr("1.png", page)
+            digest = storage.write_whole(outputs / f"{n}.jpg", page)
+            source = SourcePage("1.png", f"0000{n}.png", hashlib.sha256(page).hexdigest(), len(page), None)
+            known.append(KnownPage(source, f"{n}.jpg", digest))
+    folders = tmp_path / "staging", outputs
+    stage = Stage("job", 1, tmp_path / "v.zip", *folders, Params(), None, tuple(known), None, Limits())
+    found = worker._staged_pages(stage, {"1.png": known[1]})
+    staged = [(folders[0] / page.staged).read_bytes() for page in found if isinstance(page, SourcePage)]
+    assert staged == data
 
 
 def test_a_hang_while_a_plan_is_settled_is_seen(worker, monkeypatch):

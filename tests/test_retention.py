@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,6 +144,16 @@ def test_a_clock_that_is_wrong_removes_nothing(world, name):
             service.turn()
         world.passed_s += LOOK_S
     assert left(world, job) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="monotonic() counts sleep there")
+def test_things_grow_old_while_the_machine_sleeps(monkeypatch):
+    counted = {"darwin": "CLOCK_MONOTONIC"}.get(sys.platform, "CLOCK_BOOTTIME")
+    clocks = {getattr(time, counted): 30 * DAY_S}
+    monkeypatch.setattr(time, "monotonic", lambda: DAY_S)
+    monkeypatch.setattr(time, "clock_gettime", clocks.get)
+    service = Retention(SimpleNamespace(clock=lambda: 0.0), None, ALL)
+    assert service.monotonic() == 30 * DAY_S
 
 
 def test_a_job_resumed_between_look_and_removal_keeps_its_pages(world):

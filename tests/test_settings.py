@@ -148,6 +148,15 @@ def test_without_ray_the_start_names_the_extra(monkeypatch):
         settings.read_config({"REICHAN_CLUSTER": "auto"}, NO_FLAGS)
 
 
+@pytest.mark.parametrize("version, most", [((3, 12), settings.WINDOWS_WORKERS), ((3, 13), 64)])
+def test_more_workers_than_windows_can_wait_for_stop_the_start(version, most, monkeypatch):
+    monkeypatch.setattr(settings.sys, "platform", "win32")
+    monkeypatch.setattr(settings.sys, "version_info", version)
+    assert settings.read_concurrency(str(most)) == most
+    with pytest.raises(settings.ConfigError, match="REICHAN_MAX_CONCURRENCY"):
+        settings.read_concurrency(str(most + 1))
+
+
 @pytest.mark.parametrize("text", ["here", "host", "host:port", "ray://host:1"])
 def test_a_bad_address_stops_the_start(text):
     with pytest.raises(settings.ConfigError, match="REICHAN_CLUSTER must be auto or the host:port"):

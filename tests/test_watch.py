@@ -305,6 +305,23 @@ def test_what_changes_while_it_is_read_waits_again(watched, monkeypatch):
     assert watched.look() == ["t/1.zip"]
 
 
+def test_what_goes_on_arriving_while_it_is_read_waits_again(watched, monkeypatch):
+    watched.put("t v1/1.png", png())
+    real = uploads.content_of
+
+    def slow(*arguments: Any) -> str:
+        content = real(*arguments)
+        watched.put("t v1/2.png.PARTIAL", b"\x89PNG")
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "content_of", slow)
+        assert watched.look() == []
+    assert watched.look() == []
+    (watched.incoming / "t v1/2.png.PARTIAL").rename(watched.incoming / "t v1/2.png")
+    assert watched.look() == ["t v1"]
+
+
 def test_names_that_no_job_can_have_are_refused_not_stumbled_over(watched, caplog):
     require(sys.platform == "linux", "names of any bytes are Linux'")
     os.makedirs(os.fsencode(watched.incoming) + b"/\xff\xfe")

@@ -10,6 +10,7 @@ Runs in: the dispatcher thread, which alone claims jobs: none starts while its f
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -38,11 +39,19 @@ class Keep:
     jobs_days: int | None = None  # the row, and with it all the rest
 
 
+def since_boot_s() -> float:
+    """Seconds, those counted that the machine sleeps; monotonic() leaves them out but on Windows."""
+    # macOS' own of that name goes on in sleep; Python's monotonic() is another one there.
+    clock = getattr(time, "CLOCK_MONOTONIC", None) if sys.platform == "darwin" else None
+    clock = getattr(time, "CLOCK_BOOTTIME", clock)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
 class Retention:
     """Removes what is older than `keep`, one job's things a turn, so that nobody waits for it."""
 
     def __init__(
-        self, table: JobTable, layout: Layout, keep: Keep, monotonic: Callable[[], float] = time.monotonic
+        self, table: JobTable, layout: Layout, keep: Keep, monotonic: Callable[[], float] = since_boot_s
     ) -> None:
         self.table = table
         self.layout = layout

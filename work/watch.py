@@ -183,7 +183,8 @@ class Watch:
         incoming, goes_on = self.layout.incoming, lambda: not self._ended.is_set()
         content = uploads.content_of(incoming, upload, self.limits, goes_on)
         again = uploads.find_upload(incoming, upload.path, self.limits)
-        return content if again is not None and again.stamp == upload.stamp else None
+        is_same = again is not None and (again.stamp, again.unfinished) == (upload.stamp, None)
+        return content if is_same else None
 
     def _refused(self, upload: Upload) -> str:
         """Its stamp where it was refused under these limits, and with these libraries and programs."""
