@@ -139,8 +139,9 @@ class Worker:
         self.computing: dict[int, tuple[str, int]] = {}  # thread -> job and attempt, cancellable
         self.watch = Watch()
         self.engines = upscaling.Engines(choice, slot, self._tick)
-        program = choice.cache_program or devices.program(slot)
-        self.cache = PageCache(choice.cache_root, program) if choice.cache_root else None
+        self.cache = None
+        if choice.cache_root:
+            self.cache = PageCache(choice.cache_root, choice.cache_program or devices.program(slot))
         kinds = devices.kinds_for(choice)  # none where the one that was chosen is missing
         at_once = max((kind.pages for kind in kinds), default=1)
         # A card outruns a few cores' JPEG; beside a processor's own work they are enough.

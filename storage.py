@@ -332,6 +332,15 @@ def is_junk(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") or part in JUNK_FOLDERS for part in parts)
 
 
+# "Title v03", "Title - Vol. 10.5", "作品名 第03巻". Each run of separators is looked at once, from its
+# beginning: a name may be long, and someone else's.
+NUMBERED = re.compile(
+    r"(?P<title>.*?)(?<![\s_.,\-])[\s_.,\-]*+(?:(?<![a-z])(?:v|vol|volume)\.?|第)?[\s_\-]*+"
+    r"(?<!\d)(?P<number>\d{1,4}(?:\.\d)?)\s*+[巻卷集]?",
+    re.IGNORECASE,
+)
+
+
 # What tools call a file that they are still receiving: Copyparty (x.zip.PARTIAL, and with a time and
 # an address behind it where that is taken), browsers, WinSCP, aria2, torrents; our own .tmp.
 UNFINISHED = re.compile(

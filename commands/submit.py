@@ -2,7 +2,7 @@
 
 Map: arguments - Service (requests) - the input - submitting - watching - downloading - main
 Rule: the job belongs to the service; whatever ends here, the same command finds it again.
-Runs in: a process of its own. Standard library and websockets; nothing of the service but what names mean.
+Runs in: a process of its own. Standard library and websockets; nothing of the service but names of pages.
 
     PATH --hash--> Idempotency-Key --POST /jobs--> there already? else PUT /incoming, POST again
          --WS /ws/jobs/{id}--> progress --GET artifact, Range--> .part --hash--> DIR/title volume.zip
@@ -38,7 +38,6 @@ from typing import Any, BinaryIO
 
 import storage
 from messages import misspelt
-from work.uploads import NUMBERED
 
 ALL_WELL, SOME_CARRIED, NOTHING_DONE, JOB_FAILED, NOT_FETCHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 STATUSES = """exit status: 0 submitted, or with --watch finished; 1 finished, some pages kept as they were;
@@ -156,7 +155,7 @@ def as_text(names: Sequence[str]) -> list[str]:
 def title_and_volume(name: str) -> tuple[str, str]:
     """From the input's name: the last number in it is the volume."""
     stem = os.path.splitext(name)[0] if name.lower().endswith(ARCHIVES) else name
-    found = NUMBERED.fullmatch(stem)
+    found = storage.NUMBERED.fullmatch(stem)
     if found and found["title"].strip():
         return found["title"].strip(), found["number"]
     return stem.strip() or "untitled", "01"

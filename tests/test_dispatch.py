@@ -332,7 +332,7 @@ def test_a_job_that_cannot_be_packed_fails_and_stops_nobody(tmp_path, monkeypatc
         made, job = service.dispatcher, running(service)
         made.workers[0] = Hand()
         made.runs[job.id] = run = Run(job, tmp_path, tmp_path, file_task="pack")
-        monkeypatch.setattr(dispatch, "to_report", taken)
+        monkeypatch.setattr(submissions, "to_report", taken)
         assert made._deal_one(run)
         job = service.table.get(job.id)
         assert (job.state, job.error_code) == (jobs.FAILED, "NAME_TAKEN") and not made.runs

@@ -23,7 +23,7 @@ MAY = {  # a layer -> what it may import beside itself and SHARED
     "engine": {"files", "storage"},
     "files": {"storage", "engine.pages"},
     "storage": {"commands"},  # its command line
-    "commands": {"engine", "files", "storage", "infer", "settings", "work.uploads"},
+    "commands": {"engine", "files", "storage", "infer", "settings"},
     "settings": {"storage", "work"},
     "copyparty_hook": {"work"},
     "messages": set(),

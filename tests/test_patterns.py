@@ -23,7 +23,7 @@ OWN = ("database.py", "openapi.py", "webpage.py", "settings.py")  # theirs read 
 BEGINS = ("", "X:", "image/", "application/octet-stream", "bytes=", "sha-256=:", ';a="', "T ", "a.left.")
 PIECES = (" ", "\t", "_", "-", ".", ",", ":", ";", '"', "'", "=", "/", "%", "1", "a", "v", "第", "<", "\\")
 PAIRS = ("1 ", " 1", "a ", ", ", ";a=", 'W/"', "v ", "v1", ".1", "a.", ".left.", "-1", ":1", '"a"', "<?xml ")
-ENDS = ("", "x", "\1")
+ENDS = ("\1", "\n")
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[Any], str]]:

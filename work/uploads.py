@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,13 +22,6 @@ from pathlib import Path
 import storage
 from messages import Limits
 
-# "Title v03", "Title - Vol. 10.5", "作品名 第03巻". Each run of separators is looked at once, from its
-# beginning: a name may be long, and someone else's.
-NUMBERED = re.compile(
-    r"(?P<title>.*?)(?<![\s_.,\-])[\s_.,\-]*+(?:(?<![a-z])(?:v|vol|volume)\.?|第)?[\s_\-]*+"
-    r"(?<!\d)(?P<number>\d{1,4}(?:\.\d)?)\s*+[巻卷集]?",
-    re.IGNORECASE,
-)
 TITLE_CHARACTERS = 300  # of a title, or a volume's name
 
 
@@ -48,7 +40,7 @@ def title_and_volume(path: str, kind: str) -> tuple[str, str]:
     *folders, last = path.split("/")
     stem = os.path.splitext(last)[0] if kind == "zip" else last
     title, *rest = [_plain(part) for part in (*folders, stem)]
-    numbered = NUMBERED.fullmatch(rest[-1] if rest else title)
+    numbered = storage.NUMBERED.fullmatch(rest[-1] if rest else title)
     if len(rest) > 1 or (rest and not numbered):
         return title, " ".join(rest)[:TITLE_CHARACTERS]
     if not rest and numbered:

@@ -116,7 +116,7 @@ def names_of(volumes: Sequence[Volume]) -> list[str]:
         for volume in volumes
     ]
     names = [parts[-1] for parts in paths]
-    numbers = [match["number"] for match in map(uploads.NUMBERED.fullmatch, names) if match]
+    numbers = [match["number"] for match in map(storage.NUMBERED.fullmatch, names) if match]
     for shorter in (numbers, names):
         if len({*shorter}) == len(volumes):
             return [_as_text(name) for name in shorter]
