@@ -327,12 +327,16 @@ class JobTable:
     def page_of_jobs(self, state: str | None, text: str, limit: int, before: int | None) -> list[Job]:
         """Up to `limit` jobs, newest first, older than number `before`."""
         like = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+        asked: dict[str, list[Any]] = {  # only what was asked for: with "? IS NULL OR" no index would be used
+            "state = ?": [] if state is None else [state],
+            "number < ?": [] if before is None else [before],
+            "(title LIKE ? ESCAPE '\\' OR volume LIKE ? ESCAPE '\\')": [like, like] if text else [],
+        }
+        where = " AND ".join(condition for condition, values in asked.items() if values) or "TRUE"
+        values = [value for one in asked.values() for value in one]
         with self._lock:
             rows = self._db.execute(
-                "SELECT * FROM jobs WHERE (? IS NULL OR state = ?) AND (? IS NULL OR number < ?)"
-                " AND (title LIKE ? ESCAPE '\\' OR volume LIKE ? ESCAPE '\\')"
-                " ORDER BY number DESC LIMIT ?",
-                (state, state, before, before, like, like, limit),
+                f"SELECT * FROM jobs WHERE {where} ORDER BY number DESC LIMIT ?", [*values, limit]
             ).fetchall()
         return [job_from_row(row) for row in rows]
 

@@ -12,6 +12,7 @@ Runs in: http-* threads, dispatcher, worker. Standard library only, but for the 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import hashlib
@@ -51,7 +52,8 @@ REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
 CHUNK_BYTES = 1 << 20
 # Unmistakably ours, so that start-up may remove it wherever it lies.
 TEMPORARY = re.compile(r"\.reichan-[0-9a-f]{32}\.tmp")
-UNPACKED = ".unpacked-"  # begins the names of folders for what is unpacked on the way
+# What begins the names of folders among a job's pages, for what is unpacked on the way, and a book's parts.
+UNPACKED, PARTS = ".unpacked-", ".parts-"
 # Names that Windows gives to devices, in any folder and with any extension.
 WINDOWS_DEVICES = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
@@ -97,6 +99,10 @@ class InputUnusable(StorageError):
     """The input as a whole can't be a volume: damaged, encrypted or not an archive."""
 
     code = "INPUT_UNUSABLE"
+
+
+class InputUnread(InputUnusable):
+    """What was to read the input ended without a reason: killed, perhaps. Later it may go well."""
 
 
 class UnsafeName(InputUnusable):
@@ -184,6 +190,12 @@ class AlreadyRunning(StorageError):
     code = "ALREADY_RUNNING"
 
 
+class LockRefused(StorageError):
+    """The storage root's file system has no locks, as some network shares."""
+
+    code = "NO_LOCKS"
+
+
 def reason_of(problem: Exception) -> str:
     """What went wrong, without the path that str() of an OSError holds."""
     return problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
@@ -247,19 +259,19 @@ def code_hash(modules: Iterable[str]) -> str:
 
 
 # ---------------------------------------------------------------- names
-def natural_key(name: str) -> tuple[Any, ...]:
+def natural_key(name: str) -> tuple[tuple[str, ...], str]:
     """Sort key: folders one by one, numbers by value, letters case-blind (1, 2, 10)."""
     return tuple(map(_natural_part, name.split("/"))), name
 
 
-def _natural_part(part: str) -> tuple[tuple[int, int, str], ...]:
-    pieces = re.split(r"(\d+)", unicodedata.normalize("NFKC", part).casefold())
-    # A number compares by length, then digits: int() refuses very long ones.
-    return tuple(
-        (0, len(piece.lstrip("0")), piece.lstrip("0")) if piece.isdecimal() else (1, 0, piece)
-        for piece in pieces
-        if piece
-    )
+def _natural_part(part: str) -> str:
+    return re.sub(r"\d+", _natural_number, unicodedata.normalize("NFKC", part).casefold())
+
+
+def _natural_number(found: re.Match[str]) -> str:
+    """Before all text, and by length, then digits: int() refuses very long ones."""
+    digits = found[0].lstrip("0")
+    return f"\0{chr(min(len(digits), sys.maxunicode))}{digits}"
 
 
 def cut_bytes(text: str, limit: int) -> str:
@@ -354,10 +366,16 @@ def is_unfinished(name: str) -> bool:
     return UNFINISHED.fullmatch(name) is not None
 
 
-def awaits(name: str, beside: Iterable[str]) -> str | None:
-    """The unfinished file, of those beside it, that is to become the file of this name."""
-    waits = (other for other in beside if is_unfinished(other))
-    return next((other for other in waits if other.lstrip(".").startswith(name + ".")), None)
+def unfinished_of(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(without leading dots, name) of each file that is still being received, sorted, for awaits()."""
+    return sorted((name.lstrip("."), name) for name in names if is_unfinished(name))
+
+
+def awaits(name: str, unfinished: Sequence[tuple[str, str]]) -> str | None:
+    """The unfinished file that is to become the file of this name."""
+    at = bisect.bisect_left(unfinished, (name + ".",))
+    found = unfinished[at : at + 1]
+    return found[0][1] if found and found[0][0].startswith(name + ".") else None
 
 
 # The name of a working copy of which only a part is a page (spreads.py).
@@ -634,6 +652,12 @@ def sweep_temporaries(folder: Path) -> int:
     return removed
 
 
+def sweep_folders(outputs: Path) -> None:
+    """Remove folders of a killed process among a job's pages."""
+    for folder in (*outputs.glob(f"{UNPACKED}*"), *outputs.glob(f"{PARTS}*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def free_bytes(layout: Layout) -> int:
     """Free space under the storage root."""
     return shutil.disk_usage(layout.root).free
@@ -656,14 +680,19 @@ def keep_token(layout: Layout) -> str:
 def locked(layout: Layout) -> Iterator[None]:
     """Hold the storage root for one service; the lock ends with the process, however it dies.
 
-    Raises AlreadyRunning.
+    Raises AlreadyRunning, and LockRefused where the file system has no locks.
     """
     file = open(layout.root / "lock", "a+b")
     try:
         try:
             _lock_file(file)
-        except OSError:
-            raise AlreadyRunning(f"another service already uses {layout.root}") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise AlreadyRunning(f"another service already uses {layout.root}") from None
+            raise LockRefused(
+                f"files can't be locked in {layout.root} ({reason_of(error)}), so nothing would keep "
+                "a second service out; choose another REICHAN_STORAGE_ROOT, on a disk of this machine"
+            ) from error
         yield
     finally:
         file.close()

@@ -19,13 +19,12 @@ import importlib.util
 import logging
 import os
 import posixpath
-import shutil
 import tempfile
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import storage
 from files import artifacts
@@ -197,32 +196,40 @@ def _pack_pdf(outputs: Path, artifact: Path, report: dict[str, Any]) -> tuple[st
     items = report["items"]
     data = artifacts.report_bytes(report)
     storage.write_whole(outputs / storage.REPORT_NAME, data)
-    for folder in outputs.glob(PARTS + "*"):  # of an attempt that was killed
-        shutil.rmtree(folder, ignore_errors=True)
+    storage.sweep_folders(outputs)
     with (
         _pictures_of_any_size(),
-        tempfile.TemporaryDirectory(prefix=PARTS, dir=outputs) as folder_name,
+        tempfile.TemporaryDirectory(prefix=storage.PARTS, dir=outputs, ignore_cleanup_errors=True) as folder,
         storage.replacing(artifact, storage.own_temporary(artifact)) as file,
     ):
-        unshown = _write_parts(outputs, Path(folder_name), items)
-        parts = sorted(str(path.absolute()) for path in Path(folder_name).iterdir())
-        # pdf.pages.extend() would take all images into memory. "-": an output, of which nothing is made.
-        with pikepdf.Job(["pikepdf", "--empty", "--pages", *parts, "--", "-"]).create_pdf() as pdf:
-            direction = pikepdf.Name.R2L if _is_rtl(report) else pikepdf.Name.L2R
-            pdf.Root.ViewerPreferences = pikepdf.Dictionary(Direction=direction)
-            pdf.docinfo["/Title"] = _title(report, artifact.stem).encode("utf-8", "replace").decode()
-            attached = {storage.REPORT_NAME: data}
-            attached |= {name: (outputs / name).read_bytes() for name in unshown}
-            for name, content in attached.items():
-                pdf.attachments[name] = pikepdf.AttachedFileSpec(pdf, content, filename=name)
-            # Streams as they are: what was a JPEG stays that JPEG.
-            as_is = {"stream_decode_level": pikepdf.StreamDecodeLevel.none, "compress_streams": False}
-            pdf.save(file, deterministic_id=True, **as_is)
+        unshown = _write_parts(outputs, Path(folder), items)
+        attached = {storage.REPORT_NAME: data} | {name: (outputs / name).read_bytes() for name in unshown}
+        direction = pikepdf.Name.R2L if _is_rtl(report) else pikepdf.Name.L2R
+        _join_parts(Path(folder), file, direction, _title(report, artifact.stem), attached)
         file.flush()
         os.fsync(file.fileno())
         digest, size_bytes = storage.sha256_file(Path(file.name)), file.tell()
     artifacts.remove_strays(outputs, {storage.REPORT_NAME, *(item["filename"] for item in items)})
     return digest, size_bytes
+
+
+def _join_parts(
+    folder: Path, file: IO[bytes], direction: Any, title: str, attached: dict[str, bytes]
+) -> None:
+    """Write one PDF of all in a folder. The parts are open until this returns, which on Windows keeps the
+    folder from going."""
+    import pikepdf
+
+    parts = sorted(str(path.absolute()) for path in folder.iterdir())
+    # pdf.pages.extend() would take all images into memory. "-": an output, of which nothing is made.
+    with pikepdf.Job(["pikepdf", "--empty", "--pages", *parts, "--", "-"]).create_pdf() as pdf:
+        pdf.Root.ViewerPreferences = pikepdf.Dictionary(Direction=direction)
+        pdf.docinfo["/Title"] = title.encode("utf-8", "replace").decode()
+        for name, content in attached.items():
+            pdf.attachments[name] = pikepdf.AttachedFileSpec(pdf, content, filename=name)
+        # Streams as they are: what was a JPEG stays that JPEG.
+        as_is = {"stream_decode_level": pikepdf.StreamDecodeLevel.none, "compress_streams": False}
+        pdf.save(file, deterministic_id=True, **as_is)
 
 
 @contextlib.contextmanager
@@ -235,9 +242,6 @@ def _pictures_of_any_size() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
-
-
-PARTS = ".parts-"  # begins the names of folders for a PDF's pieces
 
 
 def _write_parts(outputs: Path, folder: Path, items: Sequence[dict[str, Any]]) -> list[str]:

@@ -120,8 +120,7 @@ def _index(outputs: Path) -> list[dict[str, Any]]:
 
 def _forget(outputs: Path) -> None:
     """Remove what was kept of an earlier input: nothing of it may be in a new one's way."""
-    for folder in outputs.glob(storage.UNPACKED + "*"):  # of an attempt that was killed
-        shutil.rmtree(folder, ignore_errors=True)
+    storage.sweep_folders(outputs)  # of an attempt that was killed
     with contextlib.suppress(OSError, ValueError):
         for file in _index(outputs):
             if file["filename"]:

@@ -299,8 +299,8 @@ def _is_special(entry: zipfile.ZipInfo | formats.Member) -> bool:
     return entry.create_system == 3 and kind not in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
-def _files_below(root: Path, limits: Limits) -> Iterator[tuple[Path, int, list[str]]]:
-    """(path, bytes, names of all files in its folder) of each file. Raises LimitExceeded, InputUnusable where
+def _files_below(root: Path, limits: Limits) -> Iterator[tuple[Path, int, list[tuple[str, str]]]]:
+    """(path, bytes, storage.unfinished_of its folder) of each file. Raises LimitExceeded, InputUnusable where
     a folder can't be read: its pages would be missing, and nobody told."""
 
     def refuse(error: OSError) -> None:
@@ -314,6 +314,7 @@ def _files_below(root: Path, limits: Limits) -> Iterator[tuple[Path, int, list[s
             raise storage.LimitExceeded("depth", depth, limits.depth, "nested folders")
         # os.walk doesn't enter linked folders; what they hold is not ours to count.
         subfolders[:] = [name for name in subfolders if not storage.is_junk([name])]
+        unfinished = storage.unfinished_of(files)
         for name in files:
             seen += 1
             if seen > limits.entries:
@@ -323,7 +324,7 @@ def _files_below(root: Path, limits: Limits) -> Iterator[tuple[Path, int, list[s
                 size_bytes = path.lstat().st_size
             except FileNotFoundError:  # it went since the folder was read
                 continue
-            yield path, size_bytes, files
+            yield path, size_bytes, unfinished
 
 
 def list_folder(root: Path, limits: Limits) -> Listing:
@@ -332,11 +333,11 @@ def list_folder(root: Path, limits: Limits) -> Listing:
     others: list[tuple[bytes, Path]] = []
     reserved = total_bytes = 0
     manifest = None
-    for path, size_bytes, names_beside in _files_below(root, limits):
+    for path, size_bytes, unfinished in _files_below(root, limits):
         raw = os.fsencode(path.relative_to(root).as_posix())
         if storage.is_page_name([path.name]):
             # Copyparty reserves a page's name with an empty file while it receives the page.
-            if not size_bytes and storage.awaits(path.name, names_beside):
+            if not size_bytes and storage.awaits(path.name, unfinished):
                 reserved += 1
                 continue
             found.append((raw, path))

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -207,6 +209,22 @@ def test_a_pdf_takes_the_memory_of_a_few_pages_however_many_it_has(tmp_path, mon
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     assert pdf.stat().st_size > volume_bytes
     assert (int(peak[1]) - int(before[1])) * 1024 < volume_bytes / 2
+
+
+def test_what_a_pdf_was_put_together_from_is_closed_before_it_is_removed(tmp_path, monkeypatch):
+    """Windows removes no open file."""
+    require(os.path.exists("/proc/self/fd"), "there is no /proc to see open files in")
+    cleanup, opened = tempfile.TemporaryDirectory.cleanup, []
+
+    def looked_at(folder: Any) -> None:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        opened.append([link for link in links if link.startswith(os.path.realpath(folder.name))])
+        cleanup(folder)
+
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", looked_at)
+    monkeypatch.setattr(books, "PART_PAGES", 2)
+    packed(tmp_path, "pdf")
+    assert opened == [[]]
 
 
 SPOT = np.full((300, 300), 255, np.uint8)  # in the mean, no turn of it differs

@@ -442,10 +442,13 @@ def test_a_cancel_while_a_job_waits_removes_its_working_copy(tmp_path):
         made, job = service.dispatcher, queued(service)
         place = service.config.layout.staging / job.id
         place.mkdir()
+        outputs = service.config.layout.output_dir(job.title, job.volume, job.id)
+        for name in (storage.UNPACKED + "x", storage.PARTS + "y"):  # of a worker that was killed
+            (outputs / name).mkdir(parents=True)
         jobs.cancel(service.table, job.id, 1.0)
         made.tidy(job.id)
         made._tidy()
-        assert not place.exists() and not made.untidy
+        assert not place.exists() and not made.untidy and not [*outputs.iterdir()]
 
 
 def test_a_start_removes_previews_of_jobs_that_are_gone_and_no_others(tmp_path):

@@ -192,6 +192,32 @@ def test_pages_are_known_by_suffix_and_what_file_managers_leave_is_none():
     assert [name for name in pages + others if storage.is_page_name(name.split("/"))] == pages
 
 
+def test_a_file_that_is_to_come_is_found_by_the_name_that_it_will_have():
+    names = ["a.zip.part", ".b.zip.PARTIAL", "b.zip", "c.zip.part", "c.zip.extra.part", "ab.zip.part", "d.x"]
+    unfinished = storage.unfinished_of(names)
+    found = {name: storage.awaits(name, unfinished) for name in ("a.zip", "b.zip", "c.zip", "b", "zip", "d")}
+    assert found == {
+        "a.zip": "a.zip.part", "b.zip": ".b.zip.PARTIAL", "c.zip": "c.zip.extra.part", "b": ".b.zip.PARTIAL",
+        "zip": None, "d": None,
+    }  # fmt: skip
+
+
+def test_the_key_that_names_are_sorted_by_takes_little_more_memory_than_they_do():
+    name = "1a" * 2000
+    (part,), _ = storage.natural_key(name)
+    assert sys.getsizeof(part) < 3 * len(name)
+
+
+@pytest.mark.parametrize("number, kind", [(errno.ENOLCK, "LockRefused"), (errno.EAGAIN, "AlreadyRunning")])
+def test_a_file_system_without_locks_is_no_second_service(layout, monkeypatch, number, kind):
+    def refuse(_: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(storage, "_lock_file", refuse)
+    with pytest.raises(getattr(storage, kind)), storage.locked(layout):
+        pass
+
+
 def test_only_what_is_being_received_counts_as_unfinished():
     taken = "x.zip.PARTIAL-1732500000.123456-1.2.3.4"
     for name in ("x.zip.PARTIAL", ".x.zip.PARTIAL", taken, "a.part", "b.TMP"):

@@ -305,6 +305,21 @@ def test_what_changes_while_it_is_read_waits_again(watched, monkeypatch):
     assert watched.look() == ["t/1.zip"]
 
 
+def test_an_upload_whose_reader_was_killed_is_tried_again(watched, monkeypatch, caplog):
+    watched.put("t/1.zip", volume({"1.png": png()}))
+    read, killed = inputs.list_input, []
+
+    def kill(*given: Any) -> Any:
+        if not killed:
+            killed.append(given)
+            raise storage.InputUnread("1.zip can't be read: its reader ended early")
+        return read(*given)
+
+    monkeypatch.setattr(inputs, "list_input", kill)
+    assert watched.look() == [] and "its reader ended early; it is tried again later" in caplog.text
+    assert watched.look(watch.LONGEST_WAIT_S) == ["t/1.zip"]
+
+
 def test_what_goes_on_arriving_while_it_is_read_waits_again(watched, monkeypatch):
     watched.put("t v1/1.png", png())
     real = uploads.content_of

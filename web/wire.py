@@ -330,7 +330,10 @@ class Body:
 
     def read(self, limit_bytes: int) -> bytes:
         """The whole body. Raises as pieces() does."""
-        return b"".join(self.pieces(limit_bytes))
+        data = bytearray()  # no list: a chunk may have one byte
+        for piece in self.pieces(limit_bytes):
+            data += piece
+        return bytes(data)
 
     def _too_large(self, limit_bytes: int, size_bytes: int, setting: str) -> Refused:
         known = f"{size_bytes} bytes" if self.length else f"at least {size_bytes} bytes"

@@ -396,7 +396,9 @@ class Dispatcher:
             with contextlib.suppress(OSError, storage.NameTaken):
                 storage.remove_file(artifact)
                 storage.remove_file(storage.own_temporary(artifact))
-                storage.sweep_temporaries(self.layout.output_dir(job.title, job.volume, job.id))
+                outputs = self.layout.output_dir(job.title, job.volume, job.id)
+                storage.sweep_folders(outputs)
+                storage.sweep_temporaries(outputs)
 
     # -- dealing
     def _deal(self) -> None:

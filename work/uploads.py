@@ -107,7 +107,7 @@ def _in_folder(
 
     inside: it lies in a folder that is an upload itself; only archives count there.
     """
-    arriving = [entry.name for entry in files if storage.is_unfinished(entry.name)]
+    arriving = storage.unfinished_of(entry.name for entry in files)
     for entry in files:
         if is_archive_name(entry.name):
             partial = storage.awaits(entry.name, arriving)

@@ -57,9 +57,9 @@ def find(place: Path, limits: Limits) -> list[Volume]:
         each = replace(limits, total_bytes=1 << 62, entries=max(limits.entries, FILES))
         listing = inputs.list_entries(place, limits if archive else each, archive)
     archives = [entry for entry in listing.others if uploads.is_archive_name(entry.name.rpartition("/")[2])]
-    names = [entry.name for entry in listing.others]
+    unfinished = storage.unfinished_of(entry.name for entry in listing.others)
     for entry in archives:
-        if archive is None and storage.awaits(entry.name, names):
+        if archive is None and storage.awaits(entry.name, unfinished):
             raise storage.InputUnusable(f"{entry.name[:200]!r} is still being received; try again then")
     items = [
         Item(tuple(entry.name.split("/")), inputs.entry_bytes(entry), entries is archives)

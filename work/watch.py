@@ -192,7 +192,7 @@ class Watch:
 
     def _take(self, upload: Upload, content: str) -> bool:
         """Submit an upload, unless this content was; False where it is refused. Raises storage.NoRoom,
-        OSError, sqlite3.Error."""
+        InputUnread, OSError, sqlite3.Error."""
         if self.memory.known.get(upload.path, ("", ""))[1] == content:
             return True  # sent once more, or touched
         if upload.path.endswith(storage.sent_ending(content)):
@@ -202,7 +202,7 @@ class Watch:
             with inputs.opened(place, self.limits) as archive:
                 inputs.list_input(place, self.limits, archive)
             job = self._submit(upload, content)
-        except storage.NoRoom:
+        except (storage.NoRoom, storage.InputUnread):
             raise
         # Of the upload itself: it stays so until it changes, or what reads it here.
         except (storage.StorageError, jobs.JobError) as error:
