@@ -371,8 +371,10 @@ class ClusterDispatcher(Dispatcher):
             self.cut = slot.doom or "the connection to the cluster was lost"
             for index in list(self.nodes):
                 self._lose_node(self.nodes.pop(index), self.cut, blame=False)
-            for run in self.runs.values():  # what it was writing
-                storage.sweep_temporaries(run.outputs)
+            busy = {key[0] for slot in self._file_slots() for key in slot.tasks}  # who writes there, too
+            for job_id in self.runs.keys() - busy:
+                with contextlib.suppress(OSError):  # in use, on Windows
+                    storage.sweep_temporaries(self.runs[job_id].outputs)  # what it was writing
         super()._bury(slot)
 
     def _check_deadlines(self) -> None:

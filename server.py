@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ class Service:
     """Everything, started and ended together: `with Service(config) as service: service.url`.
 
     No state outside it: several may live in one process, each with its own storage root.
-    Raises storage.AlreadyRunning, database.DatabaseUnusable, OSError (the port is taken).
+    Raises storage.AlreadyRunning, LockRefused, database.DatabaseUnusable, OSError (the port is taken).
     """
 
     def __init__(self, config: settings.Config, worker: Callable[..., None] | None = None) -> None:
@@ -216,8 +217,16 @@ def examine(flags: argparse.Namespace) -> int:
         return 2
 
 
+def escape_what_cannot_be_shown() -> None:
+    """Paths come in any script, a terminal or a file that this is redirected to may be of one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Exit status 2 for what the person at the keyboard can mend."""
+    escape_what_cannot_be_shown()
     if sys.argv[1:2] == ["submit"]:
         from commands import submit
 

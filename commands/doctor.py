@@ -188,6 +188,9 @@ def check_port(config: Config) -> Iterator[Check]:
         except storage.AlreadyRunning as error:
             remedy = "end it, or use it where it listens; a second one needs its own REICHAN_STORAGE_ROOT"
             yield Check("storage", error.detail, remedy)
+        except storage.LockRefused as error:
+            what, _, remedy = error.detail.partition("; ")
+            yield Check("storage", what, remedy)
         except OSError:
             pass  # told above: nothing can be written there
 

@@ -132,6 +132,7 @@ def _connected(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         # WAL with NORMAL may lose the last commits in a power cut: a 202 would be a lie.
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA fullfsync = ON")  # macOS' plain fsync leaves it in the drive's cache
         db.execute("PRAGMA foreign_keys = ON")
         if version == 0:
             db.executescript("BEGIN;" + SCHEMA + SEAL_ALL + "COMMIT;")

@@ -425,6 +425,23 @@ def test_a_plan_that_ends_every_worker_that_is_to_settle_it_fails_its_job(tmp_pa
         assert lost.state == jobs.FAILED and "killed for its memory" in lost.last_error
 
 
+def test_with_the_bridge_goes_what_it_was_writing_and_nothing_of_a_worker_here(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, left = of_two_nodes(service), []
+        monkeypatch.setattr(cluster.Dispatcher, "_bury", lambda *_: None)
+        made.workers[0] = SimpleNamespace(tasks={})
+        for name in ("packed", "computed"):
+            (tmp_path / name).mkdir()
+            job = running(service)
+            made.runs[job.id] = Run(job, tmp_path, tmp_path / name)
+            left.append(tmp_path / name / f".reichan-{'0' * 32}.tmp")
+            left[-1].touch()
+        made.workers[0].tasks[next(iter(made.runs.values())).key(0)] = None
+        made._bury(SimpleNamespace(index=cluster.BRIDGE, doom="lost"))
+        assert [path.exists() for path in left] == [True, False]
+        made.workers.clear()
+
+
 def test_a_place_where_nothing_comes_up_is_tried_for_ever():
     place, ended = "host", []
     link = SimpleNamespace(actor=None, outbox=SimpleNamespace(put=ended.append), index=7, is_up=False)

@@ -52,6 +52,15 @@ def changed(facts, **values) -> dict[str, Any]:
     return {**facts, **values}
 
 
+def test_what_a_file_can_t_hold_is_escaped_in_it():
+    """As on Windows, where what is redirected is of one script."""
+    code = "import server; server.escape_what_cannot_be_shown(); print('C:/山田')"
+    environ = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, check=True)
+    assert done.stdout.strip() == rb"C:/\u5c71\u7530"
+
+
 # ---------------------------------------------------------------- this machine
 def test_a_model_computes_the_stored_tile_here_and_tells_its_speed(facts):
     (run,) = facts["runs"]

@@ -110,6 +110,8 @@ def new_spool() -> Path:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 is no question, but Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
