@@ -214,8 +214,10 @@ class Previews:
         key = hashlib.sha256(data).hexdigest()[:32]
         path = self._cache.folder / f"{key}.{kind}"
         with self._lock:
-            if not self._has(key):
-                storage.write_whole(path, bytes(data))
+            is_there = self._has(key)
+        if not is_there:
+            storage.write_whole(path, bytes(data))  # not under the lock, for which the dispatcher waits, too
+            with self._lock:
                 self._cache.add(path.name)
         return Page(key, path)
 
