@@ -23,6 +23,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ SUFFIXES = {  # of page files, by what sniff() calls their content
 PAGE_SUFFIXES = frozenset(suffix for each in SUFFIXES.values() for suffix in each)
 JUNK_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # macOS's in archives, Synology's for thumbnails
 ARCHIVE_SUFFIXES = frozenset({".zip", ".cbz", ".epub", ".rar", ".cbr", ".7z", ".cb7", ".pdf"})
+PID_DIGITS = 7  # of a process at most
 REPORT_NAME = "artifact-report.json"
 EPUB_REPORT_NAME = f"META-INF/{REPORT_NAME}"
 REPORT_BYTES = 256 << 20  # of 20,000 pages it has 12 MB
@@ -656,6 +658,31 @@ def sweep_folders(outputs: Path) -> None:
     """Remove folders of a killed process among a job's pages."""
     for folder in (*outputs.glob(f"{UNPACKED}*"), *outputs.glob(f"{PARTS}*")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_prefix(kind: str) -> str:
+    """Begins the names of our folders in the system's own for temporary files; says whose they are."""
+    return f"reichan-{kind}-{os.getpid()}-"
+
+
+def sweep_scratch() -> None:
+    """Remove those of processes that were killed."""
+    for left in Path(tempfile.gettempdir()).glob("reichan-*-*-*"):
+        pid = left.name.split("-")[2]
+        if pid.isdecimal() and len(pid) <= PID_DIGITS and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 is no question, but Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def free_bytes(layout: Layout) -> int:

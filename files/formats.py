@@ -149,7 +149,7 @@ class Container:
 
     def open(self, member: Member, limits: Limits) -> IO[bytes]:
         """One member's bytes. Raises ValueError for a damaged one, else as extract()."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix=storage.scratch_prefix("member")) as folder:
             target = Path(folder, "member")
             for _, error in self.extract({member.index: target}, limits):
                 if error:
@@ -265,7 +265,8 @@ def opener(
     if not isinstance(archive, Container):
         yield lambda entry: inputs.open_entry(entry, archive, limits)
         return
-    with tempfile.TemporaryDirectory(prefix=storage.UNPACKED, dir=room) as folder:
+    prefix = storage.UNPACKED if room else storage.scratch_prefix("members")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=room) as folder:
         members = [entry.member.index for entry in entries if isinstance(entry.member, Member)]
         paths = {index: Path(folder, str(index)) for index in members}
         errors = dict(archive.extract(paths, limits))

@@ -204,7 +204,7 @@ def _as_archive(file: IO[bytes], name: str, place: Path | None, limits: Limits) 
     file.seek(0)
     head = file.read(16)
     if formats.is_container(head) and place is None:  # its reader needs a name
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix=storage.scratch_prefix("archive")) as folder:
             place = Path(folder, "archive")
             file.seek(0)
             with open(place, "xb") as copy:

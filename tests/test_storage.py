@@ -218,6 +218,20 @@ def test_a_file_system_without_locks_is_no_second_service(layout, monkeypatch, n
         pass
 
 
+def test_what_a_killed_process_left_among_the_system_s_temporary_files_goes_and_nothing_else(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    kept = {f"{storage.scratch_prefix('archive')}a", "reichan-of-somebody-else", f"reichan-a-{'9' * 30}-b"}
+    for name in (*kept, f"reichan-archive-{dead.pid}-a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "archive").touch()
+    storage.sweep_scratch()
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
 def test_only_what_is_being_received_counts_as_unfinished():
     taken = "x.zip.PARTIAL-1732500000.123456-1.2.3.4"
     for name in ("x.zip.PARTIAL", ".x.zip.PARTIAL", taken, "a.part", "b.TMP"):

@@ -210,6 +210,7 @@ class Dispatcher:
         upkeep: dict[str, Callable[[], object]] = {
             **{f"{place.name}/": partial(storage.sweep_temporaries, place) for place in places},
             "previews of deleted jobs": partial(submissions.sweep_previews, self.table, self.layout),
+            "the system's temporary files": storage.sweep_scratch,
             "the cache of pages": self.cache.load,
         }
         for what, step in upkeep.items():

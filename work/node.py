@@ -14,7 +14,6 @@ import contextlib
 import functools
 import logging
 import multiprocessing.connection
-import os
 import shutil
 import tempfile
 import threading
@@ -102,23 +101,8 @@ class Spooled:
 
 def new_spool() -> Path:
     """A folder for pages on their way. What killed actors left of theirs is removed."""
-    for left in Path(tempfile.gettempdir()).glob("reichan-node-*"):
-        pid = left.name.split("-")[2]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"reichan-node-{os.getpid()}-"))
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 is no question, but Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+    storage.sweep_scratch()
+    return Path(tempfile.mkdtemp(prefix=storage.scratch_prefix("node")))
 
 
 # ---------------------------------------------------------------- the actor
