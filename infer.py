@@ -354,6 +354,7 @@ class Worker:
         started = time.perf_counter()
         screen = screens.SCREENS.get(task.params.profile or "")
         if screen and page.pixels.ndim == 2 and pages.is_lossless(task.params):
+            page = pages.as_srgb(page)  # first: a profile's curve would make other greys of the screen's
             page = replace(page, pixels=pages.to_levels(page.pixels, screen.greys))
         data, suffix, other = budgets.fitted(
             lambda params: pages.encode(page.pixels, params, page.profile), task.params, _most_bytes(task)

@@ -666,7 +666,7 @@ def scratch_prefix(kind: str) -> str:
 
 
 def sweep_scratch() -> None:
-    """Remove those of processes that were killed."""
+    """Remove those of processes that were killed; none on Windows, where none can be asked for."""
     for left in Path(tempfile.gettempdir()).glob("reichan-*-*-*"):
         pid = left.name.split("-")[2]
         if pid.isdecimal() and len(pid) <= PID_DIGITS and not _is_alive(int(pid)):

@@ -324,15 +324,22 @@ class Volume:
 
     # ------------------------------------------------------------ its record
     def _report(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"params": reported(self.params), "plan": asdict(self.plan), "items": items}
+        chosen = {name: getattr(self.engines.choice, name) for name in ("precision", "convolutions")}
+        return {
+            "params": reported(self.params),
+            "chosen": chosen,
+            "plan": asdict(self.plan),
+            "items": items,
+        }
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """Output path without suffix -> item of an earlier try with the same settings."""
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
             earlier, choice = Plan.of(report["plan"]), self.engines.choice
+            is_left_alike = report.get("chosen") == self._report([])["chosen"]  # the same left to measuring
             # Of the same machine, as the plan says: what was measured then holds for the volume.
-            if _untimed(earlier, choice) == _untimed(self.plan, choice):
+            if is_left_alike and _untimed(earlier, choice) == _untimed(self.plan, choice):
                 self.plan = earlier
             same = earlier == self.plan and report["params"] == reported(self.params)
             found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}

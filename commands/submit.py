@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.client
@@ -353,7 +354,7 @@ def _files_below(folder: Path, params: Mapping[str, Any]) -> Iterator[tuple[str,
 
     with_others, with_archives = params.get("container") == "cbz", params.get("split") == "volumes"
     for where, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not storage.is_junk([name]))
         for name in sorted(names):
             path = Path(where, name)
             parts = path.relative_to(folder).parts
@@ -366,7 +367,9 @@ def _is_file(path: Path) -> bool:
     """As Path.is_file(), which from Python 3.14 on says no also of what it may not look at."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:  # a link to nothing
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nothing, or to itself
+            raise
         return False
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +389,12 @@ def _light_of(tag: bytes) -> Curve:
         return np.power(np.maximum(a * x + b, 0), gamma) + c
     power = np.power(np.maximum(a * x + b, 0), gamma) + e
     return np.where(x >= d, power, c * x + f)
+
+
+def as_srgb(page: Decoded) -> Decoded:
+    """A grey page without its profile, where that has a tone curve; others as they are."""
+    curve = tone_curve(page.profile) if page.profile and page.pixels.ndim == 2 else None
+    return page if curve is None else replace(page, pixels=through_curve(page.pixels, curve), profile=None)
 
 
 def through_curve(pixels: Pixels, curve: Curve) -> Pixels:

@@ -221,8 +221,16 @@ def _join_parts(
     import pikepdf
 
     parts = sorted(str(path.absolute()) for path in folder.iterdir())
-    # pdf.pages.extend() would take all images into memory. "-": an output, of which nothing is made.
-    with pikepdf.Job(["pikepdf", "--empty", "--pages", *parts, "--", "-"]).create_pdf() as pdf:
+    with contextlib.ExitStack() as held:
+        if all(map(_is_utf8, parts)):
+            # "-": an output, of which nothing is made.
+            job = pikepdf.Job(["pikepdf", "--empty", "--pages", *parts, "--", "-"])
+            pdf = held.enter_context(job.create_pdf())
+        else:  # qpdf opens no others; this way all images are in memory at once
+            pdf = held.enter_context(pikepdf.new())
+            for part in parts:
+                opened = pikepdf.open(held.enter_context(open(part, "rb")))
+                pdf.pages.extend(held.enter_context(opened).pages)
         pdf.Root.ViewerPreferences = pikepdf.Dictionary(Direction=direction)
         pdf.docinfo["/Title"] = title.encode("utf-8", "replace").decode()
         for name, content in attached.items():
@@ -230,6 +238,13 @@ def _join_parts(
         # Streams as they are: what was a JPEG stays that JPEG.
         as_is = {"stream_decode_level": pikepdf.StreamDecodeLevel.none, "compress_streams": False}
         pdf.save(file, deterministic_id=True, **as_is)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return os.fsencode(path) == path.encode()
+    except UnicodeEncodeError:  # bytes that are no text
+        return False
 
 
 @contextlib.contextmanager

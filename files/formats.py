@@ -282,7 +282,7 @@ def opener(
 
 # ---------------------------------------------------------------- EPUB
 XML_BYTES = 16 << 20  # of a package document; of all pages' documents together, DOCUMENTS_BYTES
-DOCUMENTS_BYTES = 24 << 20  # 20,000 pages' of 600 bytes; each byte of one takes a microsecond
+DOCUMENTS_BYTES = 64 << 20
 CONTAINER = "META-INF/container.xml"
 ENCRYPTION = "META-INF/encryption.xml"
 IMAGE_TYPE = "image/"

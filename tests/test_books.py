@@ -8,6 +8,7 @@ import json
 import os
 import re
 import struct
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -225,6 +226,13 @@ def test_what_a_pdf_was_put_together_from_is_closed_before_it_is_removed(tmp_pat
     monkeypatch.setattr(books, "PART_PAGES", 2)
     packed(tmp_path, "pdf")
     assert opened == [[]]
+
+
+def test_a_pdf_is_put_together_in_a_folder_whose_name_is_no_text(tmp_path):
+    require(sys.platform == "linux", "names of any bytes are Linux'")
+    place = tmp_path / os.fsdecode("漫画".encode("cp932"))
+    place.mkdir()
+    assert packed(place, "pdf").read_bytes() == packed(tmp_path, "pdf").read_bytes()
 
 
 SPOT = np.full((300, 300), 255, np.uint8)  # in the mean, no turn of it differs

@@ -237,7 +237,7 @@ def test_a_volume_that_goes_on_keeps_the_precision_that_was_measured_first(
 
 
 @pytest.mark.parametrize(
-    "change", [{"precision": "bf16", "machine": "another"}, {"precision": "fp16"}, {"precision": "none"}]
+    "change", [{"precision": "bf16", "machine": "another"}, {"precision": "bf16"}, {"precision": "none"}]
 )
 def test_a_volume_that_goes_on_keeps_no_precision_that_was_not_measured_here(
     volume, tmp_path, monkeypatch, change
@@ -249,6 +249,7 @@ def test_a_volume_that_goes_on_keeps_no_precision_that_was_not_measured_here(
     record = tmp_path / "out.partial" / "artifact-report.json"
     report = json.loads(record.read_bytes())
     report["plan"] |= change
+    report["chosen"] |= {"precision": change["precision"]} if change["precision"] == "bf16" else {}
     record.write_text(json.dumps(report))
     computed = interrupt_at(monkeypatch, 99)
     assert run(volume, tmp_path / "out", "--precision", "auto") == 0

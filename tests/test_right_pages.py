@@ -158,6 +158,16 @@ def test_a_grey_page_with_a_grey_profile_becomes_srgb_where_a_format_holds_colou
     assert icc_of(data) == untold and np.array_equal(read(data, color="gray").pixels, GREY)
 
 
+def test_the_greys_of_a_screen_are_its_own_whatever_the_page_s_profile():
+    page = pages.as_srgb(pages.Decoded(GREY, 0.0, DOT_GAIN))
+    assert np.array_equal(page.pixels, pages.through_curve(GREY, pages.tone_curve(DOT_GAIN)))
+    lossless = Params(output_format="webp", jpeg_quality=100)
+    written = pages.encode(pages.to_levels(page.pixels, 16), lossless, page.profile)[0]
+    assert set(np.unique(read(written).pixels)) <= {17 * level for level in range(16)}
+    for kept in (pages.Decoded(COLOUR, 9.0, WIDE), pages.Decoded(GREY, 0.0, None)):
+        assert pages.as_srgb(kept) is kept
+
+
 @pytest.mark.parametrize("color, icc, channels", [("auto", None, 1), ("keep", WIDE, 3)])
 def test_a_transparent_page_that_is_grey_on_white_paper_becomes_srgb_unless_it_keeps_its_channels(
     color, icc, channels

@@ -218,6 +218,7 @@ def test_a_file_system_without_locks_is_no_second_service(layout, monkeypatch, n
         pass
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there no process can be asked for")
 def test_what_a_killed_process_left_among_the_system_s_temporary_files_goes_and_nothing_else(
     tmp_path, monkeypatch
 ):

@@ -174,6 +174,11 @@ def test_a_folder_of_which_a_part_can_not_be_read_is_refused_not_shortened(tmp_p
     monkeypatch.setattr(Path, "stat", hidden)
     with pytest.raises(PermissionError):
         submit.Input.of(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "b").rename(tmp_path / ".b")  # as a disk's own .Trashes
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    monkeypatch.setattr(os, "scandir", locked)
+    assert [name for name, _ in submit.Input.of(tmp_path).files or ()] == ["1.png"]
 
 
 @pytest.mark.parametrize("flag", ["--container=cbz", "--param=container=cbz"])

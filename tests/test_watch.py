@@ -307,17 +307,19 @@ def test_what_changes_while_it_is_read_waits_again(watched, monkeypatch):
 
 def test_an_upload_whose_reader_was_killed_is_tried_again(watched, monkeypatch, caplog):
     watched.put("t/1.zip", volume({"1.png": png()}))
-    read, killed = inputs.list_input, []
 
-    def kill(*given: Any) -> Any:
-        if not killed:
-            killed.append(given)
-            raise storage.InputUnread("1.zip can't be read: its reader ended early")
-        return read(*given)
+    def kill(*_: Any) -> Any:
+        raise storage.InputUnread("1.zip can't be read: its reader ended early")
 
-    monkeypatch.setattr(inputs, "list_input", kill)
-    assert watched.look() == [] and "its reader ended early; it is tried again later" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "list_input", kill)
+        assert watched.look() == [] and "its reader ended early; it is tried again later" in caplog.text
     assert watched.look(watch.LONGEST_WAIT_S) == ["t/1.zip"]
+    watched.put("t/2.zip", volume({"1.png": png(shade=1)}))
+    monkeypatch.setattr(inputs, "list_input", kill)
+    for _ in range(watch.UNREAD_TRIES + 2):
+        watched.look(watch.LONGEST_WAIT_S)
+    assert "t/2.zip' is not submitted" in caplog.text and not watched.watch.waiting
 
 
 def test_what_goes_on_arriving_while_it_is_read_waits_again(watched, monkeypatch):

@@ -33,6 +33,7 @@ from work.uploads import Upload
 log = logging.getLogger("watch")
 
 LONGEST_WAIT_S = 3600.0  # between two tries of what the disk, not the upload, stands in the way of
+UNREAD_TRIES = 3  # of an upload whose reader ended without a reason
 KEPT = 50_000  # uploads that are remembered after they left incoming/
 
 
@@ -202,10 +203,13 @@ class Watch:
             with inputs.opened(place, self.limits) as archive:
                 inputs.list_input(place, self.limits, archive)
             job = self._submit(upload, content)
-        except (storage.NoRoom, storage.InputUnread):
+        except storage.NoRoom:
             raise
         # Of the upload itself: it stays so until it changes, or what reads it here.
         except (storage.StorageError, jobs.JobError) as error:
+            # What was killed may do better later; what dies of it each time does not.
+            if isinstance(error, storage.InputUnread) and self.waiting[upload.path].tries < UNREAD_TRIES:
+                raise
             log.warning("%s is not submitted: %s", ascii(upload.path), error.detail)
             return False
         if job:
