@@ -1,6 +1,6 @@
 """What is removed by age: pages, artifacts and rows of jobs that are over, if settings say so.
 
-Map: Keep - Retention (look, then remove job by job)
+Map: Keep - since_boot_s (its clock) - Retention (look, then remove job by job)
 Rule: nothing is removed without a setting, and nothing on one look at the clock.
 Runs in: the dispatcher thread, which alone claims jobs: none starts while its files go.
 

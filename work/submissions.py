@@ -1,6 +1,7 @@
 """What clients ask for, and what they are told: submissions, resumes, deletions; states and reports.
 
-Map: Submission - parse_submission, parse_params - submit, resume, delete - artifact_of - to_state, to_report
+Map: Submission - parse_submission, parse_params - submit, resume, delete - artifact_of, remove_files,
+     sweep_previews - to_state, to_report
 Rule: nothing is stored of a request before all of it was found valid.
 Runs in: http-N threads, the dispatcher (reports), ws-loop (states). All SQL is jobs.py's.
 """
