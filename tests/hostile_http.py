@@ -356,7 +356,6 @@ ODD_FIELDS: list[bytes] = [
     b"X-HTTP-Method-Override: DELETE", b"X-Original-URL: /../token", b"X\0Y: 1", b"X Y: 1", b": 1", b"X",
     b"X :1", b" X: 1", b"X: 1\r\n folded", b"X: a\rb", b"X: a\nb", b"X: \x7f\x01", b"X: \xff\xfe\x80", b"X:",
     b"X:1", b"X" * 8300 + b": 1", b"X: " + b"v" * 8300, b"(X): 1", b"X: 1\r\n" * 120,
-    b"X:" + b" " * 8000 + b"\1", b"X: a" + b" " * 8000 + b"b",
     (b"X: " + b"v" * 7000 + b"\r\n") * 10, b"Trailer: X", b"TE: trailers", b"Max-Forwards: 0", b"Via: 1.1 x",
 ]
 LENGTHS = [
@@ -583,7 +582,7 @@ def odd_line(r: random.Random, world: World) -> bytes:
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2.5, 1e308, 2**63, 10**30, "", " ", "\0", "\u202e", "..", "x" * 5000,
     "../../etc/passwd", "/etc/passwd", "C:\\x", "a\nb", "\ufeff", [], {}, [[]], [None], {"": {}}, "２", "CON",
-    "😀",
+    "🀄",  # in a path: nothing that was uploaded is called so
 ]
 RAW = [
     b"NaN", b"Infinity", b"-0", b"1e999", b"9" * 5000, b'"\\ud800"', b'"\\u0000"', b"[" * 3000, b"\xff",

@@ -98,6 +98,7 @@ MALFORMED = {
     "bare LF": (b"GET / HTTP/1.1\nHost: x\n\n", 400),
     "bare CR in a value": (GET + b"X: 1\rY: 2\r\n\r\n", 400),
     "NUL in a value": (GET + b"X: 1\x002\r\n\r\n", 400),
+    "blanks before a forbidden byte": (GET + b"X:" + b" " * 8000 + b"\1\r\n\r\n", 400),
     "folded line": (GET + b"X: 1\r\n 2\r\n\r\n", 400),
     "space before the colon": (GET + b"X : 1\r\n\r\n", 400),
     "empty name": (GET + b": 1\r\n\r\n", 400),
