@@ -323,11 +323,14 @@ class Volume:
         }
 
     # ------------------------------------------------------------ its record
+    def _chosen(self) -> dict[str, str]:
+        """What was asked for of that which "auto" leaves to measuring."""
+        return {"precision": self.engines.choice.precision, "convolutions": self.engines.choice.convolutions}
+
     def _report(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        chosen = {name: getattr(self.engines.choice, name) for name in ("precision", "convolutions")}
         return {
             "params": reported(self.params),
-            "chosen": chosen,
+            "chosen": self._chosen(),
             "plan": asdict(self.plan),
             "items": items,
         }
@@ -337,9 +340,8 @@ class Volume:
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
             earlier, choice = Plan.of(report["plan"]), self.engines.choice
-            is_left_alike = report.get("chosen") == self._report([])["chosen"]  # the same left to measuring
             # Of the same machine, as the plan says: what was measured then holds for the volume.
-            if is_left_alike and _untimed(earlier, choice) == _untimed(self.plan, choice):
+            if report.get("chosen") == self._chosen() and _untimed(earlier, choice) == _untimed(self.plan, choice):
                 self.plan = earlier
             same = earlier == self.plan and report["params"] == reported(self.params)
             found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
