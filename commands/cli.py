@@ -340,8 +340,9 @@ class Volume:
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
             earlier, choice = Plan.of(report["plan"]), self.engines.choice
+            is_alike = _untimed(earlier, choice) == _untimed(self.plan, choice)
             # Of the same machine, as the plan says: what was measured then holds for the volume.
-            if report.get("chosen") == self._chosen() and _untimed(earlier, choice) == _untimed(self.plan, choice):
+            if is_alike and report.get("chosen") == self._chosen():
                 self.plan = earlier
             same = earlier == self.plan and report["params"] == reported(self.params)
             found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
