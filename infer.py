@@ -211,7 +211,7 @@ class Worker:
     ) -> None:
         """Have a queue's thread take this step, unless a cancel comes first."""
         n = task.n if isinstance(task, ComputePage) else 0
-        whole: Callable[..., None] = self._page_step if n else self._file_step
+        whole: Callable[..., None] = self._page_step if isinstance(task, ComputePage) else self._file_step
         key = (task.job_id, task.attempt, n)
         with self.rest_lock:
             may_rest = key[:2] not in self.cancelled

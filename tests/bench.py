@@ -124,7 +124,7 @@ class Ours:
         """Seconds from the first page given to the last one durable on disk."""
         waiting = [
             ComputePage("bench", 1, n, source, folder / source.stem, self.params, self.plan, Limits())
-            for n, source in enumerate(sources)
+            for n, source in enumerate(sources, 1)
         ]
         started, done = time.perf_counter(), 0
         for task in waiting[: self.capacity]:
