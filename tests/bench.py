@@ -351,15 +351,23 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
             ours = Ours(our_pipe, plan)
             ours.run(warm, small)
             run_upstream(their_pipe, warm, small)
-            pairs = []
+            pairs, rates = [], []  # seconds; what the processor could be asked for beside each pair
             for _ in range(arguments.pairs):
                 pairs.append((run_upstream(their_pipe, sources, folder), ours.run(sources, folder)))
+                rates.append(
+                    (matrix_flops(torch.float32), matrix_flops(upscaling.PRECISIONS[plan.precision]))
+                )
                 print(f"  {model.name}: upstream {pairs[-1][0]:.1f} s, ours {pairs[-1][1]:.1f} s", flush=True)
             peaks = (peak_mb(their_process), peak_mb(our_process))
         difference, psnr = compare(model, plan, sources[0])
     operations = flops_per_pixel(model) * height * width * arguments.pages
     theirs, mine = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = [upstream / own for upstream, own in pairs]
+    shares = [
+        [operations / taken / rate for taken, rate in zip(pair, beside, strict=True)]
+        for pair, beside in zip(pairs, rates, strict=True)
+    ]
+    their_share, our_share = (statistics.median(column) for column in zip(*shares, strict=True))
     return {
         "model": model.name,
         "precision": plan.precision,
@@ -370,8 +378,8 @@ def measure(model: Model, choice: EngineChoice, arguments: argparse.Namespace) -
         "ratio": statistics.median(ratios),
         "ratio min": min(ratios),
         "ratio max": max(ratios),
-        "upstream share of peak": operations / theirs / matrix_flops(torch.float32),
-        "share of peak": operations / mine / matrix_flops(upscaling.PRECISIONS[plan.precision]),
+        "upstream share of peak": their_share,
+        "share of peak": our_share,
         "overlap": overlap_share(model, plan, height, width),
         "overlap at 1200x1700": overlap_share(model, plan, 1700, 1200),
         "upstream peak MB": peaks[0],
