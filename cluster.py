@@ -28,7 +28,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -69,7 +69,8 @@ BRIDGE = 1  # its index beside worker 0
 LOOK_S = 1.0  # between two looks at the cluster's nodes
 SILENCE_S = 5.0  # after which a head that does not answer counts as gone, in what is told
 LOSSES = 3  # of a page with its node; one more, and the page is suspected
-GIVE_S = 60.0  # for a node to take a file of weights
+GIVE_S = 60.0  # for a node to take a file of weights, beside
+WEIGHTS_BYTES_S = 100_000  # of the slowest line that is waited for
 UNFOLLOWED_S = 600.0  # for a machine that can follow a job's plan to come back
 CLOSE_S = 2.0  # for a node to leave nothing behind
 STORE_BYTES = 256 << 20  # of the object store where the bridge starts a cluster
@@ -120,6 +121,7 @@ class NodeSlot(Slot):
     """A node's worker, reached through the bridge."""
 
     obey_s = 10.0  # a network lies between
+    patience = 4.0  # a page may be all that it carries for a while
 
     def __init__(self, index: int, host: str, has_card: bool, bridge: WorkerSlot) -> None:
         super().__init__(index)
@@ -216,7 +218,8 @@ class ClusterDispatcher(Dispatcher):
                 self.table.change(one.job, message=f"{NO_FOLLOWER}; it waits for one that can")
         for job_id, since_s in list(self.unfollowed_s.items()):
             run = self.runs.get(job_id)
-            if run is None or self._page_slots(run):
+            # One that only starts is none yet: it may never come up, and be tried for ever.
+            if run is None or any(node.capacity and not node.doom for node in self._page_slots(run)):
                 del self.unfollowed_s[job_id]
                 if run:
                     self.table.change(run.job, message=None)
@@ -293,7 +296,7 @@ class ClusterDispatcher(Dispatcher):
                 node.free((job_id, attempt, 0))
                 self.settling.pop(job_id, None)
                 run = self._run_of(event)
-                if run:
+                if run and not self._is_misled(node, run, plan):
                     run.settled = plan
                     self.unplanned.discard(job_id)
             case TaskFailed(job_id, attempt, 0, code, detail) if (job_id, attempt, 0) in node.tasks:
@@ -310,6 +313,17 @@ class ClusterDispatcher(Dispatcher):
                 self._decline(node, event)
             case _:
                 super()._handle(node, event)
+
+    def _is_misled(self, node: NodeSlot, run: Run, plan: Plan) -> bool:
+        """Whether a machine with a card, of which torch makes no use, settled on its processor a plan that
+        those with other cards could not follow: they are asked then."""
+        if not node.has_card or plan.device != "cpu" or "cpu" in (run.job.params.device, self.choice.device):
+            return False
+        node.has_card = False
+        log.warning("%s has a card that torch can't use: it computes by its processor", node)
+        declined = self.declined.get(run.job.id, {})
+        others = [one for one in self.nodes.values() if one.index not in declined and not one.doom]
+        return plan != run.job.plan and any(one.has_card for one in others)
 
     def _decline(self, node: NodeSlot, event: Declined) -> None:
         """No page of this job for that node. The job fails when no node is left, and an error is why; else
@@ -422,6 +436,7 @@ class Link:
         self.weights: dict[str, tuple[Any, ...]] = {}  # of the service's own, as the node has them
         self.plans: set[tuple[Params, Plan | None]] = set()  # that the node knows of
         self.outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.given: deque[Any] = deque()  # calls that may be under way
         self.is_up = False
         self.is_delivering = False  # to the service's disk, which may take its time
 
@@ -451,7 +466,7 @@ class Link:
                     items.append(self.outbox.get_nowait())
             batch = [packed for packed in map(self._packed, filter(None, items)) if packed]
             if batch:
-                self.actor.give.remote(batch)
+                self.given.append(self.actor.give.remote(batch))
             if items[-1] is None:
                 return
 
@@ -512,21 +527,31 @@ class Link:
             of_auto = file.release is not None or "janai" in key
             if not (of_auto if params.model == AUTO_MODEL else key == weightfiles.model_key(params.model)):
                 continue
-            with contextlib.suppress(OSError):  # it was just removed: the worker will say so
+            try:
                 stat = file.path.stat()
                 stamp = (file.path.name, stat.st_size, stat.st_mtime_ns, trusted)
-                if self.weights.get(key) != stamp:
-                    self._give_now(Weights(key, file.path.name, trusted), file.path.read_bytes())
-                    self.weights[key] = stamp
+                data = None if self.weights.get(key) == stamp else file.path.read_bytes()
+            except OSError:  # it was just removed: the worker will say so
+                continue
+            if data is not None:
+                self._give_now(Weights(key, file.path.name, trusted), data)
+                self.weights[key] = stamp
 
     def _give_now(self, item: Any, data: bytes | None) -> None:
         """Calls may overtake each other: this one is over before the next begins."""
-        self.bridge.ray.get(self.actor.give.remote([(item, data)]), timeout=GIVE_S)
+        limit_s = GIVE_S + len(data or b"") / WEIGHTS_BYTES_S
+        self.bridge.ray.get(self.actor.give.remote([(item, data)]), timeout=limit_s)
+
+    def _see_given(self) -> None:
+        """Raise what a call failed with: what it gave would be waited for for ever."""
+        while self.given and self.bridge.ray.wait([self.given[0]], timeout=0)[0]:
+            self.bridge.ray.get(self.given.popleft())
 
     def _receive_all(self) -> None:
         lost: Lost | None = None
         while lost is None:
             try:
+                self._see_given()
                 collected = self.bridge.ray.get(self.actor.collect.remote())
                 self.is_delivering = True
                 for event, data in collected:
@@ -538,8 +563,9 @@ class Link:
                 self.is_delivering = False
             # Around an attempt: whatever Ray says of an actor that is gone, its pages go elsewhere.
             except Exception as error:
-                first = str(error).strip().splitlines()
-                lost = Lost(self.index, f"{type(error).__name__}: {first[0] if first else ''}", blame=False)
+                lines = str(error).strip().splitlines() or [""]
+                told = dict.fromkeys((lines[0], lines[-1]))  # of a traceback the last one says why
+                lost = Lost(self.index, f"{type(error).__name__}: {' '.join(told)}", blame=False)
         self.bridge.lose(self, replace(lost, index=self.index))
 
     def _deliver(self, event: Any, data: bytes | None) -> None:

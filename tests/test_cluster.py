@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -410,6 +411,26 @@ def test_a_plan_waits_for_the_machine_with_the_card_while_that_starts_or_is_busy
         assert made.settling == {job.id: 3}
 
 
+def test_a_card_that_torch_cannot_use_makes_no_plan_for_those_that_it_can(tmp_path, monkeypatch):
+    with still(tmp_path) as service:
+        made, job = of_two_nodes(service, True, True), running(service)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        monkeypatch.setattr(made, "_want_file_slot", lambda: None)
+        made._ask_for_plan(run)
+        assert made.settling == {job.id: 3}
+        by_processor = replace(PLAN, device="cpu", tile=77)
+        made._hear(made.nodes[3], Settled(job.id, job.attempt, by_processor))
+        assert run.settled is None and not made.nodes[3].has_card
+        made._ask_for_plan(run)
+        assert made.settling == {job.id: 4}
+        # Where no card is left that torch could use, or for a job that began so, it is the plan.
+        made._hear(made.nodes[4], Settled(job.id, job.attempt, by_processor))
+        assert run.settled == by_processor
+        made.nodes[3].has_card = made.nodes[4].has_card = True
+        made._hear(made.nodes[3], Settled(job.id, job.attempt, job.plan))
+        assert run.settled == job.plan
+
+
 def test_a_plan_that_ends_every_worker_that_is_to_settle_it_fails_its_job(tmp_path, monkeypatch):
     with still(tmp_path) as service:
         made, job = of_two_nodes(service), running(service)
@@ -459,6 +480,9 @@ def test_a_plan_whose_machine_comes_back_is_kept(tmp_path):
         made._hear(made.nodes[3], Declined(job.id, job.attempt, 1, None, "it would compute otherwise"))
         made._see_unfollowed()
         assert made.unfollowed_s
+        made.nodes[5] = cluster.NodeSlot(5, "host", True, SimpleNamespace())  # asked for, as often before
+        made._see_unfollowed()
+        assert made.unfollowed_s
         made.nodes[4] = back
         made._see_unfollowed()
         assert not made.unfollowed_s and service.table.get(job.id).message is None
@@ -497,6 +521,31 @@ def test_a_node_that_can_be_told_nothing_more_is_lost_not_waited_for(tmp_path, e
     else:
         link.end()  # as the dispatcher's kill does
         assert killed.is_set()
+
+
+@pytest.mark.parametrize("what", ["pages", "weights"])
+def test_what_a_node_did_not_take_is_not_waited_for(tmp_path, what):
+    """Its call failed, though the node lives; or took too long. It is a TimeoutError: no file's fault."""
+    lost, why = threading.Event(), []
+
+    def get(call: str, timeout: float | None = None) -> list[Any]:
+        if call == "given":
+            raise TimeoutError("first\n  where\nthe line broke (injected)")
+        time.sleep(0.01)
+        return []
+
+    actor = SimpleNamespace(give=SimpleNamespace(remote=lambda _: "given"))
+    actor.collect = SimpleNamespace(remote=lambda: "collected")
+    ray = SimpleNamespace(get=get, wait=lambda refs, timeout: (refs, []))
+    bridge = SimpleNamespace(ray=ray, cache=None, choice=EngineChoice(model_root=tmp_path))
+    bridge.lose = lambda link, reason: (why.append(reason.why), link.outbox.put(None), lost.set())
+    link = cluster.Link(bridge, 7, actor)
+    if what == "weights":
+        (tmp_path / "own.safetensors").write_bytes(b"x")
+    link.outbox.put(Settle("job", 1, Params(model="own"), None))
+    link.start()
+    assert lost.wait(10) and "the line broke" in why[0]
+    assert what == "pages" or not link.weights
 
 
 def test_while_pages_are_written_here_their_node_s_silence_means_nothing(monkeypatch):

@@ -15,7 +15,7 @@ from messages import EngineChoice
 from storage import Layout
 from work.dispatch import Dispatcher
 from work.runs import Run
-from work.workers import Slot
+from work.workers import FAILURES, REST_S, Slot, quickest
 
 
 class Card(Slot):
@@ -141,3 +141,36 @@ def test_no_page_waits_for_ever_behind_those_that_must_be_alone(tmp_path, monkey
     house.job("d", 20)
     house.run()
     assert {job_id: house.served.count(job_id) for job_id in "abcd"} == {"a": 3, "b": 3, "c": 3, "d": 20}
+
+
+def test_a_worker_on_which_pages_fail_leaves_them_to_others_for_a_while():
+    """One that lacks a plugin, or memory, fails at once: it would always be the first that has room."""
+    bad, good = Card(0, 1.0, 4), Card(1, 1.0, 3)
+    for _ in range(FAILURES):
+        assert quickest([bad, good], 100, 0.0) is bad
+        bad.count_failure(0.0)
+    assert quickest([bad, good], 100, 1.0) is good
+    good.tasks = dict.fromkeys("123")  # type: ignore[assignment]
+    assert quickest([bad, good], 100, 1.0) is None
+    assert quickest([bad], 100, 1.0) is bad  # rather it than nobody
+    good.tasks = {}
+    assert quickest([bad, good], 100, REST_S + 1) is bad
+    bad.count_failure(REST_S + 1)
+    assert quickest([bad, good], 100, REST_S + 2) is good
+    bad.count_page(REST_S + 3)
+    bad.tasks = good.tasks = {}
+    assert quickest([bad, good], 100, REST_S + 3) is bad
+
+
+def test_a_page_that_failed_is_tried_on_another_worker(tmp_path, monkeypatch):
+    house = House(tmp_path, [Card(0, 1.0, 3), Card(1, 1.0, 3)], monkeypatch)
+    run = house.job("job", 1, alone=True)
+    assert house.dispatcher._emptied(run) is house.cards[0]
+    run.failed_on[1] = 0
+    assert house.dispatcher._emptied(run) is house.cards[1]
+    house.cards[1].tasks = {"busy": None}  # type: ignore[dict-item]
+    assert house.dispatcher._emptied(run) is None and house.cards[1].kept_for == "job"
+    house.cards[1].tasks = {}
+    assert house.dispatcher._emptied(run) is house.cards[1]
+    del house.dispatcher.workers[1]
+    assert house.dispatcher._emptied(run) is house.cards[0]

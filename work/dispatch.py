@@ -483,10 +483,11 @@ class Dispatcher:
         least busy one gets nothing new: other jobs must not keep it busy for ever."""
         able = [slot for slot in self._page_slots(run) if slot.capacity and not slot.doom]
         kept = [slot for slot in able if slot.kept_for == run.job.id]
-        for slot in kept or [slot for slot in able if slot.room() > 0]:
+        other = [slot for slot in able if slot.index != run.failed_on.get(run.alone[0])] or able
+        for slot in kept or [slot for slot in other if slot.room() > 0]:
             if not slot.tasks:
                 return slot
-        free = [slot for slot in able if slot.kept_for not in self.runs]  # the others are other jobs' in turn
+        free = [slot for slot in other if slot.kept_for not in self.runs]  # else it is another job's turn
         if free and not kept:
             min(free, key=lambda slot: len(slot.tasks)).kept_for = run.job.id
         return None if able else self._for_pages(run)
@@ -609,6 +610,8 @@ class Dispatcher:
             self.cache.used(event.cache_key)
         if isinstance(event, PageDone) and not (event.carried or event.cached):
             slot.count_page(time.monotonic())
+        elif isinstance(event, PageFailed):
+            slot.count_failure(time.monotonic())
         run = self._run_of(event)
         if run is None:
             return
@@ -623,7 +626,8 @@ class Dispatcher:
             run.pages[event.n] = replace(page, tries=page.tries + 1)
             self.table.change_page(event.job_id, event.n, tries=page.tries + 1)
             if page.tries == 0:
-                run.alone.append(event.n)  # once more, at the end, by itself
+                run.failed_on[event.n] = slot.index
+                run.alone.append(event.n)  # once more, at the end, by itself, elsewhere if there is another
             else:
                 run.give_up(event.n, event.step, event.error)
             return
@@ -765,7 +769,7 @@ class Dispatcher:
         for slot in self.holders():
             if slot.has_unread():
                 continue  # another's event took its time: what this one said meanwhile is heard first
-            limit_s = BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
+            limit_s = slot.patience * BEAT_LIMIT_S if slot.capacity else BOOT_LIMIT_S
             if slot.doom:
                 if isinstance(slot, WorkerSlot) and now_s - slot.doomed_s > END_LIMIT_S:
                     self._bury(slot)

@@ -44,6 +44,7 @@ from work.workers import WorkerSlot
 log = logging.getLogger("cluster")
 
 BATCH_BYTES = 32 << 20  # of pages in one call
+RESULT_BYTES = 4 << 20  # of those that come back in one, at least a page: a beat comes no sooner than they
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 PAGE, SOURCE = "page", "source"  # names in the spool, before their suffixes
 MODELS = "models"  # its folder for weights
@@ -149,7 +150,7 @@ class Node:
         with self.changed:
             self.changed.wait_for(lambda: self.news, COLLECT_S)
             batch, size = [], 0
-            while self.news and size < BATCH_BYTES:
+            while self.news and size < RESULT_BYTES:
                 batch.append(self.news.popleft())
                 size += len(batch[-1][1] or b"")
             if self.beat:

@@ -33,6 +33,7 @@ class Run:
     carry: deque[tuple[int, str]] = field(default_factory=deque)  # page, why it is given up
     blamed: dict[int, str] = field(default_factory=dict)  # page given up -> step that failed
     in_flight: set[int] = field(default_factory=set)
+    failed_on: dict[int, int] = field(default_factory=dict)  # page -> the worker on which it did
     settled: Plan | None = None  # see Stage
     shares: dict[int, int] = field(default_factory=dict)  # page -> bytes, see share_of()
     file_task: str | None = "stage"  # the stage or pack task that is due

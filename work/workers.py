@@ -31,6 +31,8 @@ from messages import CARD_LOST_STATUS, BootFailed, Cancel, ComputePage, EngineCh
 STRANGERS_PAGES = 2  # that a worker beside others has at once, before its pace is known
 PACES = 8  # pages that tell a worker's pace; a node's come several at a time
 PACE_KEPT_S = 60.0  # of idleness; it may have been another program's fault
+FAILURES = 3  # in a row, after which it may be the worker's fault, and pages go to others
+REST_S = 60.0  # until it is tried again
 KILL_S = 1.0  # for a killed process's end, where somebody waits for it
 OBEY_S = 2.0  # for a cancelled job's tasks, before their worker is killed
 
@@ -43,6 +45,7 @@ class Slot(abc.ABC):
     """What the dispatcher knows of one worker, wherever it runs."""
 
     obey_s = OBEY_S
+    patience = 1.0  # times the usual limit of its silence
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -59,6 +62,8 @@ class Slot(abc.ABC):
         self.computing_s = 0.0  # since when it computes the page that will be finished next
         self.is_warm = False  # it computed more than one page
         self.paces_s: deque[float] = deque(maxlen=PACES)  # seconds from page to page, of the last ones
+        self.failures = 0  # of pages, in a row
+        self.rests_until_s = 0.0
 
     @abc.abstractmethod
     def post(self, item: Any) -> None:
@@ -100,6 +105,14 @@ class Slot(abc.ABC):
             self.is_warm = True
         self.paces_s.append(now_s - self.computing_s)
         self.computing_s = now_s
+        self.failures, self.rests_until_s = 0, 0.0
+
+    def count_failure(self, now_s: float) -> None:
+        """A page failed there. Too many in a row, and others take the pages: where they fail at once it would
+        always be the first that has room."""
+        self.failures += 1
+        if self.failures >= FAILURES:
+            self.rests_until_s = now_s + REST_S
 
     def pace_s(self, now_s: float) -> float | None:
         """Seconds a page, of late; None where nobody knows, or what was known is old."""
@@ -112,6 +125,7 @@ class Slot(abc.ABC):
         self.heard_s += asleep_s
         self.used_s += asleep_s
         self.computing_s += asleep_s
+        self.rests_until_s += asleep_s
         self.obey_by_s = {key: by_s + asleep_s for key, by_s in self.obey_by_s.items()}
 
     def is_open(self) -> bool:
@@ -192,6 +206,7 @@ def quickest(slots: Sequence[Slot], rest: int, now_s: float) -> Slot | None:
     ones. None where all together would be done with the rest, in pages, before it: nobody is to wait for
     the last pages of a slow card."""
     able = [slot for slot in slots if slot.is_open()]
+    able = [slot for slot in able if slot.rests_until_s <= now_s] or able
     paces = {slot.index: pace_s for slot in able if (pace_s := slot.pace_s(now_s)) is not None}
     if len(able) < 2 or len(paces) < len(able):
         few = [slot for slot in able if slot.index in paces or len(slot.tasks) < STRANGERS_PAGES]
