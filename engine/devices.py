@@ -104,8 +104,9 @@ def _xpu_cards() -> Sequence[int]:
 KINDS = {
     "cuda": DeviceKind(_cuda_cards, "fp16"),
     "xpu": DeviceKind(_xpu_cards, "fp16"),
-    # One page at a time: two threads on Metal can end the process (pytorch issue 197805).
-    "mps": DeviceKind(lambda: range(torch.backends.mps.is_available()), "fp16", pages=1),
+    # One page at a time: two threads on Metal can end the process (pytorch issue 197805), as does a
+    # tensor of 4 GiB (issue 149325): one of fp32 at four times a window's size has 2.
+    "mps": DeviceKind(lambda: range(torch.backends.mps.is_available()), "fp16", (512, 512), pages=1),
     "cpu": DeviceKind(lambda: range(1), "bf16", (2560, 1280), (1, 1), window=320, rolls=True, pages=1),
 }
 
@@ -138,6 +139,14 @@ def native_bf16() -> bool:
     """Whether this processor multiplies bf16 itself; elsewhere it is emulated and slow."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def surely_faster(kind: str, slot: int) -> bool:
+    """Whether a worker's device multiplies its fast precision itself: then there is nothing to measure,
+    which another page on the device could falsify. NVIDIA's do from Volta on."""
+    if kind != "cuda" or torch.version.cuda is None:
+        return kind == "cpu" and native_bf16()
+    return torch.cuda.get_device_capability(torch_device(kind, slot)) >= (7, 0)
 
 
 # ---------------------------------------------------------------- a worker's device
@@ -206,10 +215,11 @@ def card_memory(slot: int) -> tuple[str, int, int] | None:
 
 # ---------------------------------------------------------------- out of memory, lost
 # How drivers and libraries say it that raise no OutOfMemoryError: CUDA, cuDNN and cuBLAS, cuDNN that
-# finds no room for any of its ways, Level Zero, Metal, torch's allocator on Linux and on Windows.
+# finds no room for any of its ways, these two for a thread's first handle, Level Zero, Metal, torch's
+# allocator on Linux and on Windows.
 NO_MEMORY = re.compile(
-    r"out of memory|alloc(ation)?_failed|unable to find an engine|out_of_(device_|host_)?(memory|resources)"
-    r"|can't allocate memory|not enough memory|invalid buffer size",
+    r"out of memory|alloc(ation)?_failed|unable to find an engine|cu(dnn|blas)_status_not_initialized"
+    r"|out_of_(device_|host_)?(memory|resources)|can't allocate memory|not enough memory|invalid buffer size",
     re.IGNORECASE,
 )
 

@@ -86,6 +86,12 @@ class Measured:
         asked = ("pays", model.weights_sha256, plan.device, precision)
         return bool(self._once(asked, lambda: faster_and_near(model, plan, precision, self.slot)))
 
+    def is_known_bad(self, model: Model, plan: Plan, precision: str) -> bool:
+        """Whether it was told that it doesn't pay; what found no room is not tried again for each page."""
+        if ("pays", model.weights_sha256, plan.device, precision) not in self.known:
+            self.pays(model, plan, precision)
+        return self.known["pays", model.weights_sha256, plan.device, precision] is False
+
     def halo_px(self, model: Model, device: str) -> int:
         """See halo_for."""
         asked = ("halo_px", model.weights_sha256, device)
@@ -179,7 +185,7 @@ def _won(model: Model, plan: Plan, precision: str, slot: int, probe: Pixels) -> 
     """Whether it is near on this probe, and faster where that isn't known. Raises RuntimeError out of memory,
     and when the card is lost."""
     own = not isinstance(model.network, CommunityNetwork)
-    timed = not (own and plan.device == "cpu")  # a processor's own bf16 is the faster one
+    timed = not (own and devices.surely_faster(plan.device, slot))
     engines, results, kind = [], [], "fp32"
     best_s = [math.inf, math.inf]
     try:
@@ -328,7 +334,7 @@ class NativeEngine:
         size = (height * outscale, width * outscale, *page.shape[2:])
         result = torch.empty(size, dtype=torch.uint8, device=self.device)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        queued: deque[torch.Event] = deque()
+        queued: deque[Any] = deque()
         boxes = list(self._boxes(height, width))
         for i in range(0, len(boxes), self.plan.batch):
             batch = boxes[i : i + self.plan.batch]
@@ -342,7 +348,9 @@ class NativeEngine:
                 core.times(outscale).of(result).copy_(core.within(window).times(outscale).of(part))
             self._keep_one_queued(queued)
         host = windows.download(result)
-        if not bool(finite):  # waits for the device
+        if self.device.type != "cpu":
+            self._mark().synchronize()
+        if not bool(finite):
             raise Insane("the result is not finite")
         pixels: Pixels = host.numpy()
         return pixels
@@ -354,15 +362,24 @@ class NativeEngine:
             return windows.grid_tiles(height, width, tile, halo_px, community.GRID_PX)
         return windows.tiles(height, width, tile, halo_px, self.model.multiple)
 
-    def _keep_one_queued(self, queued: deque[torch.Event]) -> None:
+    def _keep_one_queued(self, queued: deque[Any]) -> None:
         """Wait for the batch before the last: a cancel must not find minutes of work queued."""
         if self.device.type == "cpu":
             return
-        event = torch.Event(self.device)
-        event.record(torch.accelerator.current_stream(self.device))  # by itself, it would be the first card's
-        queued.append(event)
+        queued.append(self._mark())
         if len(queued) > 1:
             queued.popleft().synchronize()
+
+    def _mark(self) -> Any:
+        """An event that comes when the device has done what it was asked for so far."""
+        if self.device.type == "cuda":
+            # torch.Event would have a core spin until then, and open a context on the first card too.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        other = torch.Event(self.device)
+        other.record(torch.accelerator.current_stream(self.device))  # by itself, it would be the first card's
+        return other
 
     # A processor: each column comes down a few rows at a time.
     def _by_columns(
@@ -671,11 +688,20 @@ class Engines:
         """The plan, on a device that is still here, with a tile that is known to fit."""
         if not devices.KINDS[plan.device].usable():
             plan = self._on_processor(plan, params)
+        if not self._bears(plan):
+            plan = replace(plan, precision="fp32")
         if plan.convolutions not in rolling.usable_kinds():  # settled on another machine
             plan = replace(plan, convolutions="direct")
         with self.lock:
             tile, until_s = self.fitted.get((plan.model, plan.device, plan.precision), (plan.tile, 0.0))
         return replace(plan, tile=tile) if tile < plan.tile and time.monotonic() < until_s else plan
+
+    def _bears(self, plan: Plan) -> bool:
+        """Whether this worker's card is right in the plan's precision, which may be another one's choice."""
+        fast = devices.KINDS[plan.device].fast_precision
+        if plan.device == "cpu" or self.choice.precision != "auto" or plan.precision != fast:
+            return True
+        return not self.measured.is_known_bad(self.model(plan.model), plan, fast)
 
     def _on_processor(self, plan: Plan, params: Params) -> Plan:
         tile = params.tile_size or own_tile("cpu", self.model(plan.model), plan.halo_px)
@@ -699,5 +725,3 @@ class Engines:
 def _difference(plan: Plan, actual: Plan) -> str | None:
     wanted, got = asdict(plan), asdict(actual)
     return ", ".join(f"{key} {got[key]}" for key in wanted if wanted[key] != got[key]) or None
-
-

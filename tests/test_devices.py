@@ -70,6 +70,17 @@ def test_a_card_that_answers_no_more_is_told_from_one_that_is_full(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "built, capability, sure", [("12.8", (7, 0), True), ("12.8", (6, 1), False), (None, (9, 0), False)]
+)
+def test_what_multiplies_fp16_itself_is_not_measured(monkeypatch, built, capability, sure):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
+    monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: [0]))
+    assert devices.surely_faster("cuda", 0) == sure
+    assert not devices.surely_faster("mps", 0) and not devices.surely_faster("xpu", 0)
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB",
@@ -78,6 +89,7 @@ def test_a_card_that_answers_no_more_is_told_from_one_that_is_full(monkeypatch):
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
         "Invalid buffer size: 9.75 GiB",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
         "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried",

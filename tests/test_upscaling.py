@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,6 +289,43 @@ def test_auto_measures_a_card_again_that_had_no_room_at_all(card, monkeypatch):
         tight.setitem(CARD_PIXELS, 0, 0)
         assert upscaling.make_plan(*asked).precision == "fp32"
     assert upscaling.make_plan(*asked).precision == "fp16"
+
+
+@pytest.mark.parametrize("told, precision", [(True, "fp16"), (False, "fp32"), (None, "fp16")])
+def test_a_card_is_asked_whether_it_bears_what_another_settled(card, monkeypatch, told, precision):
+    """None: there was no room to tell, nor is it tried for each page."""
+    asked: list[str] = []
+    monkeypatch.setattr(upscaling, "faster_and_near", lambda *_: asked.append("probe") or told)
+    worker, plan = upscaling.Engines(AUTO, 0, lambda: None), replace(on_card(64), precision="fp16")
+    for _ in range(2):
+        _, deviation = worker.compute(grey(60, 60), Params(model=COMPACT), plan)
+        assert deviation == (None if precision == "fp16" else "precision fp32")
+    assert asked == ["probe"]
+    chosen = upscaling.Engines(replace(AUTO, precision="fp16"), 0, lambda: None)  # by the user
+    assert chosen.compute(grey(60, 60), Params(model=COMPACT), plan)[1] is None and asked == ["probe"]
+
+
+def test_a_card_is_waited_for_without_a_core_and_on_its_own_stream(monkeypatch):
+    """What torch.Event does instead: see _mark."""
+    done: list[Any] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: str) -> None:
+            self.n = done.append(stream) or sum(isinstance(one, str) for one in done)
+
+        def synchronize(self) -> None:
+            done.append(self.n)
+
+    engine, queued = native(COMPACT), deque()
+    engine.device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for _ in range(3):
+        engine._keep_one_queued(queued)
+    assert done == ["stream of cuda:1"] * 2 + [1, "stream of cuda:1", 2]
 
 
 def test_a_worker_measures_a_precision_once_and_not_for_each_job(monkeypatch):
