@@ -712,9 +712,9 @@ def locked(layout: Layout) -> Iterator[None]:
     file = open(layout.root / "lock", "a+b")
     try:
         try:
-            _lock_file(file)
+            lock_file(file)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            if error.errno in HELD:
                 raise AlreadyRunning(f"another service already uses {layout.root}") from None
             raise LockRefused(
                 f"files can't be locked in {layout.root} ({reason_of(error)}), so nothing would keep "
@@ -725,16 +725,20 @@ def locked(layout: Layout) -> Iterator[None]:
         file.close()
 
 
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # of lock_file's OSError: another process holds it
+
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock_file(file: BinaryIO) -> None:
+    def lock_file(file: BinaryIO) -> None:
+        """Lock it until it is closed, by whatever ends this process. Raises OSError, see HELD."""
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _lock_file(file: BinaryIO) -> None:
+    def lock_file(file: BinaryIO) -> None:
+        """Lock it until it is closed, by whatever ends this process. Raises OSError, see HELD."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -11,27 +11,30 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import settings
 import storage
 from engine import budgets, devices, pages, rolling, spreads, upscaling
 from files import artifacts, books, containers, inputs
 from messages import CHOICES, RANGES, EngineChoice, Limits, Params, Plan, SourcePage, reported
 
-LIMITS = Limits()
 DEFAULTS = Params()
 CONTAINERS = {".zip": "zip", ".cbz": "cbz", ".epub": "epub", ".pdf": "pdf"}  # that are written
 STAGING = ".staging"  # in OUT.partial: the pages as they came
-MARKS = (STAGING, storage.REPORT_NAME, containers.INDEX)  # one of them is in every OUT.partial of ours
+LOCK = ".infer.lock"  # there, while a command is at work
+MARKS = (STAGING, LOCK, storage.REPORT_NAME, containers.INDEX)  # one of them is in every OUT.partial of ours
 FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
 
 
@@ -90,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     be done; 130: interrupted."""
     given = parser().parse_args(arguments)
     try:
+        limits = settings.Given(os.environ).set_of(Limits, "MAX", settings.LIMIT_SETTINGS)
         check_places(given.source, given.target)
         params = params_of(given)
         choice = EngineChoice(
@@ -98,16 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines = upscaling.Engines(choice, 0, lambda: None)
         plan = engines.plan(params)
         if is_image(given.source):
-            upscale_image(given.source, given.target, params, plan, engines)
+            upscale_image(given.source, given.target, params, plan, engines, limits)
             return 0
-        return Volume(given.source, given.target, params, plan, engines).run()
-    except (Usage, storage.StorageError, pages.PageError, OSError) as error:
+        return Volume(given.source, given.target, params, plan, engines, limits).run()
+    except (Usage, settings.ConfigError, storage.StorageError, pages.PageError, OSError) as error:
         text = str(getattr(error, "detail", None) or error)
         print("infer.py: " + storage.printable(text), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with the next page", file=sys.stderr)
         return 130
+    # Around everything: by itself Python would end with 1, which says that OUT is there.
+    except Exception:
+        traceback.print_exc()
+        print("infer.py: OUT is not written; the same command goes on with what is missing", file=sys.stderr)
+        return 2
 
 
 def is_image(source: Path) -> bool:
@@ -176,9 +185,11 @@ def params_of(given: argparse.Namespace) -> Params:
 
 
 # ---------------------------------------------------------------- one image
-def upscale_image(source: Path, target: Path, params: Params, plan: Plan, engines: upscaling.Engines) -> None:
+def upscale_image(
+    source: Path, target: Path, params: Params, plan: Plan, engines: upscaling.Engines, limits: Limits
+) -> None:
     """Raises PageError; nothing is written then."""
-    page = pages.decode_page(source.read_bytes(), params, LIMITS)
+    page = pages.decode_page(source.read_bytes(), params, limits)
     result, _ = engines.compute(page.pixels, params, upscaling.plan_for(plan, page.pixels))
     data, suffix, why = budgets.fitted(
         lambda tried: pages.encode(result, tried, page.profile), params, params.max_page_bytes
@@ -203,6 +214,11 @@ def _untimed(plan: Plan, choice: EngineChoice) -> Plan:
     )
 
 
+def _anywhere(plan: Plan) -> Plan:
+    """The plan without the machine that settled it."""
+    return replace(plan, machine="", choices=tuple(map(_anywhere, plan.choices)))
+
+
 @dataclass(slots=True)
 class Volume:
     """A volume on its way. Its finished pages lie in OUT.partial until all of them are."""
@@ -212,6 +228,7 @@ class Volume:
     params: Params
     plan: Plan
     engines: upscaling.Engines
+    limits: Limits
     items: list[dict[str, Any]] = field(default_factory=list)
     # Output path without suffix -> item of an earlier try, of pages that this one has not reached.
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -223,10 +240,32 @@ class Volume:
 
     def run(self) -> int:
         """Compute what is missing, then put OUT in place; see main for the status."""
+        self.work.mkdir(parents=True, exist_ok=True)
         try:
-            return self._run()
+            with self._locked():
+                self._gather()
+            self._finish()
+            return int(any(item["error"] for item in self.items))
         finally:
             self._remove_empty()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Two commands of one OUT would mix their pages. Raises Usage."""
+        place = self.work / LOCK
+        file = open(place, "a+b")
+        try:
+            storage.lock_file(file)
+        except OSError as error:  # or a file system without locks, as some network shares: it goes on
+            if error.errno in storage.HELD:
+                file.close()
+                raise Usage(f"another infer.py is at work on {self.target}") from None
+        try:
+            yield
+        finally:
+            file.close()
+            with contextlib.suppress(OSError):
+                place.unlink()
 
     def _remove_empty(self) -> None:
         """Of a folder with nothing in it nothing is to be gone on with."""
@@ -235,53 +274,74 @@ class Volume:
                 (self.work / STAGING).rmdir()
             self.work.rmdir()
 
-    def _run(self) -> int:
+    def _gather(self) -> None:
+        """Have each page's result in OUT.partial, and on record. Raises Usage where OUT would be useless."""
         staging = self.work / STAGING
+        self.earlier = self._known()
         sources = self._staged(staging)
         stems = storage.output_stems([page.name for page in sources])
-        self.earlier = self._known()
+        print(f"{self.plan.model} on {self.plan.device}, {self.plan.precision}", file=sys.stderr)
         progress = Progress(len(sources))
+        # One page is encoded and written while the next is computed.
+        before: Future[dict[str, Any]] | None = None
         with ThreadPoolExecutor(1, "encode") as encoder:
-            # One page is encoded and written while the next is computed.
-            before: Future[dict[str, Any]] | None = None
-            for page, stem in zip(sources, stems, strict=True):
-                item = self.earlier.get(stem)
-                if item and self._still_done(item, page):
-                    self._record(before, progress)
-                    before = None
-                    self.items.append(item)
-                    progress.skip()
-                else:
-                    computed = self._compute(staging / page.staged, page)
-                    self._record(before, progress)
-                    before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
-                self.earlier.pop(stem, None)
-            self._record(before, progress)
+            try:
+                for page, stem in zip(sources, stems, strict=True):
+                    item = self.earlier.get(stem)
+                    if item and self._still_done(item, page):
+                        self._record(before, progress)
+                        before = None
+                        self.items.append(item)
+                        progress.skip()
+                    else:
+                        computed = self._compute(staging / page.staged, page)
+                        self._record(before, progress)
+                        before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
+                    self.earlier.pop(stem, None)
+            finally:  # an interruption, too, loses only the page that was being computed
+                self._record(before, progress)
         shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
-        self._finish()
-        return int(any(item["error"] for item in self.items))
+        unread = [page for page in sources if page.error and self.source.is_dir()]
+        if unread:
+            raise Usage(
+                f"{len(unread)} of {len(sources)} pages could not be read, the first is {unread[0].name}: "
+                f"{unread[0].error}. The others wait in {self.work}: see to those, or take them out of the "
+                "folder, and give the same command again"
+            )
+        if all(item["error"] for item in self.items):
+            raise Usage(f"no page could be upscaled; the first: {self.items[0]['error']}")
 
     def _staged(self, staging: Path) -> list[SourcePage]:
         """The pages as they came, copied; beside them what else a cbz holds."""
         staging.mkdir(parents=True, exist_ok=True)  # first, being a mark: what follows may be interrupted
         if self.params.container == "cbz":
-            collections.deque(containers.keep(self.source, self.work, LIMITS), maxlen=0)
-        staged = inputs.stage_input(self.source, staging, LIMITS)
-        each = spreads.divided(staged, staging, self.params, LIMITS)
+            collections.deque(containers.keep(self.source, self.work, self.limits), maxlen=0)
+        staged = inputs.stage_input(self.source, staging, self.limits)
+        each = spreads.divided(staged, staging, self.params, self.limits)
         return [page for page in each if isinstance(page, SourcePage)]
 
     def _compute(self, path: Path, page: SourcePage) -> tuple[pages.Decoded | None, str | None, str | None]:
-        """(the page upscaled, deviation, error)."""
+        """(the page upscaled, deviation, error). Raises Usage where no other page would fare better."""
         try:
             if page.error:
                 raise pages.PageError(page.error)
-            read = pages.decode_page(path.read_bytes(), self.params, LIMITS)
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != page.sha256:
+                raise Usage(f"{path} is not as it was written: another program is at work there")
+            read = pages.decode_page(data, self.params, self.limits)
             read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
             plan = upscaling.plan_for(self.plan, read.pixels)
             result, deviation = self.engines.compute(read.pixels, self.params, plan)
             return replace(read, pixels=result), deviation, None
         except pages.PageError as error:
             return None, None, str(error)
+        except (Usage, storage.StorageError, OSError):
+            raise
+        # Around a page: whatever it does to a decoder or a driver is its own failure.
+        except Exception as error:
+            if devices.card_is_lost(0):
+                raise Usage("the card no longer answers; the same command goes on once it does") from error
+            return None, None, f"{type(error).__name__}: {error}"
 
     def _write(
         self,
@@ -301,14 +361,16 @@ class Volume:
                     self.params,
                     self.params.max_page_bytes,
                 )
-                deviation = "; ".join(filter(None, (storage.part_of(path.name), deviation, other))) or None
+                elsewhere = self.engines.elsewhere(self.plan)
+                deviations = (storage.part_of(path.name), deviation, other, elsewhere)
+                deviation = "; ".join(filter(None, deviations)) or None
             except pages.PageError as problem:
                 error = str(problem)
         if error:
-            half = spreads.half_of(data, storage.mark_of(path.name), LIMITS)
+            half = spreads.half_of(data, storage.mark_of(path.name), self.limits)
             data, suffix = half or (data, suffix)
             deviation = storage.part_of(path.name) if half else None
-        height, width = done.pixels.shape[:2] if done is not None and not error else _size_of(data)
+        height, width = done.pixels.shape[:2] if done is not None and not error else self._size_of(data)
         digest = storage.write_whole(self.work / (stem + suffix), data)
         return {
             "filename": stem + suffix,
@@ -321,6 +383,14 @@ class Volume:
             "error": error,
             "deviation": deviation,
         }
+
+    def _size_of(self, data: bytes) -> tuple[int, int]:
+        """(height, width) of a page that stays as it was; zeros where nothing decodes it."""
+        try:
+            height, width = pages.decode(data, 1, self.limits).shape[:2]
+            return height, width
+        except pages.PageError:
+            return 0, 0
 
     # ------------------------------------------------------------ its record
     def _chosen(self) -> dict[str, str]:
@@ -336,19 +406,36 @@ class Volume:
         }
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """Output path without suffix -> item of an earlier try with the same settings."""
+        """Output path without suffix -> item of an earlier try, by whose plan this one goes on. Raises Usage
+        where it would compute otherwise: what is done would be lost."""
         try:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
-            earlier, choice = Plan.of(report["plan"]), self.engines.choice
-            is_alike = _untimed(earlier, choice) == _untimed(self.plan, choice)
-            # Of the same machine, as the plan says: what was measured then holds for the volume.
-            if is_alike and report.get("chosen") == self._chosen():
-                self.plan = earlier
-            same = earlier == self.plan and report["params"] == reported(self.params)
+            earlier = Plan.of(report["plan"])
+            asked = reported(DEFAULTS) | report["params"] | report.get("chosen", {})
             found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
-            return found if same else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # begun anew: nothing in it could be believed
+        now = reported(self.params) | self._chosen()
+        other = [f"{key} {asked.get(key)}, now {now[key]}" for key in now if asked.get(key) != now[key]]
+        other = other or self._otherwise(earlier)
+        if found and other:
+            raise Usage(
+                f"{self.work} holds {len(found)} pages made otherwise ({'; '.join(other)}): give the command "
+                "as it was then, or remove that folder to begin anew"
+            )
+        self.plan = earlier if found else self.plan
+        return found
+
+    def _otherwise(self, earlier: Plan) -> list[str]:
+        """In what this machine, asked for the same, would not compute as planned then."""
+        choice, was, now = self.engines.choice, _anywhere(earlier), _anywhere(self.plan)
+        # What was measured then, by this machine as it is, holds for the volume.
+        is_here = earlier.machine == self.plan.machine
+        if was == now or (is_here and _untimed(was, choice) == _untimed(now, choice)):
+            return []
+        before, after = asdict(was), asdict(now)
+        keys = [key for key in after if before[key] != after[key] and key != "choices"]
+        return [f"{key} {before[key]}, now {after[key]}" for key in keys] or ["other models"]
 
     def _still_done(self, item: dict[str, Any], page: SourcePage) -> bool:
         is_its = (item.get("source"), item.get("sourceSha256")) == (page.name, page.sha256)
@@ -383,15 +470,6 @@ class Volume:
             storage.patiently(os.replace, self.work, self.target)
 
 
-def _size_of(data: bytes) -> tuple[int, int]:
-    """(height, width) of a page that stays as it was; zeros where nothing decodes it."""
-    try:
-        height, width = pages.decode(data, 1, LIMITS).shape[:2]
-        return height, width
-    except pages.PageError:
-        return 0, 0
-
-
 # ---------------------------------------------------------------- progress
 class Progress:
     """One line that moves in a terminal, one line a page elsewhere. On stderr."""
@@ -401,8 +479,10 @@ class Progress:
         self.started = time.monotonic()
 
     def skip(self) -> None:
-        """A page was finished by an earlier run."""
+        """A page was finished by an earlier run; looking at it tells nothing of how long others take."""
         self.done += 1
+        if not self.computed:
+            self.started = time.monotonic()
 
     def page(self, item: dict[str, Any]) -> None:
         """A page is finished now."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,10 +19,11 @@ from drawn import colour, grey
 from engines import COMPACT, native
 from helpers import require
 
+import storage
 from commands import cli, verify
-from engine import pages, rolling, upscaling
-from files import containers
-from messages import Params
+from engine import devices, pages, rolling, upscaling
+from files import containers, inputs
+from messages import Limits, Params, SourcePage
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["第1話/001.png", "第1話/002.png", "第1話/010.png"]
@@ -64,7 +67,7 @@ def test_a_folder_becomes_a_folder_of_the_pipelines_own_pages(volume, tmp_path):
     assert run(volume, tmp_path / "out", "--format", "png") == 0
     made = contents(tmp_path / "out")
     assert set(made) == {*NAMES, "artifact-report.json"}
-    page = pages.decode((volume / NAMES[1]).read_bytes(), 2, cli.LIMITS)
+    page = pages.decode((volume / NAMES[1]).read_bytes(), 2, Limits())
     expected = upscaling.upscale_page(native(COMPACT), page, Params(output_format="png"))
     assert made[NAMES[1]] == pages.encode(expected, Params(output_format="png"))[0]
     assert not (tmp_path / "out.partial").exists()
@@ -162,7 +165,7 @@ def test_an_interrupted_volume_goes_on(volume, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         computed = interrupt_at(patch, 99)
         assert run(volume, tmp_path / "out.cbz") == 0
-    assert len(computed) == 2  # the first page was recorded, the second still being written
+    assert len(computed) == 1  # the page amid which it came
     assert (tmp_path / "out.cbz").read_bytes() == (tmp_path / "whole.cbz").read_bytes()
 
 
@@ -171,14 +174,14 @@ def test_a_page_that_is_done_anew_makes_no_later_one_forgotten(volume, tmp_path,
     for n in (4, 5):
         (first.parent / f"01{n}.png").write_bytes(cv2.imencode(".png", grey(24, 20 + n))[1].tobytes())
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)  # three of five are recorded
+        interrupt_at(patch, 5)  # four of five are recorded
         assert run(volume, tmp_path / "out") == 130
     first.write_bytes(cv2.imencode(".png", grey(26, 22))[1].tobytes())
     for stop, status in ((2, 130), (99, 0)):
         with monkeypatch.context() as patch:
             computed = interrupt_at(patch, stop)
             assert run(volume, tmp_path / "out") == status
-    assert len(computed) == 2  # the fourth, which was still being written, and the fifth
+    assert len(computed) == 1  # the fifth
     run(volume, tmp_path / "plain")
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
@@ -215,7 +218,7 @@ def test_a_volume_that_goes_on_keeps_the_convolutions_that_were_measured_first(
         computed = interrupt_at(patch, 99)
         patch.setattr(rolling, "fastest_kind", lambda network: "direct")
         assert run(volume, tmp_path / "out", *flags) == 0
-    assert len(computed) == 2
+    assert len(computed) == 1
     plan = json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]
     assert {one["convolutions"] for one in plan["choices"] or [plan]} == {"winograd"}
 
@@ -231,7 +234,7 @@ def test_a_volume_that_goes_on_keeps_the_precision_that_was_measured_first(
             computed = interrupt_at(patch, page)
             patch.setattr(upscaling, "faster_and_near", lambda *_, pays=pays: pays)
             assert run(volume, tmp_path / "out", *flags) == status
-    assert len(computed) == 2
+    assert len(computed) == 1
     plan = json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]
     assert {one["precision"] for one in plan["choices"] or [plan]} == {kept}
 
@@ -239,8 +242,8 @@ def test_a_volume_that_goes_on_keeps_the_precision_that_was_measured_first(
 @pytest.mark.parametrize(
     "change", [{"precision": "bf16", "machine": "another"}, {"precision": "bf16"}, {"precision": "none"}]
 )
-def test_a_volume_that_goes_on_keeps_no_precision_that_was_not_measured_here(
-    volume, tmp_path, monkeypatch, change
+def test_a_volume_does_not_go_on_by_a_precision_that_was_not_measured_here(
+    volume, tmp_path, monkeypatch, capsys, change
 ):
     monkeypatch.setattr(upscaling, "faster_and_near", lambda *_: False)
     with monkeypatch.context() as patch:
@@ -251,29 +254,138 @@ def test_a_volume_that_goes_on_keeps_no_precision_that_was_not_measured_here(
     report["plan"] |= change
     report["chosen"] |= {"precision": change["precision"]} if change["precision"] == "bf16" else {}
     record.write_text(json.dumps(report))
+    was = contents(tmp_path / "out.partial")
+    assert run(volume, tmp_path / "out", "--precision", "auto") == 2
+    assert f"precision {change['precision']}, now " in capsys.readouterr().err
+    assert contents(tmp_path / "out.partial").items() >= was.items()
+
+
+def test_a_volume_goes_on_with_another_version_and_says_of_which_pages(volume, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(volume, tmp_path / "out") == 130
+    record = tmp_path / "out.partial" / "artifact-report.json"
+    record.write_bytes(record.read_bytes().replace(b'"machine": "', b'"machine": "another '))
+    assert run(volume, tmp_path / "out") == 0
+    report = json.loads(contents(tmp_path / "out")["artifact-report.json"])
+    assert report["plan"]["machine"].startswith("another ")
+    deviations = [item["deviation"] for item in report["items"]]
+    assert deviations[0] is None and deviations[-1].startswith("on ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["--format", "png"], "output_format jpg, now png"), (["--convolutions", "winograd"], "now winograd")],
+)
+def test_pages_made_otherwise_are_not_thrown_away_for_a_mistyped_flag(
+    volume, tmp_path, monkeypatch, capsys, flags, says
+):
+    require(flags[-1] == "png" or "winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        run(volume, tmp_path / "out")
+    assert run(volume, tmp_path / "out", *flags) == 2
+    assert says in (told := capsys.readouterr().err) and "begin anew" in told
     computed = interrupt_at(monkeypatch, 99)
-    assert run(volume, tmp_path / "out", "--precision", "auto") == 0
-    assert len(computed) == 3
-    assert json.loads(contents(tmp_path / "out")["artifact-report.json"])["plan"]["precision"] == "fp32"
+    assert run(volume, tmp_path / "out") == 0 and len(computed) == 1
 
 
-@pytest.mark.parametrize("change", ["source", "output", "settings", "convolutions"])
+def test_of_two_commands_at_work_on_one_volume_the_second_is_refused(volume, tmp_path, capsys):
+    (tmp_path / "out.partial").mkdir()
+    with open(tmp_path / "out.partial" / cli.LOCK, "a+b") as file:
+        storage.lock_file(file)
+        assert run(volume, tmp_path / "out") == 2
+    assert "another infer.py is at work" in capsys.readouterr().err
+    assert run(volume, tmp_path / "out") == 0  # of a command that was killed nothing is left but the file
+    assert not (tmp_path / "out" / cli.LOCK).exists()
+
+
+def test_a_page_that_another_program_wrote_over_is_not_taken_for_the_input_s(
+    volume, tmp_path, monkeypatch, capsys
+):
+    stage = inputs.stage_input
+
+    def meddled(source: Path, staging: Path, *rest: object) -> list[SourcePage]:
+        staged = list(stage(source, staging, *rest))
+        shutil.copy(staging / staged[2].staged, staging / staged[1].staged)
+        return staged
+
+    monkeypatch.setattr(inputs, "stage_input", meddled)
+    assert run(volume, tmp_path / "out") == 2
+    assert "another program is at work" in capsys.readouterr().err
+
+
+def test_pages_that_could_not_be_read_are_waited_for(volume, tmp_path, monkeypatch, capsys):
+    """A share that goes away at night: what was read is done, and nothing is packed without the others."""
+    opened = inputs.open_entry
+
+    def failing(entry: inputs.Entry, *rest: object) -> object:
+        if entry.name != NAMES[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(entry, *rest)
+
+    with monkeypatch.context() as away:
+        away.setattr(inputs, "open_entry", failing)
+        assert run(volume, tmp_path / "out.cbz") == 2
+    told = capsys.readouterr().err
+    assert f"2 of 3 pages could not be read, the first is {NAMES[1]}" in told
+    assert not (tmp_path / "out.cbz").exists()
+    computed = interrupt_at(monkeypatch, 99)
+    assert run(volume, tmp_path / "out.cbz") == 0 and len(computed) == 2
+    assert verify.main(["verify", str(tmp_path / "out.cbz"), "--against", str(volume)]) == 0
+
+
+def test_a_volume_of_bad_pages_is_no_volume(volume, tmp_path, capsys):
+    for name in NAMES:
+        (volume / name).write_bytes(b"no picture")
+    assert run(volume, tmp_path / "out") == 2
+    assert "no page could be upscaled" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_fault_amid_a_page_is_that_page_s_and_any_other_is_no_status_of_success(
+    volume, tmp_path, monkeypatch, capsys
+):
+    compute = upscaling.Engines.compute
+
+    def faulty(self: upscaling.Engines, pixels: np.ndarray, *rest: object) -> object:
+        if pixels.shape[1] == 21:
+            raise RuntimeError("a driver's fault (injected)")
+        return compute(self, pixels, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upscaling.Engines, "compute", faulty)
+        assert run(volume, tmp_path / "out") == 1
+        patch.setattr(devices, "card_is_lost", lambda slot: True)
+        assert run(volume, tmp_path / "other") == 2
+        patch.setattr(cli, "check_places", lambda *_: 1 / 0)
+        assert run(volume, tmp_path / "third") == 2
+    told = capsys.readouterr().err
+    assert "kept as it is: RuntimeError: a driver's fault" in told and "the card no longer answers" in told
+    assert "ZeroDivisionError" in told and not (tmp_path / "other").exists()
+
+
+def test_the_service_s_limits_hold_and_can_be_raised(volume, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REICHAN_MAX_PAGES", "2")
+    assert run(volume, tmp_path / "out") == 2
+    assert "REICHAN_MAX_PAGES" in capsys.readouterr().err
+    monkeypatch.setenv("REICHAN_MAX_PAGES", "many")
+    assert run(volume, tmp_path / "out") == 2
+    assert "must be a whole number" in capsys.readouterr().err
+    monkeypatch.setenv("REICHAN_MAX_PAGES", "3")
+    assert run(volume, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("change", ["source", "output"])
 def test_nothing_is_kept_that_no_longer_fits(volume, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         run(volume, tmp_path / "out")
-    flags = []
     if change == "source":
         (volume / NAMES[0]).write_bytes(cv2.imencode(".png", grey(26, 22))[1].tobytes())
-    elif change == "output":
-        (tmp_path / "out.partial" / NAMES[0]).with_suffix(".jpg").write_bytes(b"garbage")
-    elif change == "convolutions":
-        require("winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
-        flags = ["--convolutions", "winograd"]
     else:
-        flags = ["--format", "png"]
-    assert run(volume, tmp_path / "out", *flags) == 0
-    run(volume, tmp_path / "plain", *flags)
+        (tmp_path / "out.partial" / NAMES[0]).with_suffix(".jpg").write_bytes(b"garbage")
+    assert run(volume, tmp_path / "out") == 0
+    run(volume, tmp_path / "plain")
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 

@@ -213,7 +213,7 @@ def test_a_file_system_without_locks_is_no_second_service(layout, monkeypatch, n
     def refuse(_: object) -> None:
         raise OSError(number, "no")
 
-    monkeypatch.setattr(storage, "_lock_file", refuse)
+    monkeypatch.setattr(storage, "lock_file", refuse)
     with pytest.raises(getattr(storage, kind)), storage.locked(layout):
         pass
 
