@@ -317,13 +317,14 @@ class ClusterDispatcher(Dispatcher):
     def _is_misled(self, node: NodeSlot, run: Run, plan: Plan) -> bool:
         """Whether a machine with a card, of which torch makes no use, settled on its processor a plan that
         those with other cards could not follow: they are asked then."""
-        if not node.has_card or plan.device != "cpu" or "cpu" in (run.job.params.device, self.choice.device):
-            return False
+        asked = (run.job.params.device, self.choice.device)
+        if not node.has_card or plan.device != "cpu" or "cpu" in asked or plan == run.job.plan:
+            return False  # the job's own, from before, tells nothing of the card
         node.has_card = False
         log.warning("%s has a card that torch can't use: it computes by its processor", node)
         declined = self.declined.get(run.job.id, {})
         others = [one for one in self.nodes.values() if one.index not in declined and not one.doom]
-        return plan != run.job.plan and any(one.has_card for one in others)
+        return any(one.has_card for one in others)
 
     def _decline(self, node: NodeSlot, event: Declined) -> None:
         """No page of this job for that node. The job fails when no node is left, and an error is why; else

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import settings
 import storage
@@ -34,6 +34,7 @@ DEFAULTS = Params()
 CONTAINERS = {".zip": "zip", ".cbz": "cbz", ".epub": "epub", ".pdf": "pdf"}  # that are written
 STAGING = ".staging"  # in OUT.partial: the pages as they came
 LOCK = ".infer.lock"  # there, while a command is at work
+JOURNAL = ".pages.jsonl"  # there, a line for each page that was done since the record was written
 MARKS = (STAGING, LOCK, storage.REPORT_NAME, containers.INDEX)  # one of them is in every OUT.partial of ours
 FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp", ".avif": "avif"}
 
@@ -284,22 +285,30 @@ class Volume:
         progress = Progress(len(sources))
         # One page is encoded and written while the next is computed.
         before: Future[dict[str, Any]] | None = None
-        with ThreadPoolExecutor(1, "encode") as encoder:
+        with self._journal() as journal, ThreadPoolExecutor(1, "encode") as encoder:
+
+            def write(*values: Any) -> dict[str, Any]:
+                item = self._write(*values)
+                journal.write(json.dumps(item).encode() + b"\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+                return item
+
             try:
                 for page, stem in zip(sources, stems, strict=True):
                     item = self.earlier.get(stem)
                     if item and self._still_done(item, page):
-                        self._record(before, progress)
+                        self._count(before, progress)
                         before = None
                         self.items.append(item)
                         progress.skip()
                     else:
                         computed = self._compute(staging / page.staged, page)
-                        self._record(before, progress)
-                        before = encoder.submit(self._write, page, staging / page.staged, stem, *computed)
+                        self._count(before, progress)
+                        before = encoder.submit(write, page, staging / page.staged, stem, *computed)
                     self.earlier.pop(stem, None)
-            finally:  # an interruption, too, loses only the page that was being computed
-                self._record(before, progress)
+            finally:
+                self._count(before, progress)
         shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
         unread = [page for page in sources if page.error and self.source.is_dir()]
         if unread:
@@ -412,7 +421,8 @@ class Volume:
             report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
             earlier = Plan.of(report["plan"])
             asked = reported(DEFAULTS) | report["params"] | report.get("chosen", {})
-            found = {os.path.splitext(item["filename"])[0]: item for item in report["items"]}
+            items = [*report["items"], *self._journaled()]
+            found = {os.path.splitext(item["filename"])[0]: item for item in items}
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # begun anew: nothing in it could be believed
         now = reported(self.params) | self._chosen()
@@ -425,6 +435,23 @@ class Volume:
             )
         self.plan = earlier if found else self.plan
         return found
+
+    def _journaled(self) -> list[Any]:
+        """The journal's items, as far as it is whole."""
+        items: list[Any] = []
+        with contextlib.suppress(FileNotFoundError, ValueError):  # the last line may be torn
+            for line in (self.work / JOURNAL).read_bytes().splitlines():
+                items.append(json.loads(line))
+        return items
+
+    @contextlib.contextmanager
+    def _journal(self) -> Iterator[BinaryIO]:
+        """The record as it was found, and an empty journal for what is done from now on: a page costs a line,
+        however many there are."""
+        report = self._report([*self.earlier.values()])
+        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
+        with open(self.work / JOURNAL, "wb") as journal:
+            yield journal
 
     def _otherwise(self, earlier: Plan) -> list[str]:
         """In what this machine, asked for the same, would not compute as planned then."""
@@ -442,16 +469,11 @@ class Volume:
         is_good = is_its and not item.get("error")
         return is_good and storage.file_is(self.work / item["filename"], item["sha256"])
 
-    def _record(self, written: Future[dict[str, Any]] | None, progress: Progress) -> None:
-        """A page is on disk: only now does it count."""
-        if written is None:
-            return
-        item = written.result()
-        self.items.append(item)
-        # A page that was done anew may lie before others that are not reached yet, and are done.
-        report = self._report([*self.items, *self.earlier.values()])
-        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
-        progress.page(item)
+    def _count(self, written: Future[dict[str, Any]] | None, progress: Progress) -> None:
+        """A page is on disk, and in the journal."""
+        if written:
+            self.items.append(written.result())
+            progress.page(self.items[-1])
 
     def _finish(self) -> None:
         report = self._report(self.items)

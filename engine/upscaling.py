@@ -86,11 +86,12 @@ class Measured:
         asked = ("pays", model.weights_sha256, plan.device, precision)
         return bool(self._once(asked, lambda: faster_and_near(model, plan, precision, self.slot)))
 
-    def is_known_bad(self, model: Model, plan: Plan, precision: str) -> bool:
+    def is_known_bad(self, model: Callable[[], Model], plan: Plan, precision: str) -> bool:
         """Whether it was told that it doesn't pay; what found no room is not tried again for each page."""
-        if ("pays", model.weights_sha256, plan.device, precision) not in self.known:
-            self.pays(model, plan, precision)
-        return self.known["pays", model.weights_sha256, plan.device, precision] is False
+        asked = ("pays", plan.weights_sha256, plan.device, precision)
+        if asked not in self.known:
+            self.pays(model(), plan, precision)
+        return self.known.get(asked) is False
 
     def halo_px(self, model: Model, device: str) -> int:
         """See halo_for."""
@@ -701,7 +702,9 @@ class Engines:
         fast = devices.KINDS[plan.device].fast_precision
         if plan.device == "cpu" or self.choice.precision != "auto" or plan.precision != fast:
             return True
-        return not self.measured.is_known_bad(self.model(plan.model), plan, fast)
+        if plan.machine and self.elsewhere(plan) is None:
+            return True  # one of its kind: every attempt and worker shall agree
+        return not self.measured.is_known_bad(lambda: self.model(plan.model), plan, fast)
 
     def _on_processor(self, plan: Plan, params: Params) -> Plan:
         tile = params.tile_size or own_tile("cpu", self.model(plan.model), plan.halo_px)

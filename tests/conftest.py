@@ -36,8 +36,8 @@ forked.settle()
 # Files that take most of a minute or more.
 LONG = {
     "test_browser", "test_checks_http", "test_cluster", "test_crashes", "test_dispatch", "test_fuzz",
-    "test_hostile", "test_kills", "test_machine", "test_parity", "test_schemathesis", "test_service",
-    "test_upscaling",
+    "test_hostile", "test_kills", "test_machine", "test_measuring", "test_parity", "test_schemathesis",
+    "test_service", "test_upscaling",
 }  # fmt: skip
 MAKE_HOSTILE = Path(__file__).parents[2] / "shared/hostile/make_hostile.py"
 

@@ -186,6 +186,32 @@ def test_a_page_that_is_done_anew_makes_no_later_one_forgotten(volume, tmp_path,
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
+def test_a_page_costs_a_line_of_the_journal_and_a_torn_one_costs_that_page(volume, tmp_path, monkeypatch):
+    written: list[Path] = []
+    whole = storage.write_whole
+
+    def counted(target: Path, data: bytes) -> str:
+        written.append(target)
+        return whole(target, data)
+
+    monkeypatch.setattr(storage, "write_whole", counted)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(volume, tmp_path / "out") == 130
+    assert [path.name for path in written].count("artifact-report.json") == 1
+    journal = tmp_path / "out.partial" / cli.JOURNAL
+    first, second = journal.read_bytes().splitlines(keepends=True)
+    assert json.loads(first)["source"] == NAMES[0] and json.loads(second)["source"] == NAMES[1]
+    journal.write_bytes(first + second[:40])
+    with monkeypatch.context() as patch:
+        computed = interrupt_at(patch, 2)
+        assert run(volume, tmp_path / "out") == 130 and len(computed) == 1
+    computed = interrupt_at(monkeypatch, 99)
+    assert run(volume, tmp_path / "out") == 0 and len(computed) == 1
+    run(volume, tmp_path / "plain")
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
 def test_a_page_added_beside_one_of_its_name_takes_no_other_page_s_place(volume, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)

@@ -427,8 +427,10 @@ def test_a_card_that_torch_cannot_use_makes_no_plan_for_those_that_it_can(tmp_pa
         made._hear(made.nodes[4], Settled(job.id, job.attempt, by_processor))
         assert run.settled == by_processor
         made.nodes[3].has_card = made.nodes[4].has_card = True
-        made._hear(made.nodes[3], Settled(job.id, job.attempt, job.plan))
-        assert run.settled == job.plan
+        job = replace(job, plan=by_processor)
+        made.runs[job.id] = run = Run(job, tmp_path, tmp_path)
+        made._hear(made.nodes[3], Settled(job.id, job.attempt, by_processor))
+        assert run.settled == by_processor and made.nodes[3].has_card
 
 
 def test_a_plan_that_ends_every_worker_that_is_to_settle_it_fails_its_job(tmp_path, monkeypatch):
@@ -529,7 +531,7 @@ def test_what_a_node_did_not_take_is_not_waited_for(tmp_path, what):
     lost, why = threading.Event(), []
 
     def get(call: str, timeout: float | None = None) -> list[Any]:
-        if call == "given":
+        if call == "given" or lost.is_set():
             raise TimeoutError("first\n  where\nthe line broke (injected)")
         time.sleep(0.01)
         return []
@@ -544,8 +546,8 @@ def test_what_a_node_did_not_take_is_not_waited_for(tmp_path, what):
         (tmp_path / "own.safetensors").write_bytes(b"x")
     link.outbox.put(Settle("job", 1, Params(model="own"), None))
     link.start()
-    assert lost.wait(10) and "the line broke" in why[0]
-    assert what == "pages" or not link.weights
+    assert lost.wait(10) and "the line broke (injected)" in why[0] and not link.weights
+    assert why[0].startswith("it can't be given more") == (what == "weights")
 
 
 def test_while_pages_are_written_here_their_node_s_silence_means_nothing(monkeypatch):

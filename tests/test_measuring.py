@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 def printed(script: str, *arguments: str) -> str:
     """What it prints, once it has ended well."""
     command = [sys.executable, str(HERE / script), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

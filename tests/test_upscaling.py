@@ -98,6 +98,7 @@ def card(monkeypatch) -> list[tuple[str, int]]:
     monkeypatch.setitem(devices.KINDS, "cuda", replace(devices.KINDS["cuda"], usable=lambda: [0]))
     monkeypatch.setattr(devices, "torch_device", lambda kind, slot: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)  # in a CUDA build nobody is to ask for the card's name
     tried = []
 
     def capped(self, stack, white):
@@ -303,6 +304,10 @@ def test_a_card_is_asked_whether_it_bears_what_another_settled(card, monkeypatch
     assert asked == ["probe"]
     chosen = upscaling.Engines(replace(AUTO, precision="fp16"), 0, lambda: None)  # by the user
     assert chosen.compute(grey(60, 60), Params(model=COMPACT), plan)[1] is None and asked == ["probe"]
+    monkeypatch.setattr(upscaling.Engines, "elsewhere", lambda *_: None)  # a plan by this very card
+    own = upscaling.Engines(AUTO, 0, lambda: None)
+    assert own.compute(grey(60, 60), Params(model=COMPACT), replace(plan, machine="this"))[1] is None
+    assert asked == ["probe"]
 
 
 def test_a_card_is_waited_for_without_a_core_and_on_its_own_stream(monkeypatch):

@@ -610,8 +610,6 @@ class Dispatcher:
             self.cache.used(event.cache_key)
         if isinstance(event, PageDone) and not (event.carried or event.cached):
             slot.count_page(time.monotonic())
-        elif isinstance(event, PageFailed):
-            slot.count_failure(time.monotonic())
         run = self._run_of(event)
         if run is None:
             return
@@ -626,6 +624,7 @@ class Dispatcher:
             run.pages[event.n] = replace(page, tries=page.tries + 1)
             self.table.change_page(event.job_id, event.n, tries=page.tries + 1)
             if page.tries == 0:
+                slot.count_failure(time.monotonic())
                 run.failed_on[event.n] = slot.index
                 run.alone.append(event.n)  # once more, at the end, by itself, elsewhere if there is another
             else:

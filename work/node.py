@@ -149,10 +149,13 @@ class Node:
         """The worker's events since the last call, pages with their bytes; waits for the first."""
         with self.changed:
             self.changed.wait_for(lambda: self.news, COLLECT_S)
-            batch, size = [], 0
-            while self.news and size < RESULT_BYTES:
+            batch: list[tuple[Any, bytes | None]] = []
+            size = 0
+            while self.news:
+                size += len(self.news[0][1] or b"")
+                if batch and size > RESULT_BYTES:
+                    break
                 batch.append(self.news.popleft())
-                size += len(batch[-1][1] or b"")
             if self.beat:
                 batch.append((self.beat, None))
                 self.beat = None
