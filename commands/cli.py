@@ -283,6 +283,7 @@ class Volume:
         stems = storage.output_stems([page.name for page in sources])
         print(f"{self.plan.model} on {self.plan.device}, {self.plan.precision}", file=sys.stderr)
         progress = Progress(len(sources))
+        unread: list[SourcePage] = []
         # One page is encoded and written while the next is computed.
         before: Future[dict[str, Any]] | None = None
         with self._journal() as journal, ThreadPoolExecutor(1, "encode") as encoder:
@@ -297,6 +298,9 @@ class Volume:
             try:
                 for page, stem in zip(sources, stems, strict=True):
                     item = self.earlier.get(stem)
+                    if page.error and (self.source.is_dir() or (item and not item.get("error"))):
+                        unread.append(page)  # what an earlier try made of it stays
+                        continue
                     if item and self._still_done(item, page):
                         self._count(before, progress)
                         before = None
@@ -310,12 +314,11 @@ class Volume:
             finally:
                 self._count(before, progress)
         shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
-        unread = [page for page in sources if page.error and self.source.is_dir()]
         if unread:
             raise Usage(
                 f"{len(unread)} of {len(sources)} pages could not be read, the first is {unread[0].name}: "
-                f"{unread[0].error}. The others wait in {self.work}: see to those, or take them out of the "
-                "folder, and give the same command again"
+                f"{unread[0].error}. The others wait in {self.work}: see to those, or take them out of "
+                f"{self.source}, and give the same command again"
             )
         if all(item["error"] for item in self.items):
             raise Usage(f"no page could be upscaled; the first: {self.items[0]['error']}")

@@ -356,8 +356,13 @@ def test_pages_that_could_not_be_read_are_waited_for(volume, tmp_path, monkeypat
     told = capsys.readouterr().err
     assert f"2 of 3 pages could not be read, the first is {NAMES[1]}" in told
     assert not (tmp_path / "out.cbz").exists()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run(volume, tmp_path / "out.cbz") == 130
+        patch.setattr(inputs, "open_entry", failing)  # now also of a page that is done
+        assert run(volume, tmp_path / "out.cbz") == 2
     computed = interrupt_at(monkeypatch, 99)
-    assert run(volume, tmp_path / "out.cbz") == 0 and len(computed) == 2
+    assert run(volume, tmp_path / "out.cbz") == 0 and len(computed) == 1
     assert verify.main(["verify", str(tmp_path / "out.cbz"), "--against", str(volume)]) == 0
 
 
