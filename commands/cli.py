@@ -220,6 +220,32 @@ def _anywhere(plan: Plan) -> Plan:
     return replace(plan, machine="", choices=tuple(map(_anywhere, plan.choices)))
 
 
+def _differences(was: Plan, now: Plan) -> list[str]:
+    """What of a plan is another, in words."""
+    before, after = asdict(was), asdict(now)
+    keys = [key for key in after if before[key] != after[key] and key != "choices"]
+    told = [f"{key} {before[key]}, now {after[key]}" for key in keys]
+    if len(was.choices) != len(now.choices):
+        told.append("other models to choose from")
+    for one, other in zip(was.choices, now.choices, strict=False):
+        told += [f"{other.model}: {each}" for each in _differences(one, other)]
+    return told
+
+
+@contextlib.contextmanager
+def _its_own_failure() -> Iterator[None]:
+    """Whatever a page does to a decoder or a driver is that page's PageError. Raises Usage where the card is
+    lost."""
+    try:
+        yield
+    except (pages.PageError, storage.StorageError, OSError):
+        raise
+    except Exception as error:
+        if devices.card_is_lost(0):
+            raise Usage("the card no longer answers; the same command goes on once it does") from error
+        raise pages.PageError(f"{type(error).__name__}: {error}") from error
+
+
 @dataclass(slots=True)
 class Volume:
     """A volume on its way. Its finished pages lie in OUT.partial until all of them are."""
@@ -244,8 +270,11 @@ class Volume:
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             with self._locked():
+                if self.target.exists():  # another command may have ended meanwhile
+                    raise Usage(f"{self.target} exists; remove it or choose another name")
                 self._gather()
-            self._finish()
+                self._pack()
+            self._put_in_place()
             return int(any(item["error"] for item in self.items))
         finally:
             self._remove_empty()
@@ -278,6 +307,7 @@ class Volume:
     def _gather(self) -> None:
         """Have each page's result in OUT.partial, and on record. Raises Usage where OUT would be useless."""
         staging = self.work / STAGING
+        is_folder = self.source.is_dir()  # asked now: a disk that is gone is none
         self.earlier = self._known()
         sources = self._staged(staging)
         stems = storage.output_stems([page.name for page in sources])
@@ -298,7 +328,7 @@ class Volume:
             try:
                 for page, stem in zip(sources, stems, strict=True):
                     item = self.earlier.get(stem)
-                    if page.error and (self.source.is_dir() or (item and not item.get("error"))):
+                    if page.error and (is_folder or item):
                         unread.append(page)  # what an earlier try made of it stays
                         continue
                     if item and self._still_done(item, page):
@@ -313,7 +343,7 @@ class Volume:
                     self.earlier.pop(stem, None)
             finally:
                 self._count(before, progress)
-        shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file for a moment; see _finish
+        shutil.rmtree(staging, ignore_errors=True)  # Windows may keep a file a moment; see _put_in_place
         if unread:
             raise Usage(
                 f"{len(unread)} of {len(sources)} pages could not be read, the first is {unread[0].name}: "
@@ -340,20 +370,14 @@ class Volume:
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != page.sha256:
                 raise Usage(f"{path} is not as it was written: another program is at work there")
-            read = pages.decode_page(data, self.params, self.limits)
-            read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
-            plan = upscaling.plan_for(self.plan, read.pixels)
-            result, deviation = self.engines.compute(read.pixels, self.params, plan)
-            return replace(read, pixels=result), deviation, None
+            with _its_own_failure():
+                read = pages.decode_page(data, self.params, self.limits)
+                read = replace(read, pixels=spreads.taken(read.pixels, storage.mark_of(page.staged)))
+                plan = upscaling.plan_for(self.plan, read.pixels)
+                result, deviation = self.engines.compute(read.pixels, self.params, plan)
+                return replace(read, pixels=result), deviation, None
         except pages.PageError as error:
             return None, None, str(error)
-        except (Usage, storage.StorageError, OSError):
-            raise
-        # Around a page: whatever it does to a decoder or a driver is its own failure.
-        except Exception as error:
-            if devices.card_is_lost(0):
-                raise Usage("the card no longer answers; the same command goes on once it does") from error
-            return None, None, f"{type(error).__name__}: {error}"
 
     def _write(
         self,
@@ -368,18 +392,21 @@ class Volume:
         suffix = pages.kept_suffix(data, path.suffix)
         if done is not None:
             try:
-                data, suffix, other = budgets.fitted(
-                    lambda params: pages.encode(done.pixels, params, done.profile),
-                    self.params,
-                    self.params.max_page_bytes,
-                )
+                with _its_own_failure():
+                    data, suffix, other = budgets.fitted(
+                        lambda params: pages.encode(done.pixels, params, done.profile),
+                        self.params,
+                        self.params.max_page_bytes,
+                    )
                 elsewhere = self.engines.elsewhere(self.plan)
                 deviations = (storage.part_of(path.name), deviation, other, elsewhere)
                 deviation = "; ".join(filter(None, deviations)) or None
             except pages.PageError as problem:
                 error = str(problem)
         if error:
-            half = spreads.half_of(data, storage.mark_of(path.name), self.limits)
+            half = None
+            with contextlib.suppress(pages.PageError), _its_own_failure():
+                half = spreads.half_of(data, storage.mark_of(path.name), self.limits)
             data, suffix = half or (data, suffix)
             deviation = storage.part_of(path.name) if half else None
         height, width = done.pixels.shape[:2] if done is not None and not error else self._size_of(data)
@@ -399,8 +426,9 @@ class Volume:
     def _size_of(self, data: bytes) -> tuple[int, int]:
         """(height, width) of a page that stays as it was; zeros where nothing decodes it."""
         try:
-            height, width = pages.decode(data, 1, self.limits).shape[:2]
-            return height, width
+            with _its_own_failure():
+                height, width = pages.decode(data, 1, self.limits).shape[:2]
+                return height, width
         except pages.PageError:
             return 0, 0
 
@@ -420,17 +448,23 @@ class Volume:
     def _known(self) -> dict[str, dict[str, Any]]:
         """Output path without suffix -> item of an earlier try, by whose plan this one goes on. Raises Usage
         where it would compute otherwise: what is done would be lost."""
+        record = self.work / storage.REPORT_NAME
+        if not record.exists():
+            return {}
+        data = record.read_bytes()
         try:
-            report = json.loads((self.work / storage.REPORT_NAME).read_bytes())
-            earlier = Plan.of(report["plan"])
-            asked = reported(DEFAULTS) | report["params"] | report.get("chosen", {})
+            report = json.loads(data)
+            earlier, chosen = Plan.of(report["plan"]), report.get("chosen")
+            asked = asdict(DEFAULTS) | report["params"]
             items = [*report["items"], *self._journaled()]
             found = {os.path.splitext(item["filename"])[0]: item for item in items}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}  # begun anew: nothing in it could be believed
-        now = reported(self.params) | self._chosen()
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{record} can't be understood, so nothing in {self.work} can be gone on with"
+            raise Usage(f"{why}: remove that folder to begin anew, or choose another OUT") from error
+        found = {stem: item for stem, item in found.items() if not item.get("error")}
+        now = asdict(self.params)
         other = [f"{key} {asked.get(key)}, now {now[key]}" for key in now if asked.get(key) != now[key]]
-        other = other or self._otherwise(earlier)
+        other = other or self._otherwise(earlier, chosen)
         if found and other:
             raise Usage(
                 f"{self.work} holds {len(found)} pages made otherwise ({'; '.join(other)}): give the command "
@@ -456,16 +490,14 @@ class Volume:
         with open(self.work / JOURNAL, "wb") as journal:
             yield journal
 
-    def _otherwise(self, earlier: Plan) -> list[str]:
-        """In what this machine, asked for the same, would not compute as planned then."""
+    def _otherwise(self, earlier: Plan, chosen: object) -> list[str]:
+        """In what this machine would not compute as planned then. chosen: see _chosen, then."""
         choice, was, now = self.engines.choice, _anywhere(earlier), _anywhere(self.plan)
         # What was measured then, by this machine as it is, holds for the volume.
-        is_here = earlier.machine == self.plan.machine
-        if was == now or (is_here and _untimed(was, choice) == _untimed(now, choice)):
+        is_measured = earlier.machine == self.plan.machine and chosen == self._chosen()
+        if is_measured and _untimed(was, choice) == _untimed(now, choice):
             return []
-        before, after = asdict(was), asdict(now)
-        keys = [key for key in after if before[key] != after[key] and key != "choices"]
-        return [f"{key} {before[key]}, now {after[key]}" for key in keys] or ["other models"]
+        return _differences(was, now)
 
     def _still_done(self, item: dict[str, Any], page: SourcePage) -> bool:
         is_its = (item.get("source"), item.get("sourceSha256")) == (page.name, page.sha256)
@@ -478,21 +510,29 @@ class Volume:
             self.items.append(written.result())
             progress.page(self.items[-1])
 
-    def _finish(self) -> None:
+    def _pack(self) -> None:
+        """Make of OUT.partial what OUT is to be."""
         report = self._report(self.items)
-        if self.target.suffix.lower() in CONTAINERS:
+        if self._is_archive():
             containers.pack(self.work, self.target, report)
-            try:
-                storage.patiently(shutil.rmtree, self.work)
-            except OSError as error:  # the volume is there, and whole
-                print(f"{self.work} is not needed any more, and stays: {error}", file=sys.stderr)
-        else:
-            storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
-            artifacts.remove_strays(
-                self.work, {storage.REPORT_NAME, *(item["filename"] for item in self.items)}
-            )
+            return
+        storage.write_whole(self.work / storage.REPORT_NAME, artifacts.report_bytes(report))
+        names = {item["filename"] for item in self.items}
+        artifacts.remove_strays(self.work, {storage.REPORT_NAME, LOCK, *names})
+
+    def _put_in_place(self) -> None:
+        """Without the lock: Windows moves and removes nothing that is open."""
+        if not self._is_archive():
             shutil.rmtree(self.work / STAGING, ignore_errors=True)
             storage.patiently(os.replace, self.work, self.target)
+            return
+        try:
+            storage.patiently(shutil.rmtree, self.work)
+        except OSError as error:  # the volume is there, and whole
+            print(f"{self.work} is not needed any more, and stays: {error}", file=sys.stderr)
+
+    def _is_archive(self) -> bool:
+        return self.target.suffix.lower() in CONTAINERS
 
 
 # ---------------------------------------------------------------- progress

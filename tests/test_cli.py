@@ -300,20 +300,67 @@ def test_a_volume_goes_on_with_another_version_and_says_of_which_pages(volume, t
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
-    [(["--format", "png"], "output_format jpg, now png"), (["--convolutions", "winograd"], "now winograd")],
+    ("first", "then", "says"),
+    [
+        ([], ["--format", "png"], "output_format jpg, now png"),
+        ([], ["--convolutions", "winograd"], "convolutions direct, now winograd"),
+        (["--max-page-bytes", "50000"], [], "max_page_bytes 50000, now None"),
+        (["--spreads", "split", "--reading-direction", "ltr"], ["--spreads", "split"], "ltr, now rtl"),
+    ],
 )
 def test_pages_made_otherwise_are_not_thrown_away_for_a_mistyped_flag(
-    volume, tmp_path, monkeypatch, capsys, flags, says
+    volume, tmp_path, monkeypatch, capsys, first, then, says
 ):
-    require(flags[-1] == "png" or "winograd" in rolling.usable_kinds(), "fewer multiplications are for x86")
+    require(then[-1:] != ["winograd"] or "winograd" in rolling.usable_kinds(), "fewer products are for x86")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        run(volume, tmp_path / "out", *first)
+    assert run(volume, tmp_path / "out", *then) == 2
+    assert says in (told := capsys.readouterr().err) and "begin anew" in told
+    computed = interrupt_at(monkeypatch, 99)
+    assert run(volume, tmp_path / "out", *first) == 0 and len(computed) == 1
+
+
+def test_pages_that_failed_hold_nobody_to_the_settings_with_which_they_did(volume, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(upscaling.Engines, "compute", lambda *_: 1 / 0)
+        assert run(volume, tmp_path / "out") == 2
+    assert run(volume, tmp_path / "out", "--format", "png") == 0
+
+
+def test_a_record_that_cannot_be_read_is_not_written_over(volume, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         run(volume, tmp_path / "out")
-    assert run(volume, tmp_path / "out", *flags) == 2
-    assert says in (told := capsys.readouterr().err) and "begin anew" in told
+    record = tmp_path / "out.partial" / "artifact-report.json"
+    kept = record.read_bytes()
+    record.write_bytes(b"{")
+    assert run(volume, tmp_path / "out") == 2 and "can't be understood" in capsys.readouterr().err
+    record.write_bytes(kept)
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == cli.JOURNAL:
+            raise PermissionError(13, "in use by another program", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        assert run(volume, tmp_path / "out") == 2
     computed = interrupt_at(monkeypatch, 99)
     assert run(volume, tmp_path / "out") == 0 and len(computed) == 1
+
+
+def test_a_volume_that_another_command_has_finished_meanwhile_is_not_written_over(
+    volume, tmp_path, monkeypatch, capsys
+):
+    def meanwhile(*_: object) -> None:
+        (tmp_path / "out.cbz").write_bytes(b"another's")
+
+    monkeypatch.setattr(cli, "check_places", meanwhile)
+    assert run(volume, tmp_path / "out.cbz") == 2 and "exists" in capsys.readouterr().err
+    assert (tmp_path / "out.cbz").read_bytes() == b"another's"
+    assert not (tmp_path / "out.cbz.partial").exists()
 
 
 def test_of_two_commands_at_work_on_one_volume_the_second_is_refused(volume, tmp_path, capsys):
@@ -350,9 +397,17 @@ def test_pages_that_could_not_be_read_are_waited_for(volume, tmp_path, monkeypat
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return opened(entry, *rest)
 
+    def gone(source: Path, *rest: object) -> list[SourcePage]:
+        staged = list(stage(source, *rest))
+        source.rename(tmp_path / "unplugged")
+        return staged
+
+    stage = inputs.stage_input
     with monkeypatch.context() as away:
         away.setattr(inputs, "open_entry", failing)
+        away.setattr(inputs, "stage_input", gone)
         assert run(volume, tmp_path / "out.cbz") == 2
+    (tmp_path / "unplugged").rename(volume)
     told = capsys.readouterr().err
     assert f"2 of 3 pages could not be read, the first is {NAMES[1]}" in told
     assert not (tmp_path / "out.cbz").exists()
@@ -386,6 +441,9 @@ def test_a_fault_amid_a_page_is_that_page_s_and_any_other_is_no_status_of_succes
     with monkeypatch.context() as patch:
         patch.setattr(upscaling.Engines, "compute", faulty)
         assert run(volume, tmp_path / "out") == 1
+        with monkeypatch.context() as encoder:
+            encoder.setattr(pages, "encode", lambda *_: 1 / 0)
+            assert run(volume, tmp_path / "none") == 2
         patch.setattr(devices, "card_is_lost", lambda slot: True)
         assert run(volume, tmp_path / "other") == 2
         patch.setattr(cli, "check_places", lambda *_: 1 / 0)
