@@ -107,11 +107,12 @@ def test_an_epubs_media_types_are_those_of_what_was_kept(tmp_path):
     kept = {"1.png": ".jpg", "2.jpg": ".webp", "3.jpeg": ".jpg", "4.png": ".png", "5.webp": ".avif"}
     for name, suffix in kept.items():
         (source / name).write_bytes(coded(colour(60, 40), suffix)[:-60])  # too short to be read
+    (source / "6.png").write_bytes(coded(colour(60, 40), ".png"))  # of bad pages alone none would be made
     flags = ["--model", COMPACT, "--precision", "fp32"]
     assert cli.main([str(source), str(tmp_path / "out.epub"), *flags]) == 1
     items = epub.read_epub(tmp_path / "out.epub").get_items()
     images = [item for item in items if item.media_type.startswith("image/")]
-    assert [item.get_name() for item in images] == ["1.jpg", "2.webp", "3.jpeg", "4.png", "5.avif"]
+    assert [item.get_name() for item in images] == ["1.jpg", "2.webp", "3.jpeg", "4.png", "5.avif", "6.jpg"]
     assert [item.media_type for item in images] == [f"image/{storage.sniff(i.content)}" for i in images]
 
 
