@@ -296,7 +296,7 @@ class ClusterDispatcher(Dispatcher):
                 node.free((job_id, attempt, 0))
                 self.settling.pop(job_id, None)
                 run = self._run_of(event)
-                if run and not self._is_misled(node, run, plan):
+                if run and not self._asks_other_cards(node, run, plan):
                     run.settled = plan
                     self.unplanned.discard(job_id)
             case TaskFailed(job_id, attempt, 0, code, detail) if (job_id, attempt, 0) in node.tasks:
@@ -314,9 +314,9 @@ class ClusterDispatcher(Dispatcher):
             case _:
                 super()._handle(node, event)
 
-    def _is_misled(self, node: NodeSlot, run: Run, plan: Plan) -> bool:
-        """Whether a machine with a card, of which torch makes no use, settled on its processor a plan that
-        those with other cards could not follow: they are asked then."""
+    def _asks_other_cards(self, node: NodeSlot, run: Run, plan: Plan) -> bool:
+        """Take note of a card that torch makes no use of: its machine settled the plan on its processor.
+        Whether there are other cards, which could not follow that, and are asked then."""
         asked = (run.job.params.device, self.choice.device)
         if not node.has_card or plan.device != "cpu" or "cpu" in asked or plan == run.job.plan:
             return False  # the job's own, from before, tells nothing of the card

@@ -210,8 +210,8 @@ class Worker:
         *values: Any,
     ) -> None:
         """Have a queue's thread take this step, unless a cancel comes first."""
-        n = task.n if isinstance(task, ComputePage) else 0
-        whole: Callable[..., None] = self._page_step if isinstance(task, ComputePage) else self._file_step
+        n = task.n if isinstance(task, ComputePage) else 0  # pages are counted from 1
+        whole: Callable[..., None] = self._page_step if n else self._file_step
         key = (task.job_id, task.attempt, n)
         with self.rest_lock:
             may_rest = key[:2] not in self.cancelled

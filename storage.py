@@ -65,6 +65,7 @@ WINDOWS_DEVICES = frozenset(
 RESERVED = re.compile(re.escape(REPORT_NAME) + r"|mimetype|meta-inf|package\.opf|nav\.xhtml|page-\d+\.xhtml")
 COMPONENT_BYTES = 200  # of the 255 that file systems allow: room for suffixes and " (2)"
 OUR_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # not the page's fault
+HELD = frozenset({errno.EACCES, errno.EAGAIN, errno.EDEADLK})  # from lock_file: another process has it
 
 
 # ---------------------------------------------------------------- errors
@@ -724,8 +725,6 @@ def locked(layout: Layout) -> Iterator[None]:
     finally:
         file.close()
 
-
-HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # of lock_file's OSError: another process holds it
 
 if sys.platform == "win32":
     import msvcrt

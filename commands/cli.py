@@ -129,8 +129,7 @@ def check_places(source: Path, target: Path) -> None:
     """Raises Usage where OUT would touch the input, or anything that exists."""
     if not source.exists():
         raise Usage(f"{source} is not there")
-    if target.exists():
-        raise Usage(f"{target} exists; remove it or choose another name")
+    check_free(target)
     inside, outside = target.resolve(), source.resolve()
     if inside == outside or (source.is_dir() and outside in inside.parents):
         raise Usage(f"{target} lies in the input; choose a place outside of it")
@@ -143,6 +142,12 @@ def check_places(source: Path, target: Path) -> None:
         raise Usage(f"{target} can't be written; OUT may be a folder, or end in one of {kinds}")
     if not is_image(source):
         check_work(source, work_of(target))
+
+
+def check_free(target: Path) -> None:
+    """Raises Usage where OUT is there."""
+    if target.exists():
+        raise Usage(f"{target} exists; remove it or choose another name")
 
 
 def work_of(target: Path) -> Path:
@@ -220,11 +225,14 @@ def _anywhere(plan: Plan) -> Plan:
     return replace(plan, machine="", choices=tuple(map(_anywhere, plan.choices)))
 
 
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what of now was otherwise."""
+    return [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
+
+
 def _differences(was: Plan, now: Plan) -> list[str]:
-    """What of a plan is another, in words."""
-    before, after = asdict(was), asdict(now)
-    keys = [key for key in after if before[key] != after[key] and key != "choices"]
-    told = [f"{key} {before[key]}, now {after[key]}" for key in keys]
+    """In words, what of a plan, and of those that it chooses among, was otherwise."""
+    told = _changes(asdict(replace(was, choices=())), asdict(replace(now, choices=())))
     if len(was.choices) != len(now.choices):
         told.append("other models to choose from")
     for one, other in zip(was.choices, now.choices, strict=False):
@@ -270,8 +278,7 @@ class Volume:
         self.work.mkdir(parents=True, exist_ok=True)
         try:
             with self._locked():
-                if self.target.exists():  # another command may have ended meanwhile
-                    raise Usage(f"{self.target} exists; remove it or choose another name")
+                check_free(self.target)  # another command may have ended meanwhile
                 self._gather()
                 self._pack()
             self._put_in_place()
@@ -317,14 +324,6 @@ class Volume:
         # One page is encoded and written while the next is computed.
         before: Future[dict[str, Any]] | None = None
         with self._journal() as journal, ThreadPoolExecutor(1, "encode") as encoder:
-
-            def write(*values: Any) -> dict[str, Any]:
-                item = self._write(*values)
-                journal.write(json.dumps(item).encode() + b"\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-                return item
-
             try:
                 for page, stem in zip(sources, stems, strict=True):
                     item = self.earlier.get(stem)
@@ -339,7 +338,8 @@ class Volume:
                     else:
                         computed = self._compute(staging / page.staged, page)
                         self._count(before, progress)
-                        before = encoder.submit(write, page, staging / page.staged, stem, *computed)
+                        values = (page, staging / page.staged, stem, *computed)
+                        before = encoder.submit(self._write_down, journal, *values)
                     self.earlier.pop(stem, None)
             finally:
                 self._count(before, progress)
@@ -446,8 +446,8 @@ class Volume:
         }
 
     def _known(self) -> dict[str, dict[str, Any]]:
-        """Output path without suffix -> item of an earlier try, by whose plan this one goes on. Raises Usage
-        where it would compute otherwise: what is done would be lost."""
+        """Output path without suffix -> item of a page that an earlier try upscaled, by whose plan this one
+        goes on. Raises Usage where it would compute otherwise: what is done would be lost."""
         record = self.work / storage.REPORT_NAME
         if not record.exists():
             return {}
@@ -462,9 +462,7 @@ class Volume:
             why = f"{record} can't be understood, so nothing in {self.work} can be gone on with"
             raise Usage(f"{why}: remove that folder to begin anew, or choose another OUT") from error
         found = {stem: item for stem, item in found.items() if not item.get("error")}
-        now = asdict(self.params)
-        other = [f"{key} {asked.get(key)}, now {now[key]}" for key in now if asked.get(key) != now[key]]
-        other = other or self._otherwise(earlier, chosen)
+        other = _changes(asked, asdict(self.params)) or self._otherwise(earlier, chosen)
         if found and other:
             raise Usage(
                 f"{self.work} holds {len(found)} pages made otherwise ({'; '.join(other)}): give the command "
@@ -501,8 +499,15 @@ class Volume:
 
     def _still_done(self, item: dict[str, Any], page: SourcePage) -> bool:
         is_its = (item.get("source"), item.get("sourceSha256")) == (page.name, page.sha256)
-        is_good = is_its and not item.get("error")
-        return is_good and storage.file_is(self.work / item["filename"], item["sha256"])
+        return is_its and storage.file_is(self.work / item["filename"], item["sha256"])
+
+    def _write_down(self, journal: BinaryIO, *values: Any) -> dict[str, Any]:
+        """Write a page, see _write, then its line."""
+        item = self._write(*values)
+        journal.write(json.dumps(item).encode() + b"\n")
+        journal.flush()
+        os.fsync(journal.fileno())
+        return item
 
     def _count(self, written: Future[dict[str, Any]] | None, progress: Progress) -> None:
         """A page is on disk, and in the journal."""

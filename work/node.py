@@ -43,7 +43,7 @@ from work.workers import WorkerSlot
 
 log = logging.getLogger("cluster")
 
-BATCH_BYTES = 32 << 20  # of pages in one call
+BATCH_BYTES = 32 << 20  # of pages that go to a node in one call
 RESULT_BYTES = 4 << 20  # of those that come back in one, at least a page: a beat comes no sooner than they
 COLLECT_S = 5.0  # a call waits for news; a beat, every second, is none and goes along
 PAGE, SOURCE = "page", "source"  # names in the spool, before their suffixes
